@@ -1,0 +1,78 @@
+"""Entry points: hydra's for training, plain `key=value` for the scripts; both end user errors in one line.
+
+Scripts take free text (a prompt) as a value, which hydra's grammar would want quoted twice, so theirs is simpler: all
+that follows the first `=` is the value, taken as the type the script's arguments declare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from moe_train.compose import explain_hydra_error
+from moe_train.errors import UsageError, UserError, reported
+
+T = TypeVar("T")
+
+
+def wants_traceback() -> bool:
+    """Asked of the command line, since the configuration itself may be what is wrong."""
+    return any(a.startswith("debug=") or a.lower() == "traceback=true" for a in sys.argv[1:])
+
+
+def hydra_main(main: Callable[[], Any]) -> None:
+    """Run a function decorated with hydra.main; its errors and ours become one line and an exit status."""
+    # hydra prints its own errors over many lines and exits, unless told to raise them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    with reported(wants_traceback()):
+        try:
+            main()
+        except (HydraException, OmegaConfBaseException) as error:
+            if wants_traceback():
+                raise
+            raise explain_hydra_error(error) from None
+
+
+def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:
+    """`key=value` arguments as a dataclass of plain types. Raises UsageError naming the argument and the remedy."""
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    given: dict[str, str] = {}
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            sys.stdout.write(usage + "\n")
+            sys.exit(0)
+        key, equals, value = argument.partition("=")
+        if not equals or key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}=?" if near else f"there are {', '.join(f'{name}=' for name in fields)}"
+            raise UsageError(f"unknown argument {argument}: {hint}")
+        given[key] = value
+    for name, field in fields.items():
+        if name not in given and field.default is dataclasses.MISSING:
+            raise UsageError(f"{name}= is missing: {usage}")
+    try:
+        return TypeAdapter(schema).validate_python(given)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        raise UsageError(
+            f"{mistake['loc'][0]}={mistake['input']}: {mistake['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`json=PATH` of the scripts; refuses to overwrite."""
+    if path.exists():
+        raise UserError(f"json={path} exists already: choose another file or remove it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"json={path}: there is no folder {path.absolute().parent}")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

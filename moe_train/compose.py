@@ -1,0 +1,135 @@
+"""From hydra's composition to one frozen `RunConfig`, and from every mistake on the way to one line.
+
+hydra, omegaconf and pydantic each report mistakes in their own, many-line manner; what a user needs is the key, the
+value and the remedy. Unknown keys come with the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from moe_train.config import RunConfig
+from moe_train.errors import UsageError, UserError, one_line
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+T = TypeVar("T")
+
+
+def to_run_config(composed: DictConfig) -> RunConfig:
+    """The checked configuration of one run. Raises UserError naming the first key that is wrong."""
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {one_line(error)}") from None
+    return validated(RunConfig, plain, "configuration")
+
+
+def validated(schema: type[T], values: Any, where: str) -> T:
+    """`values` (plain dicts and lists) as `schema`, strictly: no unknown key, no converted type."""
+    try:
+        # Strict JSON mode: a list is a tuple there, but "3" is still no number.
+        return TypeAdapter(schema).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error, values)}") from None
+
+
+def _explain(error: ValidationError, values: Any) -> str:
+    """The first mistake, unknown keys before others: a misspelt key also makes the right one missing."""
+    mistakes = error.errors(include_url=False)
+    first = next((m for m in mistakes if m["type"] in ("unexpected_keyword_argument", "extra_forbidden")), mistakes[0])
+    path = _key_path(first["loc"], values)
+    key = ".".join(path)
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        missing = [m["loc"][-1] for m in mistakes if m["type"] in ("missing", "missing_argument")]
+        return f"unknown key {key}{_suggestion(path[-1], missing + _siblings(path, values))}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing: give {key}=…"
+    if first["type"] == "value_error":
+        return f"{key}: {reason}" if key else reason
+    return f"{key}={json.dumps(first['input'])}: {reason[0].lower()}{reason[1:]}"
+
+
+def _key_path(location: tuple[int | str, ...], values: Any) -> list[str]:
+    """pydantic's location without the names of union members, which no user typed."""
+    path: list[str] = []
+    node = values
+    for part in location:
+        if isinstance(node, dict) and part not in node and part is not location[-1]:
+            continue
+        path.append(str(part))
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int):
+            node = node[part]
+    return path
+
+
+def _siblings(path: list[str], values: Any) -> list[str]:
+    node = values
+    for part in path[:-1]:
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+    return [str(key) for key in node if key != path[-1]] if isinstance(node, dict) else []
+
+
+def _suggestion(key: str, candidates: list[Any]) -> str:
+    near = difflib.get_close_matches(key, [str(c) for c in candidates], n=1, cutoff=0.5)
+    return f": did you mean {near[0]}?" if near else ": see configs/ for the keys there are"
+
+
+def explain_hydra_error(error: Exception) -> UserError:
+    """hydra's and omegaconf's own complaints, in one line with the remedy."""
+    text = one_line(error)
+    cause = one_line(error.__cause__) if error.__cause__ else ""
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found[1]
+        if "is not in struct" in cause or "is not in struct" in text or "not in" in cause:
+            return UserError(f"unknown key {key}{_suggestion_from_files(key)}")
+        return UserError(f"cannot set {key}: {cause or text}")
+    if found := re.search(r"Could not find '([^']+)'", text):
+        options = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
+        choices = re.sub(r"\s+", ", ", options[1].strip()) if options else ""
+        return UserError(
+            f"there is no {found[1].replace('/', '=', 1)}" + (f": choose one of {choices}" if choices else "")
+        )
+    if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
+        return UserError(f"unknown group {found[1]}: see the folders of configs/")
+    if isinstance(error, ConfigCompositionException):
+        return UserError(f"configuration: {text}")
+    if isinstance(error, HydraException):  # the override grammar
+        return UsageError(
+            f"cannot read the command line: {text} (write key=value; quote values with special characters)"
+        )
+    return UserError(f"configuration: {text}")
+
+
+def _suggestion_from_files(key: str) -> str:
+    """The nearest key among all that stand in configs/, since hydra's error does not say which exist."""
+    known: set[str] = set()
+    for file in CONFIGS.rglob("*.yaml"):
+        group = file.relative_to(CONFIGS).parts[0] if file.parent != CONFIGS else ""
+        if group in ("debug", "experiment"):
+            continue
+        known |= _dotted(OmegaConf.load(file), group)
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    return f": did you mean {near[0]}?" if near else ": see configs/ for the keys there are"
+
+
+def _dotted(node: Any, prefix: str) -> set[str]:
+    if not isinstance(node, DictConfig):
+        return set()
+    keys: set[str] = set()
+    for key in node:
+        name = f"{prefix}.{key!s}" if prefix else str(key)
+        keys |= {name} | _dotted(node._get_node(key), name)
+    return keys

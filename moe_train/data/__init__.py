@@ -1,0 +1,1 @@
+"""Text to batches: corpus, tokenizer, packed token files, and batches that are a function of seed and step."""

@@ -1,0 +1,119 @@
+"""Text to token ids and back: a byte-level BPE trained on the corpus, plain bytes, or a tokenizer of the hub.
+
+All three are a `tokenizers.Tokenizer` with one end-of-text token, so that everything after this file is one path. A
+folder holds it as Hugging Face's tools expect it (`tokenizer.json`, and the end token's name in
+`tokenizer_config.json`), so a saved tokenizer can be given as `data.tokenizer` and to `AutoTokenizer`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from moe_train.errors import UserError, one_line
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that adds no special tokens and reads special tokens in a text as ordinary text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        # A document that speaks of "<|endoftext|>" does not end there. Not part of tokenizer.json, so set here.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._eos_token = eos_token
+        eos_id = backend.token_to_id(eos_token)
+        if eos_id is None:
+            raise UserError(
+                f"the end token {eos_token!r} is not in the tokenizer's vocabulary: choose another data.tokenizer"
+            )
+        self.eos_id: int = eos_id
+        # Some published tokenizers leave ids out: the embedding must reach the largest.
+        self.vocab_size: int = 1 + max(backend.get_vocab().values())
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on all cores (unless TOKENIZERS_PARALLELISM=false)."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; bytes that are not UTF-8 (a prefix may end inside a character) become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        self._backend.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._eos_token}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """From the folder it was saved in, or the tokenizer.json there."""
+        folder = path.parent if path.name == "tokenizer.json" else path
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings["eos_token"])
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (GPT-2's scheme) of at most `vocab_size` tokens. The same texts give the same tokenizer.
+
+    Pairs seen only once are not merged: on a small corpus they would make whole lines of it into tokens.
+    """
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, END_OF_TEXT)
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """Token i is byte i; 256 ends a text."""
+    # The byte-level alphabet writes a printable byte as itself and the others, in order, as characters from U+0100 on.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: ord(character) for character in alphabet if ord(character) < 256}
+    others = sorted(set(range(256)) - set(vocab.values()))
+    vocab |= zip(alphabet[len(vocab) :], others, strict=True)
+    backend = _byte_level(models.BPE(vocab=vocab, merges=[]))
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return Tokenizer(backend, END_OF_TEXT)
+
+
+def pretrained_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer of the hub by its name, or of a local folder. No remote code is run."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data.tokenizer={name}: cannot load it ({one_line(error)[:200]}): check the name and the network, "
+            "or use data.tokenizer=bpe"
+        ) from error
+    if not found.is_fast:
+        raise UserError(f"data.tokenizer={name} has no tokenizer.json (only a slow Python version): choose another")
+    if found.eos_token is None:
+        raise UserError(
+            f"data.tokenizer={name} has no end-of-text token (eos_token): choose another, or data.tokenizer=bpe"
+        )
+    return Tokenizer(found.backend_tokenizer, found.eos_token)
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend

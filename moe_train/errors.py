@@ -1,0 +1,78 @@
+"""Errors a user can cause, and the one place where they become one line and an exit status.
+
+Everything that a user can put right is raised as `UserError`, with a text that says what, where and what to do.
+`reported` is wrapped round every entry point; anything it does not know is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """Something the user can put right: what is wrong, where, and the remedy, in one line. Exit status 1."""
+
+    exit_status = 1
+
+
+class UsageError(UserError):
+    """The command line itself cannot be read. Exit status 2."""
+
+    exit_status = 2
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def describe_known_failure(error: BaseException) -> str | None:
+    """One line for failures of the machine rather than of our code, or None if this is not one."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}: free some space, then go on with resume=auto"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return f"no permission to write {error.filename}: choose another folder with run_dir= or data.cache_dir="
+    name = type(error).__name__
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory: lower micro_batch_size or data.sequence_length, or choose a smaller model"
+    # torch reports a full disk and a failed CPU allocation as plain RuntimeErrors.
+    if isinstance(error, RuntimeError):
+        text = str(error)
+        if "No space left on device" in text or "PytorchStreamWriter failed" in text:
+            return "the disk is full while writing a checkpoint: free some space, then go on with resume=auto"
+        if "DefaultCPUAllocator" in text:
+            return "out of memory: lower micro_batch_size or data.sequence_length, or choose a smaller model"
+    return None
+
+
+def _say(line: str) -> None:
+    """Once: the other ranks of a run make the same mistake."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(line + "\n")
+
+
+@contextlib.contextmanager
+def reported(traceback: bool = False) -> Iterator[None]:
+    """Turn user errors into one line on stderr and an exit status; with `traceback` they are raised unchanged."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if traceback:
+            raise
+        _say("interrupted: go on with resume=auto (work after the last checkpoint is repeated)")
+        sys.exit(130)
+    except Exception as error:
+        if traceback:
+            raise
+        if isinstance(error, UserError):
+            _say(f"error: {one_line(error)}")
+            sys.exit(error.exit_status)
+        known = describe_known_failure(error)
+        if known is None:
+            raise
+        _say(f"error: {known}")
+        sys.exit(1)

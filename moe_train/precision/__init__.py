@@ -1,0 +1,1 @@
+"""The one place that decides how a matrix product is done."""

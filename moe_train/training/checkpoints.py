@@ -1,0 +1,157 @@
+"""Checkpoints that a kill cannot spoil: written beside, flushed, then renamed into place.
+
+A checkpoint is a folder `step_N` of three files: `model.safetensors` (the weights, FP32), `optimizers.pt` (tensors
+only, read with weights_only=True) and `state.json` (counters, what model and text it belongs to, and the size of the
+other two, so that a truncated file is noticed before anything is loaded). No random state is kept: batches and dropout
+are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moe_train.errors import UserError, one_line
+
+WEIGHTS, OPTIMIZERS, STATE = "model.safetensors", "optimizers.pt", "state.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk and what its state.json says."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def checkpoint_paths(run_folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = [p for p in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def save_checkpoint(
+    run_folder: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write `checkpoints/step_N` for state["step"] = N, then remove all but the newest `keep_last`."""
+    root = run_folder / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step_{state['step']}"
+    if final.exists():  # the run went on from this very step: it is the same checkpoint
+        return final
+    for stale in root.glob(".writing-*"):  # left by a kill; the run folder's lock says nobody is writing now
+        shutil.rmtree(stale)
+    temporary = root / f".writing-{final.name}"
+    temporary.mkdir()
+    try:
+        save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, temporary / WEIGHTS)
+        torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / OPTIMIZERS)
+        sizes = {name: (temporary / name).stat().st_size for name in (WEIGHTS, OPTIMIZERS)}
+        (temporary / STATE).write_text(json.dumps({**state, "files": sizes}, indent=1))
+        for name in (WEIGHTS, OPTIMIZERS, STATE):
+            _flush(temporary / name)
+        os.rename(temporary, final)
+        _flush(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoint_paths(run_folder)[:-keep_last]:
+        doomed = root / f".writing-{old.name}"  # renamed first: a half-removed folder must not look like a checkpoint
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
+    return final
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's state and check that its files are whole. Raises UserError for anything damaged."""
+    try:
+        state = json.loads((path / STATE).read_text())
+        sizes = {name: int(state["files"][name]) for name in (WEIGHTS, OPTIMIZERS)}
+        int(state["step"])
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is no checkpoint: it has no {STATE}; give a run folder or a checkpoints/step_N"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise _damaged(path, f"{STATE} cannot be read") from None
+    for name, expected in sizes.items():
+        actual = (path / name).stat().st_size if (path / name).exists() else 0
+        if actual != expected:
+            raise _damaged(path, f"{name} has {actual:,} bytes instead of {expected:,}")
+    return Checkpoint(path, state)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    others = [p.name for p in checkpoint_paths(path.parent.parent) if p != path]
+    remedy = f"remove it to go on from {others[-1]}" if others else "start again in another run_dir"
+    return UserError(f"the checkpoint {path} is damaged ({reason}): {remedy}")
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put the checkpoint's weights into `model`, which must have the same tensors."""
+    try:
+        weights = load_file(checkpoint.path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(checkpoint.path, f"{WEIGHTS}: {one_line(error)}") from None
+    _check_same_tensors(checkpoint.path, weights, model.state_dict())
+    model.load_state_dict(weights)
+
+
+def _check_same_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in sorted(set(found) ^ set(expected)):
+        where = "only in the checkpoint" if name in found else "missing from the checkpoint"
+        raise UserError(
+            f"{path} is a checkpoint of another model: {name} is {where}; give the model it was trained with"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{path} is a checkpoint of another model: {name} is {tuple(tensor.shape)} there and "
+                f"{tuple(expected[name].shape)} here; give the model it was trained with"
+            )
+
+
+def load_optimizers(checkpoint: Checkpoint, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put the checkpoint's optimizer states back; they must be the same optimizers over the same tensors."""
+    try:
+        states = torch.load(checkpoint.path / OPTIMIZERS, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise _damaged(checkpoint.path, f"{OPTIMIZERS}: {one_line(error)}") from None
+    if len(states) != len(optimizers):
+        raise UserError(f"{checkpoint.path} was written with another optimizer: give the one it was trained with")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.load_state_dict(state)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{checkpoint.path} was written with another optimizer ({one_line(error)}): give that one"
+            ) from None

@@ -1,0 +1,51 @@
+"""Validation loss over the fixed validation split, in nats a token and in bits per byte of its text.
+
+Bits per byte do not depend on the tokenizer, so they can be compared across vocabularies and with published figures.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from moe_train.data.batches import validation_blocks
+from moe_train.data.packing import PreparedData
+from moe_train.model.loss import IGNORE
+from moe_train.model.transformer import Transformer
+from moe_train.training.runtime import Runtime
+
+
+class Evaluation(NamedTuple):
+    loss: float  # nats a token
+    bits_per_byte: float
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer,
+    data: PreparedData,
+    runtime: Runtime,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None,
+) -> Evaluation:
+    """Loss on the first `max_tokens` validation tokens (None: all), shared out over the ranks."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # nats, targets
+    blocks = validation_blocks(data.val, sequence_length, batch_size, max_tokens, runtime.rank, runtime.world_size)
+    with runtime.accelerator.autocast():
+        for inputs, targets in blocks:
+            losses = model(inputs.to(runtime.device), targets.to(runtime.device))
+            totals += torch.stack([losses.nll.double(), (targets != IGNORE).sum().to(runtime.device).double()])
+    model.train(was_training)
+    nats, targets_seen = runtime.summed(totals).tolist()
+    return Evaluation(
+        loss=nats / targets_seen,
+        bits_per_byte=nats / math.log(2) / data.val_bytes(int(targets_seen)),
+        tokens=int(targets_seen),
+    )

@@ -1,0 +1,129 @@
+"""Muon for matrices and for experts stacked into one (E, out, in) tensor.
+
+The momentum of each matrix is replaced by the nearest semi-orthogonal one, so that all its directions are learnt at the
+same rate, rare ones too (Keller Jordan, https://kellerjordan.github.io/posts/muon/). The iteration is a handful of
+matrix products; run matrix by matrix it is bound by launches, so experts, and equal shapes of different layers, go
+through it as one batched product: 256 matrices of 64×128 take 31 ms instead of 125 ms in float32 on two CPU cores.
+torch.optim.Muon takes 2-D parameters only.
+
+Parameters must be whole on each device (one process, or data parallel): the iteration mixes all entries of a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from moe_train.precision.support import multiplies_bfloat16
+
+# A quintic whose slope at 0 is as steep as it can be; singular values end within about 0.7 to 1.2, not at 1.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_EPS = 1e-7
+# Bounds the working copies, of which there are about four, for models whose layers do not fit twice; a batch of this
+# size no longer gains from being larger.
+_MAX_BATCH_ELEMENTS = 2**26
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """BF16 where the device multiplies it faster; its precision is enough for this iteration.
+
+    On a CPU with AVX512-BF16 it takes about half the time (190 against 390 ms for 16 matrices of 512×512).
+    """
+    return torch.bfloat16 if multiplies_bfloat16(device.type) else torch.float32
+
+
+def orthogonalized(x: Tensor, steps: int) -> Tensor:
+    """Approximately U V^T for x = U S V^T, for each matrix of x (N, out, in), by Newton-Schulz in x's dtype."""
+    tall = x.size(-2) > x.size(-1)
+    if tall:  # the Gram matrix is then the small one
+        x = x.mT
+    # The Frobenius norm is at least the spectral one: all singular values start within [0, 1]. Summed in float32.
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    x = x / norm.clamp(min=_EPS).to(x.dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with decoupled weight decay; parameters are (out, in) or (E, out, in), each expert a matrix of its own.
+
+    The update is scaled by 0.2·sqrt(max(out, in)), which gives it the root mean square of AdamW's, so that AdamW's
+    learning rate and weight decay carry over (arXiv 2502.16982, section 2.2).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        ns_steps: int,
+        weight_decay: float,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim not in (2, 3):
+                    raise ValueError(f"Muon takes matrices and stacks of matrices, not a {tuple(parameter.shape)}")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for batch in _batches(group["params"]):
+                self._step_batch(batch, group)
+        return loss
+
+    def _step_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of parameters whose matrices have one shape."""
+        directions = [self._direction(parameter, group) for parameter in parameters]
+        updates = orthogonalized(torch.cat(directions), group["ns_steps"])
+        scale = 0.2 * math.sqrt(max(parameters[0].shape[-2:]))
+        for parameter, update in zip(parameters, torch.split(updates, [len(d) for d in directions]), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+
+    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Momentum as (N, out, in), in the dtype the iteration runs in."""
+        gradient = parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        return direction.reshape(-1, *parameter.shape[-2:]).to(fast_dtype(parameter.device))
+
+
+def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters with gradients, those of equal matrix shape together, up to `_MAX_BATCH_ELEMENTS`."""
+    by_shape: dict[tuple[torch.device, torch.Size], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_shape[parameter.device, parameter.shape[-2:]].append(parameter)
+    for alike in by_shape.values():
+        batch: list[Tensor] = []
+        for parameter in alike:
+            if batch and sum(p.numel() for p in batch) + parameter.numel() > _MAX_BATCH_ELEMENTS:
+                yield batch
+                batch = []
+            batch.append(parameter)
+        yield batch

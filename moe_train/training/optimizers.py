@@ -1,0 +1,71 @@
+"""Which parameter gets which optimizer and whether it decays, and one learning-rate factor for all of them.
+
+Weight decay is for matrices; norms and biases have no scale to hold back, and an embedding's row would shrink at every
+step in which its token does not occur. Muon is for hidden matrices: the embedding, the output head and the router are
+looked up or read row by row (a row a token or an expert), and go with AdamW (https://kellerjordan.github.io/posts/muon/).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_train.config import AdamWConfig, OptimizerConfig
+from moe_train.training.muon import Muon
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """One or two optimizers over all trainable parameters of the bare model (before any wrapper renames them).
+
+    Every group keeps its peak rate under "base_lr", for `set_lr`. A head tied to the embedding is the embedding.
+    """
+    # id, as tensors compare by value
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizers: list[torch.optim.Optimizer] = []
+    if isinstance(config, AdamWConfig):
+        groups = _decay_groups(list(trainable.values()), embeddings, config.weight_decay)
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+    else:
+        hidden = [p for name, p in trainable.items() if _is_hidden_matrix(name, p) and id(p) not in embeddings]
+        taken = {id(p) for p in hidden}
+        rest = [p for p in trainable.values() if id(p) not in taken]
+        if hidden:
+            optimizers.append(
+                Muon(
+                    hidden,
+                    lr=config.lr,
+                    momentum=config.momentum,
+                    nesterov=config.nesterov,
+                    ns_steps=config.ns_steps,
+                    weight_decay=config.weight_decay,
+                )
+            )
+        if rest:
+            groups = _decay_groups(rest, embeddings, config.weight_decay)
+            betas, eps = config.adamw_betas, config.adamw_eps
+            optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Give every group `factor` of its peak rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+
+def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim in (2, 3) and "lm_head" not in name.split(".") and not name.endswith("router.weight")
+
+
+def _decay_groups(parameters: list[nn.Parameter], embeddings: set[int], weight_decay: float) -> list[dict[str, Any]]:
+    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
+    others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

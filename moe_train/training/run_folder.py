@@ -1,0 +1,190 @@
+"""Where a run lives: which folder it gets, from which checkpoint it goes on, and that nobody else is writing there.
+
+A run is its configuration and seed, so going on is allowed only where these are the ones the folder was made with; the
+stop condition alone may change. `resume=PATH` together with a `run_dir` of its own starts a new run from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+from moe_train.config import RunConfig, to_dict
+from moe_train.errors import UserError
+from moe_train.training.checkpoints import STATE, Checkpoint, checkpoint_paths, open_checkpoint
+
+CONFIG, SUMMARY = "config.yaml", "summary.json"
+_MAY_CHANGE_ON_RESUME = ("stop", "eval")
+
+
+@dataclasses.dataclass
+class RunFolder:
+    """An open run folder, locked until the process ends, and the checkpoint to go on from."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+    finished_summary: dict[str, Any] | None  # of this very run, where there is nothing left to do
+    lock: filelock.BaseFileLock
+    fresh: bool  # empty until this process opened it
+
+    def discard(self) -> None:
+        """Take back a folder in which no run has begun, so that the corrected command can use its name."""
+        if self.fresh:
+            self.lock.release()
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the checkpoint is this folder's own: metrics and ledger then go on."""
+        return self.checkpoint is not None and self.checkpoint.path.parent.parent == self.path
+
+
+def open_run_folder(config: RunConfig) -> RunFolder:
+    """Create or reopen the folder of a run, lock it and write its config.yaml. Raises UserError if it is not free."""
+    source = None if config.resume in (None, "auto") else _checkpoint_at(Path(str(config.resume)))
+    if config.resume == "auto" and config.run_dir is None:
+        path = _newest_of_same_hash(config) or _new_folder(config.name)
+    elif config.run_dir is not None:
+        path = Path(config.run_dir).absolute()
+    elif source is not None:
+        path = source.path.parent.parent
+        newest = checkpoint_paths(path)[-1]
+        if source.path != newest:
+            raise UserError(
+                f"{source.path} is not the newest checkpoint of its run ({newest.name}): give run_dir= for a new run "
+                "from it, so that the later ones are kept"
+            )
+    else:
+        path = _new_folder(config.name)
+
+    occupied = path.exists() and any(p.name != ".lock" for p in path.iterdir()) if not path.is_file() else True
+    goes_on = config.resume == "auto" or (source is not None and source.path.parent.parent == path)
+    if occupied and not goes_on:
+        raise UserError(
+            f"the folder {path} is not empty: resume=auto goes on with the run in it, another run_dir= starts anew"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"the run folder {path} is in use by another process: wait for it or choose another run_dir="
+        ) from None
+
+    finished = None
+    if goes_on and (path / CONFIG).exists():
+        _check_same_run(path, config)
+        finished = _finished_summary(path, config)
+        paths = checkpoint_paths(path)
+        source = open_checkpoint(paths[-1]) if paths else None
+    elif goes_on and occupied:
+        raise UserError(
+            f"the folder {path} is not empty and holds no run ({CONFIG} is missing): choose another run_dir="
+        )
+    if finished is None:
+        _write_config(path, config)
+    return RunFolder(path, source, finished, lock, fresh=not occupied)
+
+
+def _new_folder(name: str) -> Path:
+    now = datetime.datetime.now()
+    parent = Path("outputs").absolute() / now.strftime("%Y-%m-%d")
+    stem = f"{now.strftime('%H-%M-%S')}-{name}"
+    for attempt in range(1, 1000):
+        path = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:  # making it claims it: jobs started in the same second get folders of their own
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise UserError(f"no free folder name for {parent / stem}: give run_dir=")
+
+
+def _newest_of_same_hash(config: RunConfig) -> Path | None:
+    folders = sorted((p.parent for p in Path("outputs").absolute().glob(f"*/*/{CONFIG}")), reverse=True)
+    same = [p for p in folders if _read_config(p).get("config_hash") == config.config_hash()]
+    return same[0] if same else None
+
+
+def _checkpoint_at(path: Path) -> Checkpoint:
+    """`resume=PATH`: a checkpoint folder, or a run folder whose newest checkpoint is meant."""
+    path = path.absolute()
+    if not path.exists():
+        raise UserError(f"resume={path}: there is no such folder; give a run folder, a checkpoints/step_N, or auto")
+    if (path / STATE).exists() or path.parent.name == "checkpoints":
+        return open_checkpoint(path)
+    paths = checkpoint_paths(path)
+    if not paths:
+        raise UserError(f"resume={path}: there is no checkpoint in it; give a run folder with checkpoints/step_N")
+    return open_checkpoint(paths[-1])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load((path / CONFIG).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path / CONFIG} cannot be read: choose another run_dir=")
+    return content
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """The configuration of the run in `path`. Raises UserError if there is none."""
+    from moe_train.compose import validated
+
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path} is no run folder: it has no {CONFIG}")
+    content = _read_config(path)
+    content.pop("config_hash", None)
+    config: RunConfig = validated(RunConfig, content, str(path / CONFIG))
+    return config
+
+
+def _write_config(path: Path, config: RunConfig) -> None:
+    target = path / CONFIG
+    content = yaml.safe_dump({**to_dict(config), "config_hash": config.config_hash()}, sort_keys=False)
+    if target.exists() and target.read_text() != content:
+        kept = len(list(path.glob("config.*.yaml"))) + 1
+        target.rename(path / f"config.{kept}.yaml")
+    temporary = path / f".{CONFIG}"
+    temporary.write_text(content)
+    temporary.replace(target)
+
+
+def _check_same_run(path: Path, config: RunConfig) -> None:
+    before, now = load_run_config(path).identity(), config.identity()
+    for key in _MAY_CHANGE_ON_RESUME:
+        del before[key], now[key]
+    for key, old, new in _differences(before, now):
+        raise UserError(
+            f"the run in {path} was started with {key}={json.dumps(old)}, not {json.dumps(new)}: "
+            "give the settings it was started with, or another run_dir="
+        )
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(before) + [key for key in now if key not in before]
+        return [
+            d for key in keys for d in _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if before == now else [(prefix, before, now)]
+
+
+def _finished_summary(path: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The summary of this run if it has already ended as asked, so that it is not made twice."""
+    try:
+        summary: dict[str, Any] = json.loads((path / SUMMARY).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    same = summary.get("status") == "finished" and summary.get("config_hash") == config.config_hash()
+    return summary if same else None

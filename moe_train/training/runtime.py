@@ -1,0 +1,155 @@
+"""The machine a run finds itself on: devices, processes, threads, number format and determinism.
+
+What was asked for is checked against what there is. `accelerate launch` sets OMP_NUM_THREADS=1 and, on a CPU, can start
+one process where several were asked for; torchrun on a CPU leaves accelerate believing it is alone. Both are put right
+or refused here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from moe_train.config import RunConfig
+from moe_train.errors import UserError
+from moe_train.precision.support import multiplies_bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """The devices of a run and how its matrix products are done."""
+
+    accelerator: Accelerator
+    device_type: Literal["cpu", "cuda"]
+    device_name: str
+    num_threads: int
+    dtype: torch.dtype  # of matrix products
+    notes: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over the ranks."""
+        if self.world_size == 1:
+            return tensor
+        total: torch.Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return total
+
+
+def start_runtime(config: RunConfig) -> Runtime:
+    """Join the process group if there is one and settle device, threads and precision. Raises UserError."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if not on_gpu:
+        _refuse_lost_processes(expected)
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
+    num_threads = _set_threads()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    device_name = torch.cuda.get_device_name() if on_gpu else _cpu_name()
+    dtype, note = _choose_dtype(config, on_gpu, device_name)
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="bf16" if dtype is torch.bfloat16 else "no",
+        # Expert loads are summed over ranks by the loop; broadcasting rank 0's buffers would overwrite them.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != expected:
+        raise UserError(
+            f"{expected} processes were asked for and accelerate runs {accelerator.num_processes}: "
+            "start them with torchrun --nproc-per-node N train.py"
+        )
+    share = config.batch_size // expected
+    if config.batch_size % expected:
+        raise UserError(f"batch_size={config.batch_size} does not divide among {expected} processes: choose a multiple")
+    if config.micro_batch_size and share % config.micro_batch_size:
+        raise UserError(
+            f"micro_batch_size={config.micro_batch_size} does not divide a process's share of "
+            f"batch_size={config.batch_size} "
+            f"({share} sequences): choose a divisor of {share}"
+        )
+    return Runtime(
+        accelerator=accelerator,
+        device_type="cuda" if on_gpu else "cpu",
+        device_name=device_name,
+        num_threads=num_threads,
+        dtype=dtype,
+        notes=(note,) if note else (),
+    )
+
+
+def _refuse_lost_processes(expected: int) -> None:
+    # `accelerate launch --cpu --num_processes N` sets these for N > 1, then starts a single process.
+    if expected == 1 and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "several processes were asked for and accelerate started one (its --cpu launcher does): "
+            "use torchrun --nproc-per-node N train.py"
+        )
+
+
+def _set_threads() -> int:
+    """All cores shared among the processes of this machine, unless OMP_NUM_THREADS says otherwise.
+
+    accelerate sets it to 1 when nobody has; a 1 is therefore not taken for a wish.
+    """
+    wished = int(os.environ.get("OMP_NUM_THREADS", "1") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = wished if wished > 1 else max(1, cores // local_processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _choose_dtype(config: RunConfig, on_gpu: bool, device_name: str) -> tuple[torch.dtype, str | None]:
+    asked = config.precision.compute_dtype
+    native = multiplies_bfloat16("cuda" if on_gpu else "cpu")
+    if asked == "auto":
+        name = "BF16" if native else "FP32"
+        why = "the device multiplies it natively" if native else "the device has no native BF16"
+        return (torch.bfloat16 if native else torch.float32), f"precision=auto took {name}: {why}"
+    if asked == "bfloat16" and on_gpu and not native:
+        raise UserError(
+            f"precision={config.precision.name}: {device_name} has no BF16 units; use precision=fp32 or auto"
+        )
+    return getattr(torch, asked), None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

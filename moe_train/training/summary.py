@@ -1,0 +1,113 @@
+"""`summary.json`: what a run came to. What is not known is null; nothing in it is estimated."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import signal
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moe_train.cost.flops import parameter_counts
+from moe_train.errors import UserError
+from moe_train.training.run_folder import SUMMARY
+
+if TYPE_CHECKING:
+    from moe_train.training.run import Run
+    from moe_train.training.runtime import Runtime
+
+_VERSIONED = (
+    "moe_train",
+    "torch",
+    "accelerate",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "wandb",
+    "hydra-core",
+    "numpy",
+)
+
+
+class Interrupted(UserError):
+    """The run was told to end; its checkpoint is there. The exit status is the shell's for the signal."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        name = signal.Signals(signal_number).name
+        super().__init__(f"interrupted by {name} after step {step}, which is saved: go on with resume=auto")
+        self.exit_status = 128 + signal_number
+
+
+def peak_memory_bytes(runtime: Runtime) -> int:
+    """Largest memory so far of the device (CUDA: allocated by tensors) or of the process (CPU: resident), of rank 0."""
+    if runtime.device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def build(run: Run, status: str, stopped_by: str | None, joules: float | None, peak_memory: int) -> dict[str, Any]:
+    """The figures of a run as they stand."""
+    meter, evaluation = run.meter, run.evaluation
+    counts = parameter_counts(run.model_config, run.model.vocab_size)
+    return {
+        "status": status,
+        "stopped_by": stopped_by,
+        "steps": run.steps_done,
+        "tokens": meter.tokens,
+        "total_params": counts.total,
+        "active_params": counts.active,
+        "flops_per_token": run.flops_per_token,
+        "train_seconds": meter.train_seconds,
+        "wall_seconds": meter.wall_seconds,
+        "lost_seconds": run.lost_seconds,
+        "tokens_per_second": meter.tokens_per_second,
+        "model_flops_utilization": meter.model_flops_utilization,
+        "peak_tflops": run.peak,
+        "peak_source": run.peak_source,
+        "final_train_loss": run.final_train_loss,
+        "val_loss": evaluation.loss if evaluation else None,
+        "val_bits_per_byte": evaluation.bits_per_byte if evaluation else None,
+        "val_tokens": evaluation.tokens if evaluation else None,
+        "unigram_bits_per_byte": run.data.meta["val_unigram_bits_per_byte"],
+        "usd_train": meter.usd_train,
+        "usd_total": meter.usd_total,
+        "usd_per_million_tokens": meter.usd_per_million_tokens,
+        "usd_per_million_tokens_all_in": meter.usd_per_million_tokens_all_in,
+        "price_usd_per_hour": run.price,
+        "price_source": run.hardware.price_source,
+        "price_date": run.hardware.price_date,
+        "energy_kwh": None if joules is None else joules / 3.6e6,
+        "hardware": run.hardware.name,
+        "device_name": run.runtime.device_name,
+        "num_devices": run.runtime.world_size,
+        "num_threads": run.runtime.num_threads,
+        "compute_dtype": str(run.runtime.dtype).removeprefix("torch."),
+        "peak_memory_bytes": peak_memory,
+        "corpus": run.config.data.name,
+        "corpus_fingerprint": run.data.fingerprint,
+        "config_hash": run.config.config_hash(),
+        "seed": run.config.seed,
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _VERSIONED},
+    }
+
+
+def write(run_folder: Path, summary: dict[str, Any]) -> None:
+    temporary = run_folder / f".{SUMMARY}"
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.replace(run_folder / SUMMARY)
+
+
+def show(line: str | None, table: Table) -> None:
+    """The closing table on stdout."""
+    console = Console()
+    if line:
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(table)

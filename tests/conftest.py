@@ -1,0 +1,116 @@
+"""Shared by all tests: offline, quiet, small; models and run configurations made from the ones in configs/."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from moe_train import hydra_launcher
+from moe_train.compose import CONFIGS, to_run_config, validated
+from moe_train.config import ModelConfig, RunConfig
+from moe_train.model.transformer import Transformer
+
+hydra_launcher.register()
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=3",
+    "model.intermediate_size=48",
+    "model.attention.num_attention_heads=2",
+    "model.attention.kv_lora_rank=16",
+    "model.attention.qk_nope_head_dim=8",
+    "model.attention.qk_rope_head_dim=8",
+    "model.attention.v_head_dim=16",
+    "model.moe.num_experts=8",
+    "model.moe.top_k=2",
+    "model.moe.moe_intermediate_size=16",
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def compose_run() -> Callable[..., RunConfig]:
+    """The RunConfig of `python train.py OVERRIDES…`, made in this process."""
+
+    def run(*overrides: str) -> RunConfig:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = compose(
+                "train",
+                overrides=["name=test", *overrides],
+            )
+        return to_run_config(composed)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def model_config() -> Callable[..., ModelConfig]:
+    """`model=NAME` with overrides of its keys, resolved."""
+
+    def make(name: str, *overrides: str) -> ModelConfig:
+        with initialize_config_dir(str(CONFIGS / "model"), version_base="1.3"):
+            composed = compose(name, overrides=list(overrides))
+        return validated(ModelConfig, OmegaConf.to_container(composed), name).resolved()
+
+    return make
+
+
+@pytest.fixture
+def small_model(model_config: Callable[..., ModelConfig]) -> Callable[..., Transformer]:
+    """A three-layer MoE model of width 32 over 64 tokens, in float64 unless told otherwise, with seeded weights."""
+
+    def make(*overrides: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
+        gqa = any(o.startswith("attention=gqa") for o in overrides)
+        short = [o.removeprefix("model.") for o in SMALL if not (gqa and "attention" in o)]
+        model = Transformer(model_config("nano", *short, "initializer_range=0.2", *overrides), vocab_size=64)
+        model.initialise(seed)
+        return model.to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of made-up but regular text, 400 documents, big enough for both splits."""
+    folder = tmp_path_factory.mktemp("text")
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "wizards",
+        "brew",
+        "tea",
+    ]
+    lines = []
+    for document in range(400):
+        state = document * 7919 + 13
+        text = []
+        for _ in range(60):
+            state = (state * 1103515245 + 12345) % 2**31
+            text.append(words[state // 65536 % len(words)])
+        lines.append(" ".join(text) + ".")
+    (folder / "corpus.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    return folder

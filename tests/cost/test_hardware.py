@@ -1,0 +1,188 @@
+"""Devices are known by their driver's full name, carry their sources, and unknown ones stay unknown."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_train.config import HardwareConfig, PeakConfig
+from moe_train.cost.hardware import detect, load_hardware, price_per_device
+from moe_train.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted((CONFIGS / "hardware").glob("*.yaml"))
+AUTO = load_hardware(CONFIGS / "hardware" / "auto.yaml")
+
+DRIVER_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "a100_40",
+    "A100-SXM4-40GB": None,
+    "NVIDIA A100-PCIE-40GB": "a100_40",
+    "NVIDIA A100-SXM4-80GB": "a100_80",
+    "NVIDIA A100-SXM-80GB": "a100_80",
+    "NVIDIA A100 80GB PCIe": "a100_80",
+    "NVIDIA A100-SXM4-80GB MIG 3g.40gb": None,
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+    "NVIDIA H100 PCIe": None,
+    "NVIDIA H100 NVL": None,
+    "NVIDIA H800": "h800",
+    "NVIDIA H800 PCIe": None,
+    "NVIDIA H200": "h200",
+    "NVIDIA H200 NVL": None,
+    "NVIDIA H20": None,
+    "NVIDIA GH200 480GB": None,
+    "NVIDIA B200": "b200",
+    "NVIDIA GB200": None,
+    "AMD Instinct MI300X": "mi300x",
+    "AMD Instinct MI300X VF": "mi300x",
+    "AMD Instinct MI300A": None,
+    "NVIDIA L40S": "l40s",
+    "NVIDIA L40": None,
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 4090": "rtx_4090",
+    "NVIDIA GeForce RTX 4090 D": None,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+    "NVIDIA GeForce RTX 5090": "rtx_5090",
+    "NVIDIA GeForce RTX 5090 D": None,
+    "NVIDIA GeForce RTX 5090 Laptop GPU": None,
+    "NVIDIA GeForce RTX 3090": "rtx_3090",
+    "NVIDIA GeForce RTX 3090 Ti": None,
+    "Tesla T4": "t4",
+    "Tesla T40": None,
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_is_valid_complete_and_says_where_its_figures_are_from(path: Path) -> None:
+    hardware = load_hardware(path)
+    assert hardware.name == path.stem
+    assert set(yaml.safe_load(path.read_text())) == {field.name for field in dataclasses.fields(HardwareConfig)}
+    assert (hardware.price_usd_per_hour is None) == (hardware.price_source is None)
+    peaks = hardware.peak_tflops
+    assert (hardware.peak_source is None) == (peaks == PeakConfig(None, None, None))
+
+
+def test_the_devices_meant_to_be_known_have_files() -> None:
+    expected = {name for name in DRIVER_NAMES.values() if name} | {"auto", "cpu"}
+    assert {path.stem for path in FILES} == expected
+
+
+@pytest.mark.parametrize(("device_name", "expected"), DRIVER_NAMES.items())
+def test_a_driver_name_finds_its_own_device_and_no_look_alike(device_name: str, expected: str | None) -> None:
+    hardware, _ = detect(AUTO, CONFIGS, "cuda", device_name)
+    assert hardware.name == (expected or device_name)
+
+
+def test_a_known_device_comes_with_the_figures_of_its_file() -> None:
+    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA H200")
+    assert hardware == load_hardware(CONFIGS / "hardware" / "h200.yaml")
+    assert notes == []
+
+
+def test_dense_and_not_sparse_peaks_are_listed() -> None:
+    peaks = {path.stem: load_hardware(path).peak_tflops for path in FILES}
+    assert (peaks["h100"].bfloat16, peaks["h100"].float8) == (989, 1979)
+    assert (peaks["a100_80"].bfloat16, peaks["rtx_4090"].bfloat16) == (312, 165)
+    assert peaks["t4"].bfloat16 is None
+
+
+def test_an_unknown_device_has_no_figures_and_a_note_with_the_remedy() -> None:
+    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA H100 PCIe")
+    assert hardware == dataclasses.replace(AUTO, name="NVIDIA H100 PCIe")
+    assert notes == ["no price known for NVIDIA H100 PCIe: cost figures are absent; give hardware.price_usd_per_hour=…"]
+
+
+def test_a_known_device_without_a_price_is_noted_too() -> None:
+    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA A100-SXM4-40GB")
+    assert hardware.peak_tflops.bfloat16 == 312
+    assert [note.startswith("no price known") for note in notes] == [True]
+
+
+@pytest.mark.parametrize("device_name", ["NVIDIA H200", "NVIDIA H100 PCIe"])
+def test_figures_the_user_sets_win_and_are_attributed_to_the_user(device_name: str) -> None:
+    given = dataclasses.replace(AUTO, price_usd_per_hour=2.5, peak_tflops=PeakConfig(700.0, None, None))
+    plain, _ = detect(AUTO, CONFIGS, "cuda", device_name)
+    hardware, notes = detect(given, CONFIGS, "cuda", device_name)
+    assert hardware.price_usd_per_hour == 2.5
+    assert (hardware.price_source, hardware.price_date) == ("given in the configuration", None)
+    assert hardware.peak_tflops == dataclasses.replace(plain.peak_tflops, bfloat16=700.0)
+    assert hardware.peak_source == "given in the configuration"
+    assert hardware.tdp_w == plain.tdp_w
+    assert notes == []
+
+
+def test_a_price_of_zero_is_a_price() -> None:
+    hardware, notes = detect(dataclasses.replace(AUTO, price_usd_per_hour=0.0), CONFIGS, "cuda", "NVIDIA H200")
+    assert hardware.price_usd_per_hour == 0
+    assert notes == []
+
+
+def test_a_source_the_user_gives_is_kept() -> None:
+    given = dataclasses.replace(AUTO, price_usd_per_hour=2.5, price_source="our contract", price_date="2026-06")
+    hardware, _ = detect(given, CONFIGS, "cuda", "NVIDIA H200")
+    assert (hardware.price_source, hardware.price_date) == ("our contract", "2026-06")
+
+
+def test_named_hardware_on_another_device_is_kept_and_noted() -> None:
+    rtx_4090 = load_hardware(CONFIGS / "hardware" / "rtx_4090.yaml")
+    for device_type, device_name in [("cuda", "NVIDIA L4"), ("cpu", "AMD EPYC")]:
+        hardware, notes = detect(rtx_4090, CONFIGS, device_type, device_name)
+        assert hardware == rtx_4090
+        assert notes == [f"the prices of rtx_4090 are applied to {device_name}"]
+    cpu = load_hardware(CONFIGS / "hardware" / "cpu.yaml")
+    assert detect(cpu, CONFIGS, "cuda", "NVIDIA L4")[1] == ["the prices of cpu are applied to NVIDIA L4"]
+
+
+def test_named_hardware_on_its_own_device_is_not_noted_and_an_overridden_price_is_the_users() -> None:
+    rtx_4090 = load_hardware(CONFIGS / "hardware" / "rtx_4090.yaml")
+    assert detect(rtx_4090, CONFIGS, "cuda", "NVIDIA GeForce RTX 4090") == (rtx_4090, [])
+    cheaper = dataclasses.replace(rtx_4090, price_usd_per_hour=0.1)
+    hardware, _ = detect(cheaper, CONFIGS, "cuda", "NVIDIA GeForce RTX 4090")
+    assert (hardware.price_source, hardware.price_date) == ("given in the configuration", None)
+
+
+def test_hardware_of_the_users_own_needs_no_file() -> None:
+    own = dataclasses.replace(AUTO, name="my_box", match=("My GPU [0-9]+",), price_usd_per_hour=1.0, price_source="me")
+    assert detect(own, CONFIGS, "cuda", "My GPU 7") == (own, [])
+
+
+def test_a_cpu_is_priced_by_the_core_hour() -> None:
+    hardware, notes = detect(AUTO, CONFIGS, "cpu", "AMD EPYC")
+    assert (hardware.name, notes) == ("cpu", [])
+    assert price_per_device(hardware, "cpu", 8) == pytest.approx(8 * 0.0513)
+
+
+def test_a_gpu_is_priced_as_a_whole_even_where_a_cpu_stands_in_for_it() -> None:
+    h100 = load_hardware(CONFIGS / "hardware" / "h100.yaml")
+    assert price_per_device(h100, "cuda", 8) == price_per_device(h100, "cpu", 8) == 2.69
+
+
+def test_without_a_price_a_device_has_none() -> None:
+    assert price_per_device(AUTO, "cpu", 8) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("tdp_w: 700", "tdp_w: a lot", "tdp_w"),
+        ("tdp_w: 700", "tdp_watts: 700", "tdp_w"),
+        ("match: ['NVIDIA H100 80GB HBM3']", "match: [", "YAML"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named_with_its_key(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = tmp_path / "h100.yaml"
+    path.write_text((CONFIGS / "hardware" / "h100.yaml").read_text().replace(old, new))
+    with pytest.raises(UserError, match=told) as caught:
+        load_hardware(path)
+    assert str(path) in str(caught.value)
+
+
+def test_two_files_for_one_device_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "hardware"
+    folder.mkdir()
+    text = (CONFIGS / "hardware" / "l4.yaml").read_text()
+    (folder / "l4.yaml").write_text(text)
+    (folder / "mine.yaml").write_text(text.replace("name: l4", "name: mine"))
+    with pytest.raises(UserError, match="hardware=l4"):
+        detect(AUTO, tmp_path, "cuda", "NVIDIA L4")

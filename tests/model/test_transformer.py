@@ -1,0 +1,152 @@
+"""The whole model: causality, caches, initialisation, gradients, and attention against a literal reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moe_train.config import GQAConfig, MLAConfig
+from moe_train.model.attention import GQA, MLA, LayerCache
+from moe_train.model.layers import rotary_tables, rotate
+from moe_train.model.transformer import Transformer
+
+Q_LORA = "attention.q_lora_rank=12"
+V_SMALLER = "attention.v_head_dim=8"
+
+
+@pytest.fixture(params=["mla", "mla_q_lora", "mla_v_smaller", "gqa", "dense"])
+def model(request: pytest.FixtureRequest, small_model: Callable[..., Transformer]) -> Transformer:
+    overrides = {
+        "mla": [],
+        "mla_q_lora": [Q_LORA],
+        "mla_v_smaller": [V_SMALLER],
+        "gqa": ["attention=gqa_4x32", "attention.head_dim=8"],
+        "dense": ["moe=null"],
+    }[request.param]
+    return small_model(*overrides)
+
+
+def test_changing_a_token_changes_nothing_before_it(model: Transformer) -> None:
+    tokens = torch.randint(0, 64, (2, 12))
+    changed = tokens.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 64
+    before, after = model.logits(tokens), model.logits(changed)
+    torch.testing.assert_close(after[:, :7], before[:, :7], rtol=1e-12, atol=1e-12)
+    assert (after[:, 7:] - before[:, 7:]).abs().amax(-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("pieces", [[12], [5, 7], [1] * 12, [4, 1, 1, 6]], ids=str)
+def test_cached_generation_gives_the_logits_of_one_whole_pass(model: Transformer, pieces: list[int]) -> None:
+    tokens = torch.randint(0, 64, (2, 12))
+    caches = [LayerCache() for _ in model.blocks]
+    parts = [model.logits(part, caches) for part in tokens.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model.logits(tokens), rtol=1e-10, atol=1e-10)
+
+
+def test_the_mla_cache_holds_one_latent_and_one_rotary_key_a_token(small_model: Callable[..., Transformer]) -> None:
+    model = small_model()
+    caches = [LayerCache() for _ in model.blocks]
+    model.logits(torch.randint(0, 64, (1, 5)), caches)
+    assert caches[0].held is not None
+    assert sum(t.numel() for t in caches[0].held) == 5 * (16 + 8)
+
+
+def test_losses_are_sums_over_tokens_so_micro_batches_add_up(model: Transformer) -> None:
+    tokens, targets = torch.randint(0, 64, (2, 4, 10))
+    whole = model(tokens, targets)
+    halves = [model(t, y) for t, y in zip(tokens.split(2), targets.split(2), strict=True)]
+    torch.testing.assert_close(whole.objective, halves[0].objective + halves[1].objective, rtol=1e-10, atol=0)
+    torch.testing.assert_close(whole.nll, halves[0].nll + halves[1].nll, rtol=1e-10, atol=0)
+    assert torch.equal(whole.counts_le, halves[0].counts_le + halves[1].counts_le)
+
+
+def test_every_parameter_gets_a_gradient_that_finite_differences_confirm(
+    small_model: Callable[..., Transformer],
+) -> None:
+    model = small_model()
+    tokens, targets = torch.randint(0, 64, (2, 2, 6))
+    objective = model(tokens, targets).objective
+    objective.backward()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        direction = torch.randn_like(parameter)
+        with torch.no_grad():
+            parameter += 1e-6 * direction
+            above = model(tokens, targets).objective
+            parameter -= 2e-6 * direction
+            below = model(tokens, targets).objective
+            parameter += 1e-6 * direction
+        slope = ((above - below) / 2e-6).item()
+        assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=2e-4, abs=1e-5), name
+
+
+def test_counts_hold_every_token_top_k_times_in_every_moe_layer(small_model: Callable[..., Transformer]) -> None:
+    counts = small_model()(*torch.randint(0, 64, (2, 3, 5))).counts_le
+    assert counts.shape == (2, 8)
+    assert counts.sum(1).tolist() == [3 * 5 * 2] * 2
+
+
+def test_initialisation_depends_on_the_seed_alone(small_model: Callable[..., Transformer]) -> None:
+    torch.manual_seed(5)
+    first = small_model(seed=1)
+    torch.manual_seed(6)
+    same, other = small_model(seed=1), small_model(seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(first.embedding.weight, other.embedding.weight)
+    assert first.embedding.weight.std().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_dropout_acts_in_training_only(small_model: Callable[..., Transformer]) -> None:
+    model = small_model("dropout=0.5")
+    tokens = torch.randint(0, 64, (1, 6))
+    assert not torch.equal(model.logits(tokens), model.logits(tokens))
+    model.eval()
+    assert torch.equal(model.logits(tokens), model.logits(tokens))
+
+
+def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_only() -> None:
+    cos, sin = rotary_tables(torch.arange(20), 8, 10000.0)
+    q, k = torch.randn(2, 8)
+    turned_q = rotate(q.expand(20, 8), cos, sin)
+    turned_k = rotate(k.expand(20, 8), cos, sin)
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(20))
+    torch.testing.assert_close(turned_q[9] @ turned_k[4], turned_q[15] @ turned_k[10], rtol=1e-4, atol=1e-4)
+
+
+def test_mla_equals_its_equations_written_out_for_one_head_at_a_time() -> None:
+    config = MLAConfig("mla", 2, 6, None, 4, 4, 5)
+    made = MLA(config, 12, 1e-6).double()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x = torch.randn(1, 7, 12, dtype=torch.float64)
+    cos, sin = rotary_tables(torch.arange(7), 4, 10000.0)
+
+    # arXiv 2405.04434, equations 9 to 19.
+    down = x[0] @ made.kv_a_proj.weight.t()
+    latent, k_rope = down[:, :6], rotate(down[:, 6:], cos, sin)
+    latent = latent / (latent.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * made.kv_a_norm.weight
+    heads = []
+    for h in range(2):
+        q = x[0] @ made.q_proj.weight[8 * h : 8 * h + 8].t()
+        kv = latent @ made.kv_b_proj.weight[9 * h : 9 * h + 9].t()
+        q = torch.cat((q[:, :4], rotate(q[:, 4:], cos, sin)), -1)
+        k = torch.cat((kv[:, :4], k_rope), -1)
+        scores = (q @ k.t() / 8**0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+        heads.append(scores.softmax(-1) @ kv[:, 4:])
+    expected = torch.cat(heads, -1) @ made.o_proj.weight.t()
+    torch.testing.assert_close(made(x, (cos, sin))[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gqa_with_all_heads_repeated_is_multi_head_attention() -> None:
+    few, many = GQA(GQAConfig("gqa", 4, 2, 8), 16), GQA(GQAConfig("gqa", 4, 4, 8), 16)
+    for parameter in few.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    many.q_proj, many.o_proj = few.q_proj, few.o_proj
+    many.k_proj.weight.data = few.k_proj.weight.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1).data
+    many.v_proj.weight.data = few.v_proj.weight.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1).data
+    rotary = rotary_tables(torch.arange(6), 8, 10000.0)
+    x = torch.randn(2, 6, 16)
+    torch.testing.assert_close(few(x, rotary), many(x, rotary), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,71 @@
+"""The grouped matmul seam against one product a group, in every format and over ragged groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_train.precision.cpu_grouped import ROWS
+from moe_train.precision.matmul import grouped_linear
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    groups = x.split(sizes)
+    return torch.cat([g @ w.t() for g, w in zip(groups, weight, strict=True)])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 7, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS + 5]), min_size=1, max_size=5),
+    bf16=st.booleans(),
+)
+def test_each_group_is_multiplied_by_its_own_weight_in_both_passes(sizes: list[int], bf16: bool) -> None:
+    if sum(sizes) == 0:
+        sizes = [*sizes[:-1], 3]
+    torch.manual_seed(0)
+    x = torch.randn(sum(sizes), 16)
+    weight = torch.randn(len(sizes), 24, 16)
+    grad = torch.randn(sum(sizes), 24)
+    if bf16:  # exact operands, so that only the accumulation and the result are rounded
+        x, weight, grad = (t.bfloat16().float() for t in (x, weight, grad))
+    ends = torch.tensor(sizes).cumsum(0).int()
+    expected_in = [t.double().requires_grad_() for t in (x, weight)]
+    expected = reference(*expected_in, sizes)
+    expected_grads = torch.autograd.grad(expected, expected_in, grad.double())
+
+    ours_in = [t.clone().requires_grad_() for t in (x, weight)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ours = grouped_linear(*ours_in, ends)
+    ours_grads = torch.autograd.grad(ours, ours_in, grad.to(ours.dtype))
+
+    assert ours.dtype is (torch.bfloat16 if bf16 else torch.float32)
+    floor_db = 45 if bf16 else 110
+    for a, b in zip((ours, *ours_grads), (expected, *expected_grads), strict=True):
+        error = (a.double() - b).norm()
+        assert error == 0 or 20 * torch.log10(b.norm() / error) > floor_db
+
+
+def test_a_group_without_rows_gets_a_gradient_of_exact_zeros() -> None:
+    x = torch.randn(10, 8)
+    weight = torch.randn(3, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = grouped_linear(x, weight, torch.tensor([4, 4, 10], dtype=torch.int32))
+    out.float().pow(2).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[1].abs().max() == 0
+    assert weight.grad[[0, 2]].abs().amax((1, 2)).min() > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_host_synchronisation_is_needed() -> None:
+    x = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(4, 64, 64, device="cuda", dtype=torch.bfloat16)
+    ends = torch.tensor([64, 64, 128, 256], device="cuda", dtype=torch.int32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = grouped_linear(x, weight, ends)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out.float(), reference(x, weight, [64, 0, 64, 128]).float(), rtol=2e-2, atol=2e-1)

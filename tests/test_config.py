@@ -1,0 +1,115 @@
+"""Configuration: every file in configs/ composes, twins cost the same, mistakes are one line with key and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from moe_train.compose import CONFIGS
+from moe_train.config import ModelConfig, RunConfig
+from moe_train.cost.flops import forward_flops, parameter_counts, training_flops_per_token
+from moe_train.errors import UserError
+
+Compose = Callable[..., RunConfig]
+SIZES = ("nano", "tiny", "small", "base")
+
+
+def choices(group: str) -> list[str]:
+    return sorted(f.stem for f in (CONFIGS / group).glob("*.yaml") if f.stem != "base" or group == "model")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"{group}={choice}"
+        for group in ("model", "data", "precision", "optimizer", "schedule", "hardware", "tracking")
+        for choice in choices(group)
+    ]
+    + [f"debug={choice}" for choice in choices("debug")],
+)
+def test_every_choice_of_every_group_composes_into_a_valid_run(override: str, compose_run: Compose) -> None:
+    compose_run(override)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_dense_twin_costs_the_same_flops_a_token_within_one_percent(
+    size: str, model_config: Callable[..., ModelConfig]
+) -> None:
+    moe, dense = model_config(size), model_config(f"dense_{size}")
+    assert dense.moe is None
+    assert training_flops_per_token(dense, 256, 4096) == pytest.approx(
+        training_flops_per_token(moe, 256, 4096), rel=0.01
+    )
+
+
+def test_a_twins_width_follows_the_moe_settings_it_is_the_twin_of(model_config: Callable[..., ModelConfig]) -> None:
+    narrow, wide = model_config("dense_nano", "moe.top_k=2"), model_config("dense_nano", "moe.top_k=8")
+    assert wide.intermediate_size > narrow.intermediate_size
+    moe = model_config("nano", "moe.top_k=8")
+    flops = [sum(forward_flops(m, 256, 4096).values()) for m in (wide, moe)]
+    assert flops[0] == pytest.approx(flops[1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "active", "total"),
+    [("nano", 1e6, 2e6), ("tiny", 6e6, 27e6), ("small", 25e6, 125e6), ("base", 105e6, 0.8e9)],
+)
+def test_the_sizes_have_about_the_parameters_they_say(
+    size: str, active: float, total: float, model_config: Callable[..., ModelConfig]
+) -> None:
+    counts = parameter_counts(model_config(size), 4096)
+    assert counts.active == pytest.approx(active, rel=0.25)
+    assert counts.total == pytest.approx(total, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["+model.moe.nexperts=8"], "unknown key model.moe.nexperts: did you mean num_experts?"),
+        (["+speed=8"], "unknown key speed"),
+        (["optimizer.lr=abc"], 'optimizer.lr="abc": input should be a valid number'),
+        (["optimizer.lr=-1"], "optimizer.lr=-1: input should be greater than 0"),
+        (["seed=1.5"], "seed=1.5: input should be a valid integer"),
+        (["deterministic=3"], "deterministic=3: input should be a valid boolean"),
+        (["precision.compute_dtype=float8"], "precision.compute_dtype"),
+        (["model.moe.top_k=99"], "top_k=99 is more than num_experts=16: lower top_k or raise num_experts"),
+        (["model.moe.first_k_dense_replace=4"], "leaves no MoE layer"),
+        (["model.attention.qk_rope_head_dim=7"], "qk_rope_head_dim=7 must be even"),
+        (
+            ["model/attention=gqa_4x32", "model.attention.num_key_value_heads=3"],
+            "num_key_value_heads=3 does not divide",
+        ),
+        (["schedule.warmup_fraction=0.9"], "overlap"),
+        (["model.moe=null", "model.dense_twin_of_moe=true"], "needs moe settings"),
+        (["data.vocab_size=100"], "vocab_size=100 is too small"),
+        (["stop.tokens=0"], "stop.tokens=0: input should be greater than 0"),
+        (["optimizer.lr=.nan"], "optimizer.lr"),
+        (["model.hidden_size=???"], "model.hidden_size"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_a_mistake_is_one_line_with_the_key_and_the_reason(
+    overrides: list[str], says: str, compose_run: Compose
+) -> None:
+    with pytest.raises(UserError) as error:
+        compose_run(*overrides)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("attention", choices("model/attention"))
+def test_any_model_takes_any_attention_of_the_group(attention: str, compose_run: Compose) -> None:
+    assert compose_run("model=tiny", f"model/attention={attention}").model.attention.kind == attention.split("_")[0]
+
+
+def test_whole_numbers_may_be_written_as_powers_of_ten(compose_run: Compose) -> None:
+    assert compose_run("stop.tokens=1e6").stop.tokens == 1_000_000
+
+
+def test_the_hash_names_what_decides_the_losses_and_nothing_else(compose_run: Compose) -> None:
+    base = compose_run().config_hash()
+    same = ["name=other", "run_dir=/elsewhere", "tracking=none", "checkpoint.every_steps=7", "data.cache_dir=/x"]
+    different = ["seed=1", "model.moe.top_k=2", "optimizer.lr=1e-2", "data.sequence_length=128", "stop.steps=5"]
+    assert {compose_run(o).config_hash() for o in same} == {base}
+    assert len({base, *(compose_run(o).config_hash() for o in different)}) == 1 + len(different)

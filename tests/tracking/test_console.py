@@ -1,0 +1,137 @@
+"""What is shown on a terminal and in a log file, and that nothing unknown is left out or made up."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moe_train.tracking.console import TrainingProgress, closing_table, print_notes
+
+
+def console(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=160)
+
+
+def text(console: Console) -> str:
+    return console.file.getvalue()
+
+
+SUMMARY = {
+    "status": "finished",
+    "steps": 366,
+    "tokens": 1_500_000,
+    "final_train_loss": 3.21,
+    "val_loss": 3.3456,
+    "val_bits_per_byte": 1.2345,
+    "tokens_per_second": 12345.6,
+    "model_flops_utilization": 0.4321,
+    "peak_source": "vendor data sheet, dense",
+    "train_seconds": 723.4,
+    "wall_seconds": 3661.0,
+    "usd_train": 0.0123456,
+    "usd_total": 1234.5,
+    "usd_per_million_tokens": 0.00823,
+    "usd_per_million_tokens_all_in": 0.5,
+    "price_usd_per_hour": 2.69,
+    "price_source": "RunPod",
+    "num_devices": 8,
+    "energy_kwh": 0.25,
+}
+
+
+def rendered(summary: dict, wandb_location: str | None = None) -> dict[str, str]:
+    """The closing table's rows by name, read from what is printed."""
+    out = console()
+    out.print(closing_table(summary, Path("outputs/run"), wandb_location))
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text(out).splitlines() if "│" in line]
+    return {cell[0]: cell[1] for cell in cells}
+
+
+def test_the_closing_table_shows_results_and_both_costs_with_the_price_they_follow_from():
+    assert rendered(SUMMARY) == {
+        "train loss": "3.2100",
+        "validation loss": "3.3456",
+        "bits per byte": "1.2345",
+        "tokens": "1,500,000",
+        "tokens/s": "12,346",
+        "model FLOPs utilisation": "43.2% of the peak (vendor data sheet, dense)",
+        "time": "0:12:03 training, 1:01:01 in all",
+        "cost": "$0.0123 training, $1,234.50 in all (8 × $2.69 an hour, RunPod)",
+        "cost per million tokens": "$0.00823 training, $0.5 all-in",
+        "energy": "0.25 kWh",
+        "run folder": "outputs/run",
+        "wandb": "off",
+    }
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "final_train_loss",
+        "val_loss",
+        "val_bits_per_byte",
+        "tokens_per_second",
+        "model_flops_utilization",
+        "usd_per_million_tokens",
+        "usd_per_million_tokens_all_in",
+        "energy_kwh",
+    ],
+)
+def test_an_unknown_figure_is_said_to_be_not_known(key):
+    assert "not known" not in " ".join(rendered(SUMMARY).values())
+    assert "not known" in " ".join(rendered({**SUMMARY, key: None}).values())
+
+
+def test_without_a_price_both_costs_are_not_known_and_the_remedy_is_given():
+    costs = dict.fromkeys([key for key in SUMMARY if key.startswith(("usd", "price"))])
+    shown = rendered({**SUMMARY, **costs})
+    assert shown["cost"] == shown["cost per million tokens"] == "not known: give hardware.price_usd_per_hour=…"
+
+
+def test_an_offline_wandb_run_comes_with_the_commands_to_see_and_to_send_it():
+    shown = rendered(SUMMARY, "/runs/a b/wandb/offline-run-1")
+    assert shown["view"] == "wandb leet '/runs/a b/wandb/offline-run-1'"
+    assert shown["upload"] == "wandb sync '/runs/a b/wandb/offline-run-1'"
+    assert rendered(SUMMARY, "https://wandb.invalid/r/1")["wandb"] == "https://wandb.invalid/r/1"
+
+
+def test_off_a_terminal_progress_is_a_line_every_five_seconds_and_the_last_step():
+    out, now = console(), [0.0]
+    with TrainingProgress(out, clock=lambda: now[0]) as progress:
+        for step in range(1, 21):
+            now[0] = 1.0 * step
+            progress.update(step / 20, step=step, loss=4 - step / 10, tokens_per_second=1234.0, usd=0.001 * step)
+        progress.message("checkpoint [20] written")
+    lines = text(out).splitlines()
+    assert [line.split()[2] for line in lines[:-1]] == ["1", "6", "11", "16", "20"]
+    assert lines[2] == " 55%  step 11  loss 2.9000  1,234 tokens/s  $0.011  0:00:09 left"
+    assert lines[-1] == "checkpoint [20] written"
+
+
+def test_time_left_counts_from_where_a_resumed_run_started():
+    out, now = console(), [100.0]
+    with TrainingProgress(out, clock=lambda: now[0]) as progress:
+        progress.update(0.8, step=80, loss=1.0, tokens_per_second=1.0, usd=None)
+        now[0] = 110.0
+        progress.update(0.9, step=90, loss=None, tokens_per_second=None, usd=None)
+    assert text(out).splitlines() == [
+        " 80%  step 80  loss 1.0000  1 tokens/s  cost not known",
+        " 90%  step 90  loss not known  tokens/s not known  cost not known  0:00:10 left",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar_with_the_same_figures():
+    out = console(terminal=True)
+    with TrainingProgress(out) as progress:
+        progress.update(0.5, step=50, loss=2.5, tokens_per_second=1234.0, usd=0.01)
+        progress.message("a message above the bar")
+    assert "50%" in text(out)
+    assert "step 50  loss 2.5000  1,234 tokens/s  $0.01" in text(out)
+    assert "a message above the bar" in text(out)
+
+
+def test_notes_are_a_line_each_however_long():
+    out = console()
+    print_notes(["short", "long " * 60], out)
+    assert text(out).splitlines() == ["note: short", f"note: {'long ' * 60}"]

@@ -1,0 +1,28 @@
+"""`accelerate launch train.py [group=choice] [key=value]`: one training run; `-m` makes it a grid of runs.
+
+Parses the command line with hydra and hands the checked configuration over. torch is imported only then, so that a
+misspelt key costs a second and not five.
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from moe_train import hydra_launcher
+from moe_train.cli import hydra_main, wants_traceback
+from moe_train.compose import CONFIGS, to_run_config
+from moe_train.errors import reported
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+def main(composed: DictConfig) -> None:
+    # Inside hydra, which would add lines of its own to an error that reaches it.
+    with reported(wants_traceback()):
+        config = to_run_config(composed)
+        from moe_train.training.run import train
+
+        train(config)
+
+
+if __name__ == "__main__":
+    hydra_launcher.register()
+    hydra_main(main)
