@@ -4,10 +4,12 @@ Parses the command line with hydra and hands the checked configuration over. tor
 misspelt key costs a second and not five.
 """
 
+import os
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
-from moe_train import hydra_launcher
 from moe_train.cli import hydra_main, wants_traceback
 from moe_train.compose import CONFIGS, to_run_config
 from moe_train.errors import reported
@@ -24,5 +26,8 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    hydra_launcher.register()
     hydra_main(main)
+    # All is written and closed. Python would take another second to dismantle torch, which the bill would not show.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -364,11 +364,12 @@ class RunConfig:
     seed: Count
     batch_size: Positive  # sequences an optimizer step, over all devices
     micro_batch_size: Positive | None  # sequences a device takes at once; None: all of its share
+    num_threads: Positive | None  # CPU cores of a process; None: those there are, shared out
     z_loss_weight: NonNegative
     deterministic: bool
     traceback: bool
 
-    _NOT_IDENTITY = ("name", "run_dir", "resume", "tracking", "checkpoint", "hardware", "traceback")
+    _NOT_IDENTITY = ("name", "run_dir", "resume", "tracking", "checkpoint", "hardware", "num_threads", "traceback")
 
     def identity(self) -> dict[str, Any]:
         """The settings that can change a run's losses: all but where it is, what it is called and what is reported."""

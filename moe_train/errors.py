@@ -31,7 +31,7 @@ def one_line(text: object) -> str:
 
 def describe_known_failure(error: BaseException) -> str | None:
     """One line for failures of the machine rather than of our code, or None if this is not one."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = f" while writing {error.filename}" if error.filename else ""
         return f"the disk is full{where}: free some space, then go on with resume=auto"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
@@ -39,13 +39,12 @@ def describe_known_failure(error: BaseException) -> str | None:
     name = type(error).__name__
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory: lower micro_batch_size or data.sequence_length, or choose a smaller model"
-    # torch reports a full disk and a failed CPU allocation as plain RuntimeErrors.
-    if isinstance(error, RuntimeError):
-        text = str(error)
-        if "No space left on device" in text or "PytorchStreamWriter failed" in text:
-            return "the disk is full while writing a checkpoint: free some space, then go on with resume=auto"
-        if "DefaultCPUAllocator" in text:
-            return "out of memory: lower micro_batch_size or data.sequence_length, or choose a smaller model"
+    # torch and safetensors report a full disk, torch a failed CPU allocation too, as errors of their own.
+    text = str(error)
+    if any(sign in text for sign in ("os error 28", "os error 27", "No space left", "PytorchStreamWriter failed")):
+        return "the disk is full while writing a checkpoint: free some space, then go on with resume=auto"
+    if "DefaultCPUAllocator" in text:
+        return "out of memory: lower micro_batch_size or data.sequence_length, or choose a smaller model"
     return None
 
 

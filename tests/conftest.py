@@ -14,12 +14,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moe_train import hydra_launcher
 from moe_train.compose import CONFIGS, to_run_config, validated
 from moe_train.config import ModelConfig, RunConfig
 from moe_train.model.transformer import Transformer
-
-hydra_launcher.register()
 
 SMALL = [
     "model.hidden_size=32",

@@ -119,16 +119,17 @@ class Meter:
         """Of all attempts."""
         return self._earlier_wall_seconds + self.attempt_wall_seconds
 
-    def _usd(self, seconds: float) -> float | None:
+    def usd(self, seconds: float) -> float | None:
+        """What all devices of the run cost for as long."""
         return None if self._price is None else self._price * self._num_devices * seconds / 3600
 
     @property
     def usd_train(self) -> float | None:
-        return self._usd(self.train_seconds)
+        return self.usd(self.train_seconds)
 
     @property
     def usd_total(self) -> float | None:
-        return self._usd(self.wall_seconds)
+        return self.usd(self.wall_seconds)
 
     @property
     def usd_per_million_tokens(self) -> float | None:

@@ -149,15 +149,16 @@ def _write(config: AnyDataConfig, path: Path, progress: bool) -> None:
 
 
 def _write_files(config: AnyDataConfig, folder: Path, progress: bool) -> None:
+    console = Console(stderr=True)
+    console.quiet = not (progress and console.is_terminal)  # a disabled Progress still prints an empty line
     columns = ("{task.description}", "{task.fields[documents]:,} documents")
     with Progress(
         SpinnerColumn(),
         *map(TextColumn, columns),
         DownloadColumn(),
         TransferSpeedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=not progress,
     ) as bar:
         tokenizer = _tokenizer(config, bar)
         tokenizer.save(folder)

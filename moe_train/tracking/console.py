@@ -41,13 +41,15 @@ class TrainingProgress:
         self._last_line = -float("inf")
 
     def __enter__(self) -> TrainingProgress:
-        self._bar.start()
+        if not self._bar.disable:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # it would print an empty line
+            self._bar.stop()
 
     def update(
         self, fraction: float, *, step: int, loss: float | None, tokens_per_second: float | None, usd: float | None
@@ -84,8 +86,8 @@ def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
         console.print(Text(f"note: {note}"), soft_wrap=True)
 
 
-def closing_table(summary: dict[str, Any], run_folder: Path, wandb_location: str | None) -> Table:
-    """The figures of `summary` (the keys of summary.json, and `peak_source`) and where the rest of them lies."""
+def closing_table(summary: dict[str, Any]) -> Table:
+    """The figures of `summary`, the content of summary.json."""
     table = Table(
         title=f"{summary['status']} after {summary['steps']:,} steps", show_header=False, title_justify="left"
     )
@@ -121,15 +123,18 @@ def closing_table(summary: dict[str, Any], run_folder: Path, wandb_location: str
             f"{_known_usd(summary['usd_per_million_tokens_all_in'])} all-in",
         )
     row("energy", _known(summary["energy_kwh"], "{:.4g} kWh", "not known: no energy counter could be read"))
-    row("run folder", str(run_folder))
-    if wandb_location is None:
-        row("wandb", "off")
-    elif wandb_location.startswith(("http://", "https://")):
-        row("wandb", wandb_location)
-    else:
-        row("view", f"wandb leet {shlex.quote(wandb_location)}")
-        row("upload", f"wandb sync {shlex.quote(wandb_location)}")
     return table
+
+
+def where_to_look(run_folder: Path, wandb_location: str | None) -> list[str]:
+    """Where the run lies and the commands that show it: lines of their own, which can be copied whole."""
+    lines = [f"run folder  {run_folder}"]
+    if wandb_location is None:
+        return lines
+    if wandb_location.startswith(("http://", "https://")):
+        return [*lines, f"wandb       {wandb_location}"]
+    quoted = shlex.quote(wandb_location)
+    return [*lines, f"view        wandb leet {quoted}", f"upload      wandb sync {quoted}"]
 
 
 def _known(value: float | None, form: str, otherwise: str = "not known") -> str:
@@ -148,4 +153,4 @@ def _usd(value: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

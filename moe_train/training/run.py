@@ -30,7 +30,7 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.balancing import load_statistics
 from moe_train.model.transformer import Transformer
-from moe_train.tracking.console import TrainingProgress, closing_table, print_notes
+from moe_train.tracking.console import TrainingProgress, print_notes
 from moe_train.tracking.tracker import Tracker
 from moe_train.training import summary as summaries
 from moe_train.training.checkpoints import load_optimizers, load_weights, save_checkpoint
@@ -51,9 +51,8 @@ def train(config: RunConfig) -> None:
     try:
         folder = _open_folder(config, runtime)
         if folder is not None and folder.finished_summary is not None:
-            summaries.show(
-                f"already finished: {folder.path}", closing_table(folder.finished_summary, folder.path, None)
-            )
+            print_notes(["this run is finished already: nothing is done"])
+            summaries.show(folder.finished_summary, folder.path, None)
         already_done = runtime.from_main(folder is not None and folder.finished_summary is not None)
         if not already_done:
             try:
@@ -376,7 +375,7 @@ class Run:
         summaries.write(self.path, summary)
         self.ledger.heartbeat(self.meter.attempt_wall_seconds, self.meter.attempt_train_seconds, force=True)
         self.ledger.finish(status)
-        summaries.show(None, closing_table(summary, self.path, location))
+        summaries.show(summary, self.path, location)
 
 
 def vocabulary(config: RunConfig, data: PreparedData) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -72,12 +73,14 @@ def start_runtime(config: RunConfig) -> Runtime:
     if not on_gpu:
         _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
-    num_threads = _set_threads()
+    num_threads = _set_threads(config.num_threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device_name = torch.cuda.get_device_name() if on_gpu else _cpu_name()
     dtype, note = _choose_dtype(config, on_gpu, device_name)
+    # torch 2.13 renamed the option, torch 2.11 knows the old name only.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision="bf16" if dtype is torch.bfloat16 else "no",
@@ -87,7 +90,7 @@ def start_runtime(config: RunConfig) -> Runtime:
     if accelerator.num_processes != expected:
         raise UserError(
             f"{expected} processes were asked for and accelerate runs {accelerator.num_processes}: "
-            "start them with torchrun --nproc-per-node N train.py"
+            "start them with torchrun --standalone --nproc-per-node N train.py"
         )
     share = config.batch_size // expected
     if config.batch_size % expected:
@@ -113,19 +116,19 @@ def _refuse_lost_processes(expected: int) -> None:
     if expected == 1 and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
         raise UserError(
             "several processes were asked for and accelerate started one (its --cpu launcher does): "
-            "use torchrun --nproc-per-node N train.py"
+            "use torchrun --standalone --nproc-per-node N train.py"
         )
 
 
-def _set_threads() -> int:
-    """All cores shared among the processes of this machine, unless OMP_NUM_THREADS says otherwise.
+def _set_threads(asked: int | None) -> int:
+    """As many as asked for; else OMP_NUM_THREADS; else all cores, shared among the processes of this machine.
 
-    accelerate sets it to 1 when nobody has; a 1 is therefore not taken for a wish.
+    accelerate and torchrun set OMP_NUM_THREADS to 1 when nobody has; a 1 is therefore not taken for a wish.
     """
     wished = int(os.environ.get("OMP_NUM_THREADS", "1") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = wished if wished > 1 else max(1, cores // local_processes)
+    threads = asked or (wished if wished > 1 else max(1, cores // local_processes))
     torch.set_num_threads(threads)
     return threads
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from moe_train.cost.flops import parameter_counts
 from moe_train.errors import UserError
+from moe_train.tracking.console import closing_table, where_to_look
 from moe_train.training.run_folder import SUMMARY
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def peak_memory_bytes(runtime: Runtime) -> int:
 def build(run: Run, status: str, stopped_by: str | None, joules: float | None, peak_memory: int) -> dict[str, Any]:
     """The figures of a run as they stand."""
     meter, evaluation = run.meter, run.evaluation
+    wall_seconds = meter.wall_seconds  # read once, so that the dollars follow from it exactly
+    usd_total = meter.usd(wall_seconds)
     counts = parameter_counts(run.model_config, run.model.vocab_size)
     return {
         "status": status,
@@ -66,7 +68,7 @@ def build(run: Run, status: str, stopped_by: str | None, joules: float | None, p
         "active_params": counts.active,
         "flops_per_token": run.flops_per_token,
         "train_seconds": meter.train_seconds,
-        "wall_seconds": meter.wall_seconds,
+        "wall_seconds": wall_seconds,
         "lost_seconds": run.lost_seconds,
         "tokens_per_second": meter.tokens_per_second,
         "model_flops_utilization": meter.model_flops_utilization,
@@ -78,9 +80,11 @@ def build(run: Run, status: str, stopped_by: str | None, joules: float | None, p
         "val_tokens": evaluation.tokens if evaluation else None,
         "unigram_bits_per_byte": run.data.meta["val_unigram_bits_per_byte"],
         "usd_train": meter.usd_train,
-        "usd_total": meter.usd_total,
+        "usd_total": usd_total,
         "usd_per_million_tokens": meter.usd_per_million_tokens,
-        "usd_per_million_tokens_all_in": meter.usd_per_million_tokens_all_in,
+        "usd_per_million_tokens_all_in": usd_total / meter.tokens * 1e6
+        if usd_total is not None and meter.tokens
+        else None,
         "price_usd_per_hour": run.price,
         "price_source": run.hardware.price_source,
         "price_date": run.hardware.price_date,
@@ -105,9 +109,9 @@ def write(run_folder: Path, summary: dict[str, Any]) -> None:
     temporary.replace(run_folder / SUMMARY)
 
 
-def show(line: str | None, table: Table) -> None:
-    """The closing table on stdout."""
+def show(summary: dict[str, Any], run_folder: Path, wandb_location: str | None) -> None:
+    """The closing table and where to look further, on stdout."""
     console = Console()
-    if line:
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(table)
+    console.print(closing_table(summary))
+    for line in where_to_look(run_folder, wandb_location):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_train.tracking.console import TrainingProgress, closing_table, print_notes
+from moe_train.tracking.console import TrainingProgress, closing_table, print_notes, where_to_look
 
 
 def console(terminal: bool = False) -> Console:
@@ -40,10 +40,10 @@ SUMMARY = {
 }
 
 
-def rendered(summary: dict, wandb_location: str | None = None) -> dict[str, str]:
+def rendered(summary: dict) -> dict[str, str]:
     """The closing table's rows by name, read from what is printed."""
     out = console()
-    out.print(closing_table(summary, Path("outputs/run"), wandb_location))
+    out.print(closing_table(summary))
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text(out).splitlines() if "│" in line]
     return {cell[0]: cell[1] for cell in cells}
 
@@ -60,8 +60,6 @@ def test_the_closing_table_shows_results_and_both_costs_with_the_price_they_foll
         "cost": "$0.0123 training, $1,234.50 in all (8 × $2.69 an hour, RunPod)",
         "cost per million tokens": "$0.00823 training, $0.5 all-in",
         "energy": "0.25 kWh",
-        "run folder": "outputs/run",
-        "wandb": "off",
     }
 
 
@@ -90,10 +88,13 @@ def test_without_a_price_both_costs_are_not_known_and_the_remedy_is_given():
 
 
 def test_an_offline_wandb_run_comes_with_the_commands_to_see_and_to_send_it():
-    shown = rendered(SUMMARY, "/runs/a b/wandb/offline-run-1")
-    assert shown["view"] == "wandb leet '/runs/a b/wandb/offline-run-1'"
-    assert shown["upload"] == "wandb sync '/runs/a b/wandb/offline-run-1'"
-    assert rendered(SUMMARY, "https://wandb.invalid/r/1")["wandb"] == "https://wandb.invalid/r/1"
+    assert where_to_look(Path("/runs/a b"), "/runs/a b/wandb/offline-run-1") == [
+        "run folder  /runs/a b",
+        "view        wandb leet '/runs/a b/wandb/offline-run-1'",
+        "upload      wandb sync '/runs/a b/wandb/offline-run-1'",
+    ]
+    assert where_to_look(Path("/r"), "https://wandb.invalid/r/1")[1] == "wandb       https://wandb.invalid/r/1"
+    assert where_to_look(Path("/r"), None) == ["run folder  /r"]
 
 
 def test_off_a_terminal_progress_is_a_line_every_five_seconds_and_the_last_step():
@@ -105,7 +106,7 @@ def test_off_a_terminal_progress_is_a_line_every_five_seconds_and_the_last_step(
         progress.message("checkpoint [20] written")
     lines = text(out).splitlines()
     assert [line.split()[2] for line in lines[:-1]] == ["1", "6", "11", "16", "20"]
-    assert lines[2] == " 55%  step 11  loss 2.9000  1,234 tokens/s  $0.011  0:00:09 left"
+    assert lines[2] == " 55%  step 11  loss 2.9000  1,234 tokens/s  $0.011  9.0 s left"
     assert lines[-1] == "checkpoint [20] written"
 
 
@@ -117,7 +118,7 @@ def test_time_left_counts_from_where_a_resumed_run_started():
         progress.update(0.9, step=90, loss=None, tokens_per_second=None, usd=None)
     assert text(out).splitlines() == [
         " 80%  step 80  loss 1.0000  1 tokens/s  cost not known",
-        " 90%  step 90  loss not known  tokens/s not known  cost not known  0:00:10 left",
+        " 90%  step 90  loss not known  tokens/s not known  cost not known  10.0 s left",
     ]
 
 

@@ -1,17 +1,16 @@
 """What `python train.py -m key=a,b` does with its grid: one launched job each, one after another.
 
-Registered with hydra as `hydra/launcher=accelerate`. A job that fails does not end the rest; a table at the end says
-which did, and the command then exits with status 1.
+hydra finds this module by the name of its package and knows it as `hydra/launcher=accelerate`. A job that fails does
+not end the rest; a list at the end says which did, and the command then exits with status 1.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -26,8 +25,6 @@ class AccelerateLauncher(Launcher):
         """hydra's hook before a sweep; nothing to prepare."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        import os
-
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
                 "-m starts its own jobs: run it with python train.py -m, not under torchrun or accelerate launch"
@@ -51,8 +48,9 @@ class AccelerateLauncher(Launcher):
         return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=None) for o in job_overrides]
 
 
-def register() -> None:
-    """Make `hydra/launcher=accelerate` known; call before hydra.main runs."""
-    Plugins.instance().register(AccelerateLauncher)
-    node: dict[str, Any] = {"_target_": f"{__name__}.AccelerateLauncher"}
-    ConfigStore.instance().store(group="hydra/launcher", name="accelerate", node=node, provider="moe_train")
+ConfigStore.instance().store(
+    group="hydra/launcher",
+    name="accelerate",
+    node={"_target_": f"{__name__}.AccelerateLauncher"},
+    provider="moe_train",
+)

@@ -1,0 +1,87 @@
+"""Mistakes of the user at the real command line: one line, the right exit status, nothing written over."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Commands
+
+
+def one_line(commands: Commands, *command: str, status: int = 1) -> str:
+    result = commands.run(*command, check=False)
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert result.returncode == status, result.stderr
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("error: ")
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "says", "status"),
+    [
+        ("model.moe.nexperts=8", "unknown key model.moe.nexperts: did you mean model.moe.num_experts?", 1),
+        ("optimizer.lr=abc", 'optimizer.lr="abc"', 1),
+        ("model=giant", "there is no model=giant: choose one of", 1),
+        ("modell=nano", "unknown key modell", 1),
+        ("experiment=missing", "there is no experiment=missing", 1),
+        ("model.moe.top_k", "cannot read the command line", 2),
+        ("model.moe=[", "cannot read the command line", 2),
+        ("batch_size=6 micro_batch_size=4", "micro_batch_size=4 does not divide", 1),
+        ("data.files=[missing/*.txt]", "missing/*.txt", 1),
+        ("data.sequence_length=10000000", "data.sequence_length=10000000 is more than the training text holds", 1),
+        ("data.files=[empty.txt]", "has no text", 1),
+        ("data=hub_nothing", "there is no data=hub_nothing", 1),
+        ("resume=nowhere", "resume=", 1),
+        ("run_dir=taken", "is not empty", 1),
+        ("tracking.wandb=online", "API key", 1),
+        ("stop.usd=1 hardware.price_usd_per_hour=0", "stop.usd", 1),
+        ("model.vocab_size=64", "model.vocab_size=64 is less than the tokenizer's", 1),
+    ],
+)
+def test_a_mistake_ends_in_one_line(override: str, says: str, status: int, commands: Commands) -> None:
+    (commands.folder / "empty.txt").write_text("")
+    (commands.folder / "taken").mkdir()
+    (commands.folder / "taken/thesis.txt").write_text("mine")
+    assert says in one_line(commands, *commands.train_command(*override.split(" ")), status=status)
+    assert sorted(p.name for p in (commands.folder / "taken").iterdir() if p.name != ".lock") == ["thesis.txt"]
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(commands: Commands) -> None:
+    one_line(commands, *commands.train_command("run_dir=run", "data.sequence_length=10000000"))
+    assert not (commands.folder / "run").exists()
+
+
+def test_an_unreachable_hub_is_said_with_the_offline_alternatives(commands: Commands) -> None:
+    line = one_line(commands, sys.executable, str(ROOT / "train.py"), "data=tinystories", "tracking=none")
+    assert "data=local_python" in line
+
+
+def test_debug_shows_the_traceback(commands: Commands) -> None:
+    result = commands.train("debug=traceback", "data.sequence_length=10000000", check=False)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the always-full device of Linux")
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(commands: Commands) -> None:
+    commands.train("run_dir=run", "stop.steps=2")
+    # A file-size limit of the process stands in for a disk that fills up while a checkpoint is written.
+    limit = (commands.folder / "run/checkpoints/step_2/model.safetensors").stat().st_size // 1024 - 8
+    script = f'trap "" XFSZ; ulimit -f {limit}; exec "$@"'
+    command = commands.train_command("run_dir=run", "stop.steps=4", "resume=auto")
+    result = commands.run("bash", "-c", script, "bash", *command, check=False)
+    assert result.returncode == 1, result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in result.stderr
+    assert [p.name for p in (commands.folder / "run/checkpoints").iterdir()] == ["step_2"]
+    commands.train("run_dir=run", "stop.steps=4", "resume=auto")
+
+
+def test_scripts_name_a_wrong_argument_and_a_missing_run(commands: Commands) -> None:
+    script = [sys.executable, str(ROOT / "scripts/generate.py")]
+    assert "did you mean run=?" in one_line(commands, *script, "rum=x", status=2)
+    assert "run= is missing" in one_line(commands, *script, "prompt=x", status=2)
+    assert "max_new_tokens=many" in one_line(commands, *script, "run=x", "max_new_tokens=many", status=2)
+    assert "there is no such folder" in one_line(commands, *script, "run=x")

@@ -1,0 +1,129 @@
+"""Killed and resumed runs against uninterrupted ones, to the last bit; several processes against one."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Commands
+from safetensors.torch import load_file
+
+EXACT = [
+    "deterministic=true",
+    "model.dropout=0.2",
+    "stop.steps=30",
+    "checkpoint.every_steps=4",
+    "eval.every_tokens=1280",
+    "resume=auto",
+]
+TIMES = ("seconds", "usd", "throughput", "memory")
+
+
+def figures(commands: Commands, run: str) -> list[dict[str, object]]:
+    """The logged rows without what depends on the clock."""
+    return [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in commands.metrics(run)]
+
+
+def same_parameters(a: Path, b: Path) -> bool:
+    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_killed_again_and_again_ends_bit_identical_to_one_never_interrupted(
+    optimizer: str, commands: Commands
+) -> None:
+    settings = [*EXACT, f"optimizer={optimizer}"]
+    commands.train("run_dir=whole", *settings)
+    dice = random.Random(optimizer)
+    kills = 0
+    for _ in range(3):
+        process = commands.start(commands.train_command("run_dir=cut", *settings))
+        metrics = commands.folder / "cut/metrics.jsonl"
+        already = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        target = already + dice.randint(2, 9)
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < target):
+            time.sleep(0.005)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert kills >= 2
+    commands.train("run_dir=cut", *settings)
+
+    assert figures(commands, "cut") == figures(commands, "whole")
+    assert same_parameters(commands.folder / "cut/checkpoints/step_30", commands.folder / "whole/checkpoints/step_30")
+    attempts = json.loads((commands.folder / "cut/ledger.json").read_text())["attempts"]
+    assert [a["status"] for a in attempts] == ["killed"] * kills + ["finished"]
+    summary = commands.summary("cut")
+    assert summary["wall_seconds"] >= sum(a["wall_seconds"] for a in attempts[:-1])
+    assert summary["tokens"] == commands.summary("whole")["tokens"]
+    costs = [row["cost/usd_total"] for row in commands.metrics("cut")]
+    assert costs == sorted(costs)
+
+
+def test_ctrl_c_saves_the_step_in_progress_and_the_run_goes_on_from_it(commands: Commands) -> None:
+    command = commands.train_command("run_dir=run", "stop.steps=100000", "checkpoint.every_steps=null")
+    process = commands.start(command)
+    metrics = commands.folder / "run/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "which is saved: go on with resume=auto" in errors
+    assert "Traceback" not in errors
+    steps = commands.summary("run")["steps"]
+    assert commands.summary("run")["status"] == "interrupted"
+    commands.train("run_dir=run", f"stop.steps={steps + 3}", "resume=auto", "checkpoint.every_steps=null")
+    assert [row["step"] for row in commands.metrics("run")] == list(range(1, steps + 4))
+
+
+def test_two_processes_follow_one_to_rounding(commands: Commands) -> None:
+    settings = ["model.moe.sequence_loss_weight=0.01", "z_loss_weight=1e-4", "stop.steps=10"]
+    commands.train("run_dir=one", *settings)
+    script = [str(ROOT / "train.py"), *commands.tiny]
+    commands.run("torchrun", "--standalone", "--nproc-per-node", "2", *script, *settings, "run_dir=two")
+    accelerated = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    accelerated += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    commands.environment["ACCELERATE_USE_CPU"] = "1"
+    commands.run(*accelerated, *script, *settings, "run_dir=three")
+
+    one = commands.metrics("one")
+    for other in ("two", "three"):
+        summary = commands.summary(other)
+        assert summary["num_devices"] == 2
+        assert summary["tokens"] == commands.summary("one")["tokens"]
+        assert summary["val_loss"] == pytest.approx(commands.summary("one")["val_loss"], rel=1e-5)
+        for a, b in zip(one, commands.metrics(other), strict=True):
+            assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-5)
+            assert b["train/grad_norm"] == pytest.approx(a["train/grad_norm"], rel=1e-4)
+            assert b["moe/max_violation"] == pytest.approx(a["moe/max_violation"], abs=1e-6)
+
+
+def test_micro_batches_do_not_change_a_step(commands: Commands) -> None:
+    # 17 blocks of text in batches of 4: the padded last block falls into some micro-batches and not into others.
+    commands.train("run_dir=whole", "stop.steps=12")
+    commands.train("run_dir=parts", "stop.steps=12", "micro_batch_size=1")
+    for a, b in zip(commands.metrics("whole"), commands.metrics("parts"), strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-5)
+        assert b["train/grad_norm"] == pytest.approx(a["train/grad_norm"], rel=1e-4)
+        assert a["progress/tokens"] == b["progress/tokens"]
+
+
+def test_a_grid_is_one_launched_job_each_and_a_failing_one_does_not_end_the_rest(commands: Commands) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *commands.tiny, "stop.steps=2"]
+    commands.run(*command, "seed=0,1", "model=nano,dense_nano")
+    runs = sorted((commands.folder / "outputs").glob("*/*/summary.json"))
+    found = {(s["seed"], s["total_params"] > s["active_params"]) for s in (json.loads(r.read_text()) for r in runs)}
+    assert found == {(0, True), (0, False), (1, True), (1, False)}
+
+    result = commands.run(*command, "model.moe.top_k=99,1", check=False)
+    assert result.returncode == 1
+    assert "top_k=99 is more than num_experts=8" in result.stderr
+    assert "1 of 2 jobs failed:" in result.stderr
+    assert len(list((commands.folder / "outputs").glob("*/*/summary.json"))) == 5
