@@ -18,7 +18,17 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 def launch_job(overrides: Sequence[str]) -> int:
     """Run `train.py` with the overrides in one process on the devices there are; returns its exit status."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [
+        "--quiet",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     # accelerate would set one thread a process; the training runtime shares the cores out itself.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return subprocess.run([*command, str(TRAIN), *overrides], env=environment, check=False).returncode

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from text import write_corpus
 
 from moe_train.compose import CONFIGS, to_run_config, validated
 from moe_train.config import ModelConfig, RunConfig
@@ -84,30 +85,4 @@ def small_model(model_config: Callable[..., ModelConfig]) -> Callable[..., Trans
 @pytest.fixture(scope="session")
 def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of made-up but regular text, 400 documents, big enough for both splits."""
-    folder = tmp_path_factory.mktemp("text")
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "while",
-        "seven",
-        "wizards",
-        "brew",
-        "tea",
-    ]
-    lines = []
-    for document in range(400):
-        state = document * 7919 + 13
-        text = []
-        for _ in range(60):
-            state = (state * 1103515245 + 12345) % 2**31
-            text.append(words[state // 65536 % len(words)])
-        lines.append(" ".join(text) + ".")
-    (folder / "corpus.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("text"))

@@ -1,0 +1,45 @@
+"""Golden losses: a change that is not a change of mathematics leaves the losses of these runs as they are.
+
+`losses.json` holds the first steps of a few arms. After a change that is meant to move them, write it anew with
+`python tests/end_to_end/test_golden.py` and say in the commit why they moved. The tolerance is for other processors,
+whose sums are ordered differently; on one machine the losses are identical.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from conftest import Commands
+
+FILE = Path(__file__).with_name("losses.json")
+ARMS = {
+    "gqa_moe": [],
+    "mla_moe": ["model/attention=mla_4x32"],
+    "mla_q_compressed": ["model/attention=mla_4x32", "model.attention.q_lora_rank=24"],
+    "dense_twin": ["model.dense_twin_of_moe=true"],
+    "muon_dropout_untied": ["optimizer=muon", "model.dropout=0.1", "model.tie_word_embeddings=false"],
+    "losses_of_balance_and_z": ["model.moe.sequence_loss_weight=0.05", "z_loss_weight=1e-3"],
+}
+
+
+def losses(commands: Commands, arm: str) -> list[float]:
+    commands.train(f"run_dir={arm}", "stop.steps=12", *ARMS[arm])
+    return [row["train/loss"] for row in commands.metrics(arm)]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_losses_are_those_they_always_were(arm: str, commands: Commands) -> None:
+    assert losses(commands, arm) == pytest.approx(json.loads(FILE.read_text())[arm], rel=1e-4)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(FILE.parents[1]))
+    from text import write_corpus
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Commands(Path(folder), write_corpus(Path(folder)), Path(folder) / "cache")
+        FILE.write_text(json.dumps({arm: losses(made, arm) for arm in ARMS}, indent=1) + "\n")

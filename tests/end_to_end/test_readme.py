@@ -1,0 +1,67 @@
+"""The README's commands work as written, and its map shows the folders there are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Commands
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+
+
+def test_the_first_command_installs_and_trains_and_the_second_installs_and_tests() -> None:
+    assert COMMANDS[:2] == ["pip install -e . && accelerate launch train.py", 'pip install -e ".[dev]" && pytest']
+    assert "pip install" in (ROOT / ".ci/run").read_text()
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("pytest")
+
+
+@pytest.mark.xdist_group("readme")
+def test_every_other_command_of_the_readme_runs(commands: Commands, text_corpus: Path) -> None:
+    (commands.folder / "books").mkdir()
+    (commands.folder / "books/one.txt").write_text("\n\n".join(["some words of a book " * 400] * 200))
+    overrides = [o for o in commands.tiny if not o.startswith(("data=", "data.files=", "stop", "model", "tracking="))]
+    small = ["model.hidden_size=32", "model.num_hidden_layers=2", "model.moe.num_experts=8", "data.val_fraction=0.3"]
+    for command in COMMANDS[2:]:
+        words = shlex.split(command)
+        if "train.py" in words:
+            own = {w.split("=")[0] for w in words}
+            given = [o for o in [*overrides, *small, "data.tokenizer=bytes"] if o.split("=")[0] not in own]
+            if "data=text_files" not in words:
+                given += [o for o in commands.tiny if o.startswith(("data=", "data.files="))]
+            # Steps end it early whatever else the command stops by.
+            words = [str(ROOT / w) if w == "train.py" else w for w in words] + given + ["stop.steps=3"]
+        elif words[1].startswith("scripts/"):
+            words[1] = str(ROOT / words[1])
+            words.append("max_new_tokens=3")
+        elif words[:2] == ["wandb", "leet"]:
+            (file,) = commands.folder.glob(words[2] + "/run-*.wandb")
+            words = ["wandb", "leet", "inspect", "--json", str(file)]  # a terminal's view, read without one
+        commands.run(*words)
+
+
+def test_the_map_names_every_module_and_no_other() -> None:
+    described = README[README.index("train.py                 the entry") : README.index("To add")]
+    for folder in ("model", "data", "training", "cost", "tracking"):
+        for file in (ROOT / "moe_train" / folder).glob("[a-z]*.py"):
+            assert re.search(rf"\b{file.stem}\b", described), f"{folder}/{file.name}"
+    for name in re.findall(r"^(?:  )?([\w.]+/?)\s", described, re.M):
+        assert (ROOT / name).exists() or (ROOT / "moe_train" / name).exists(), name
+
+
+def test_the_readme_names_every_choice_of_the_small_groups() -> None:
+    for group in ("optimizer", "schedule", "precision", "tracking", "debug"):
+        for file in (ROOT / "configs" / group).glob("*.yaml"):
+            assert f"`{file.stem}`" in README, f"{group}={file.stem}"
+
+
+def test_every_configuration_file_is_valid_yaml_with_a_comment_that_says_what_it_is() -> None:
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        text = file.read_text()
+        yaml.safe_load(text)
+        assert "# " in text.split("\n\n")[0], file
