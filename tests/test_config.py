@@ -26,7 +26,7 @@ def choices(group: str) -> list[str]:
         for group in ("model", "data", "precision", "optimizer", "schedule", "hardware", "tracking")
         for choice in choices(group)
     ]
-    + [f"debug={choice}" for choice in choices("debug")],
+    + [f"{group}={choice}" for group in ("debug", "experiment") for choice in choices(group)],
 )
 def test_every_choice_of_every_group_composes_into_a_valid_run(override: str, compose_run: Compose) -> None:
     compose_run(override)
