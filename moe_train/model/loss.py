@@ -22,12 +22,11 @@ _CHUNK_ELEMENTS = 2**21  # logits alive at a time: 512 rows at 4,096 entries was
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_td: Tensor, weight_vd: Tensor, target_t: Tensor, z_loss_weight: float
+        ctx: Any, hidden_td: Tensor, weight_vd: Tensor, target_t: Tensor, z_loss_weight: float, needs_grad: bool
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden_td)
         hidden, weight = hidden_td.to(dtype), weight_vd.to(dtype)
         accumulate = torch.float32 if dtype.itemsize < 4 else dtype
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_grad else None
         nll = hidden.new_zeros((), dtype=accumulate)
@@ -55,9 +54,9 @@ class _HeadLoss(torch.autograd.Function):
         return objective, nll
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_outputs[0], grad_weight * grad_outputs[0], None, None
+        return grad_hidden * grad_outputs[0], grad_weight * grad_outputs[0], None, None, None
 
 
 def head_loss(
@@ -68,5 +67,7 @@ def head_loss(
     hidden_td: (t, d); weight_vd: (v, d), the head; target_t: int64, IGNORE where nothing is to be predicted.
     The z-loss is that of PaLM (arXiv 2204.02311, section 5).
     """
-    objective, nll = _HeadLoss.apply(hidden_td, weight_vd, target_t, z_loss_weight)  # type: ignore[no-untyped-call]
+    # Asked here: within the function gradients are always off, and its context calls for them even under no_grad.
+    needs_grad = torch.is_grad_enabled() and (hidden_td.requires_grad or weight_vd.requires_grad)
+    objective, nll = _HeadLoss.apply(hidden_td, weight_vd, target_t, z_loss_weight, needs_grad)  # type: ignore[no-untyped-call]
     return objective, nll

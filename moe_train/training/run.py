@@ -1,29 +1,23 @@
 """One training run from configuration to summary: what is set up in which order, the loop, and how it ends.
 
-    runtime → run folder → data → model → optimizers → meter → [step, log, evaluate, checkpoint]… → summary
+    runtime → run folder → data → model → optimizers → account → [step, log, evaluate, checkpoint]… → summary
 
-Everything a step does is in step.py; what it costs is the meter's; where figures go is the tracker's.
+Everything a step does is in step.py; what it costs is account.py's; where figures go is the tracker's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from moe_train.compose import CONFIGS
 from moe_train.config import RunConfig, to_dict
-from moe_train.cost.energy import EnergyMeter
 from moe_train.cost.flops import training_flops_per_token
-from moe_train.cost.hardware import detect, price_per_device
-from moe_train.cost.ledger import Ledger
-from moe_train.cost.meter import Meter, process_start_seconds_ago
-from moe_train.cost.peak import measured_matmul_tflops
 from moe_train.data.batches import Batches
 from moe_train.data.packing import PreparedData, prepare
 from moe_train.data.tokenizer import Tokenizer
@@ -33,9 +27,9 @@ from moe_train.model.transformer import Transformer
 from moe_train.tracking.console import TrainingProgress, print_notes
 from moe_train.tracking.tracker import Tracker
 from moe_train.training import summary as summaries
-from moe_train.training.checkpoints import load_optimizers, load_weights, save_checkpoint
+from moe_train.training.account import Account
+from moe_train.training.checkpoints import Checkpoint, load_optimizers, load_weights, save_checkpoint
 from moe_train.training.evaluation import Evaluation, evaluate
-from moe_train.training.limits import Limits, Spent
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
@@ -45,29 +39,27 @@ from moe_train.training.step import Stepper
 
 def train(config: RunConfig) -> None:
     """Make the run `config` describes, or go on with it, and write its folder. Raises UserError."""
-    elapsed = process_start_seconds_ago()
-    began = time.monotonic()
     runtime = start_runtime(config)
     try:
         folder = _open_folder(config, runtime)
         if folder is not None and folder.finished_summary is not None:
             print_notes(["this run is finished already: nothing is done"])
             summaries.show(folder.finished_summary, folder.path, None)
-        already_done = runtime.from_main(folder is not None and folder.finished_summary is not None)
-        if not already_done:
-            try:
-                run = Run(config, runtime, folder, elapsed + time.monotonic() - began)
-            except BaseException:
-                if folder is not None:
-                    folder.discard()
-                raise
-            try:
-                run.train()
-            except BaseException:
-                run.abandon()
-                raise
-            if run.interrupted is not None:
-                raise summaries.Interrupted(run.interrupted, run.steps_done)
+        if runtime.from_main(folder is not None and folder.finished_summary is not None):
+            return
+        try:
+            run = Run(config, runtime, folder)
+        except BaseException:
+            if folder is not None:
+                folder.discard()
+            raise
+        try:
+            run.train()
+        except BaseException:
+            run.abandon()
+            raise
+        if run.interrupted is not None:
+            raise summaries.Interrupted(run.interrupted, run.steps_done)
     finally:
         runtime.accelerator.end_training()
 
@@ -89,179 +81,140 @@ def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
 class Run:
     """A run in progress. `folder` is rank 0's; the other ranks have none and write nothing."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, elapsed: float) -> None:
-        self.config, self.runtime, self.folder = config, runtime, folder
+    def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None) -> None:
+        self.config, self.runtime = config, runtime
         self.path: Path = runtime.from_main(folder.path if folder else None)
-        checkpoint = runtime.from_main(folder.checkpoint if folder else None)
-        continues = runtime.from_main(folder.continues if folder else False)
+        checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
+        continues: bool = runtime.from_main(folder.continues if folder else False)
 
-        hardware, notes = detect(config.hardware, CONFIGS, runtime.device_type, runtime.device_name)
-        self.hardware = hardware
-        self.price = price_per_device(hardware, runtime.device_type, runtime.num_threads)
-        self.limits = Limits(config.stop, None if self.price is None else self.price * runtime.world_size / 3600)
-        self.energy = EnergyMeter(runtime.device_type, runtime.device.index or 0)
-        self.earlier_joules = 0.0
-        notes = [*runtime.notes, *notes, *([self.energy.note] if self.energy.note and hardware.match else [])]
-
-        self.data = self._prepare_data()
+        self.data = prepare(config.data, progress=runtime.is_main)
         self.batches = Batches(self.data.train, config.data.sequence_length, config.batch_size, config.seed)
         self.model_config = config.model.resolved()
         vocab_size = vocabulary(config, self.data)
-        self.flops_per_token = training_flops_per_token(self.model_config, config.data.sequence_length, vocab_size)
-        self.peak, self.peak_source = self._peak()
+        flops_per_token = training_flops_per_token(self.model_config, config.data.sequence_length, vocab_size)
+        self.account = Account(config, runtime, flops_per_token)
 
         self.model = Transformer(self.model_config, vocab_size, config.z_loss_weight)
         if checkpoint is None:
             self.model.initialise(config.seed)
         else:
-            self._check_same_text(checkpoint.state)
+            self._check_same_text(checkpoint)
             load_weights(checkpoint, self.model)
         self.model.to(runtime.device)
         self.optimizers = build_optimizers(self.model, config.optimizer)
         wrapped = runtime.accelerator.prepare(self.model)
         self.stepper = Stepper(config, runtime, self.model, wrapped, self.optimizers, self.batches)
 
-        ledger_path = self.path / "ledger.json"
-        self.ledger = Ledger(ledger_path, already_elapsed=elapsed) if runtime.is_main else None
-        self.meter = Meter(
-            price_usd_per_hour=self.price,
-            num_devices=runtime.world_size,
-            flops_per_token=self.flops_per_token,
-            peak_tflops_per_device=self.peak,
-            already_elapsed=process_start_seconds_ago(),
-            earlier_wall_seconds=self.ledger.earlier_wall_seconds if self.ledger else 0.0,
-        )
+        notes = [*runtime.notes, *self.account.notes]
         self.steps_done = 0
-        self.evaluation: Evaluation | None = None
+        self.train_loss: float | None = None
+        resumed = None
         if checkpoint is not None and continues:
             load_optimizers(checkpoint, self.optimizers)
+            resumed = checkpoint.state
             self.steps_done = checkpoint.step
-            self.meter.load_state_dict(checkpoint.state["meter"])
-            self.earlier_joules = float(checkpoint.state["joules"] or 0.0)
+            self.train_loss = resumed["train_loss"]
             notes.append(f"going on from step {self.steps_done:,} of {self.path}")
         elif checkpoint is not None:
             notes.append(f"a new run from the weights of {checkpoint.path}")
-        self.lost_seconds = self.ledger.lost_seconds(self.meter.train_seconds) if self.ledger else 0.0
+        self.account.take_up(resumed)
+
+        self.evaluation: Evaluation | None = None
         self.evaluation_seconds: float | None = None
         self.checkpoint_seconds = 0.0
-        self.final_train_loss: float | None = checkpoint.state.get("train_loss") if checkpoint and continues else None
-        self.interrupted: int | None = None
-        self.tracker = self._start_tracker() if runtime.is_main else None
+        self.interrupted: int | None = None  # the signal that ended the run
+        self.tracker: Tracker | None = None
         if runtime.is_main:
+            self.account.open_ledger(self.path, resumed)
+            self.tracker = self._start_tracker()
             (self.path / "tokenizer").mkdir(exist_ok=True)
             Tokenizer.load(self.data.path).save(self.path / "tokenizer")
             print_notes([*notes, f"run folder {self.path}"])
 
-    # ------------------------------------------------------------------------------------------------ setting up
-
-    def _prepare_data(self) -> PreparedData:
-        return prepare(self.config.data, progress=self.runtime.is_main)
-
-    def _peak(self) -> tuple[float | None, str | None]:
-        """The rate utilisation is measured against: the hardware file's; a CPU's is measured, since none is printed."""
-        dtype = "bfloat16" if self.runtime.dtype is torch.bfloat16 else "float32"
-        peak: float | None = getattr(self.hardware.peak_tflops, dtype)
-        if peak is None and self.runtime.device_type == "cpu":
-            peak = measured_matmul_tflops(self.runtime.device, self.runtime.dtype)
-            return peak, f"{peak:.3f} TFLOP/s, {dtype} matrix product measured at the start"
-        return peak, None if peak is None else f"{peak:g} TFLOP/s {dtype}, {self.hardware.peak_source}"
-
-    def _check_same_text(self, state: dict[str, Any]) -> None:
-        if state["corpus_fingerprint"] != self.data.fingerprint:
+    def _check_same_text(self, checkpoint: Checkpoint) -> None:
+        there, here = checkpoint.state["corpus_fingerprint"], self.data.fingerprint
+        if there != here:
             raise UserError(
-                "the checkpoint was trained on another text or tokenizer "
-                f"(fingerprint {state['corpus_fingerprint'][:12]}, "
-                f"here {self.data.fingerprint[:12]}): give the data.* settings it was trained with"
+                f"{checkpoint.path} was trained on another text or tokenizer (fingerprint {there[:12]}, "
+                f"here {here[:12]}): give the data.* settings it was trained with"
             )
 
     def _start_tracker(self) -> Tracker:
         has_metrics = (self.path / "metrics.jsonl").exists()
+        run_id = f"{self.config.config_hash()}-{self.path.name}"[:64]
+        last_step = self.steps_done if has_metrics else None
         return Tracker(
-            self.path,
-            self.config.tracking,
-            to_dict(self.config),
-            self.config.name,
-            f"{self.config.config_hash()}-{self.path.name}"[:64],
-            self.steps_done if has_metrics else None,
+            self.path, self.config.tracking, to_dict(self.config), self.config.name, run_id, resume_step=last_step
         )
 
     # -------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        config = self.config
-        with (
-            self._signals_end_the_run(),
-            TrainingProgress() if self.runtime.is_main else contextlib.nullcontext() as bar,
-        ):
+        """Step until a limit is reached or a signal ends it, then evaluate, save and sum up."""
+        bar = TrainingProgress() if self.runtime.is_main else None
+        with self._signals_end_the_run(), bar or contextlib.nullcontext():
             progress = self._progress()
-            step_fraction = 0.0 if self.steps_done == 0 else progress / self.steps_done
             while progress < 1 and self.interrupted is None:
-                if step_fraction == 0.0:
-                    step_fraction = self._first_step_fraction()
-                tokens_before = self.meter.tokens
-                with self.meter.training():
-                    waiting = time.monotonic()
-                    inputs, targets = self.stepper.load(self.steps_done)
-                    self.meter.data_wait(time.monotonic() - waiting)
-                    factor = lr_factor(config.schedule, progress, step_fraction)
-                    self.meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor))
-                    self.steps_done += 1
-                    logs = self.steps_done % config.tracking.log_every_steps == 0
-                    if logs and self.runtime.device_type == "cuda":
-                        torch.cuda.synchronize()
-                before, progress = progress, self._progress()
-                step_fraction = progress - before
-                ends = progress >= 1 or self.interrupted is not None
-                finishes = ends and self.interrupted is None
-                evaluates = finishes or self._crosses(config.eval.every_tokens, tokens_before)
-                if logs or evaluates or ends:
-                    metrics = self._training_metrics(factor)
-                    if evaluates:
-                        metrics |= self._evaluate()
-                    self._log(metrics)
-                    if bar is not None:
-                        bar.update(
-                            min(progress, 1.0),
-                            step=self.steps_done,
-                            loss=self.final_train_loss,
-                            tokens_per_second=metrics["throughput/tokens_per_second"],
-                            usd=self.meter.usd_total,
-                        )
-                every = config.checkpoint.every_steps
-                if ends or (every and self.steps_done % every == 0):
-                    self._save()
+                progress = self._step(progress, bar)
         self._finish()
 
-    def _spent(self) -> Spent:
-        return Spent(
-            steps=self.steps_done,
-            tokens=self.meter.tokens,
-            flops=self.meter.flops,
-            seconds=self.meter.wall_seconds,
-            usd=self.meter.usd_total,
-            reserve_seconds=self._expected_evaluation_seconds() + self.checkpoint_seconds,
-        )
+    def _step(self, progress: float, bar: TrainingProgress | None) -> float:
+        """One optimizer step and what is due after it; returns the run's progress."""
+        config, meter = self.config, self.account.meter
+        tokens_before = meter.tokens
+        with meter.training():
+            fraction = self.account.step_fraction(
+                self.steps_done, self.batches.num_targets(self.steps_done), self._reserve_seconds()
+            )
+            factor = lr_factor(config.schedule, progress, fraction)
+            began = time.monotonic()
+            inputs, targets = self.stepper.load(self.steps_done)
+            meter.data_wait(time.monotonic() - began)
+            meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor))
+            self.steps_done += 1
+            progress = self._progress()
+            ends = progress >= 1 or self.interrupted is not None
+            evaluates = (ends and self.interrupted is None) or self._crossed(config.eval.every_tokens, tokens_before)
+            logs = ends or evaluates or self.steps_done % config.tracking.log_every_steps == 0
+            every = config.checkpoint.every_steps
+            saves = ends or (every is not None and self.steps_done % every == 0)
+            if self.runtime.device_type == "cuda" and (logs or saves):
+                torch.cuda.synchronize()  # what the device still has to do belongs on the train clock
+        if logs:
+            metrics = self._training_metrics(factor)
+            if evaluates:
+                metrics |= self._evaluate()
+            if self.tracker:
+                self.tracker.log(self.steps_done, metrics)
+            self.account.heartbeat()
+            if bar is not None:
+                bar.update(
+                    min(progress, 1.0),
+                    step=self.steps_done,
+                    loss=self.train_loss,
+                    tokens_per_second=metrics["throughput/tokens_per_second"],
+                    usd=meter.usd_total,
+                )
+        if saves:
+            self._save()
+        return progress
 
     def _progress(self) -> float:
-        progress = self.limits.progress(self._spent())
-        # Clocks differ between ranks, and all must take the same step at the same rate or none.
-        return float(self.runtime.from_main(progress)) if self.limits.uses_clock else progress
+        return self.account.progress(self.steps_done, self._reserve_seconds())
 
-    def _first_step_fraction(self) -> float:
-        """How far one step takes the run, as far as counts tell before the first one; used for its warm-up."""
-        tokens = self.batches.num_targets(self.steps_done)
-        return self.limits.progress(Spent(1, tokens, tokens * self.flops_per_token, 0.0, 0.0))
-
-    def _expected_evaluation_seconds(self) -> float:
+    def _reserve_seconds(self) -> float:
+        """Wall clock that the closing evaluation and checkpoint will take, as far as can be told."""
         if self.evaluation_seconds is not None:
-            return self.evaluation_seconds
-        if not self.meter.tokens:
+            return self.evaluation_seconds + self.checkpoint_seconds
+        meter = self.account.meter
+        if not meter.tokens:
             return 0.0
         tokens = min(len(self.data.val), self.config.eval.max_tokens or len(self.data.val))
-        return tokens * self.meter.train_seconds / self.meter.tokens / 3  # a forward is a third of a step's work
+        # A forward pass is a third of a step's work.
+        return tokens * meter.train_seconds / meter.tokens / 3 + self.checkpoint_seconds
 
-    def _crosses(self, every_tokens: int | None, tokens_before: int) -> bool:
-        return every_tokens is not None and self.meter.tokens // every_tokens > tokens_before // every_tokens
+    def _crossed(self, every_tokens: int | None, tokens_before: int) -> bool:
+        return every_tokens is not None and self.account.meter.tokens // every_tokens > tokens_before // every_tokens
 
     @contextlib.contextmanager
     def _signals_end_the_run(self) -> Iterator[None]:
@@ -285,35 +238,26 @@ class Run:
     # ------------------------------------------------------------------------------------------ logging and saving
 
     def _training_metrics(self, factor: float) -> dict[str, float | None]:
-        loss, grad_norm, counts_le = self.stepper.read_totals()
-        self.final_train_loss = loss
-        if loss != loss or loss == float("inf"):
+        """Everything that is logged of the steps since the last log. Waits for the device."""
+        self.train_loss, grad_norm, counts_le = self.stepper.read_totals()
+        if not math.isfinite(self.train_loss):
             raise UserError(
-                f"the loss is {loss} at step {self.steps_done}: lower optimizer.lr or raise schedule.warmup_fraction; "
-                f"the last good checkpoint is in {self.path / 'checkpoints'}"
+                f"the loss is {self.train_loss} at step {self.steps_done}: lower optimizer.lr or raise "
+                f"schedule.warmup_fraction; the last good checkpoint is in {self.path / 'checkpoints'}"
             )
+        joules = self.account.joules()
         metrics: dict[str, float | None] = {
-            "train/loss": loss,
+            "train/loss": self.train_loss,
             "train/grad_norm": grad_norm,
             "train/lr": self.config.optimizer.lr * factor,
             "memory/peak_bytes": float(summaries.peak_memory_bytes(self.runtime)),
-        }
-        metrics |= self.meter.window()
-        joules = self._joules()
-        metrics |= {
+            "progress/seconds": self.account.meter.wall_seconds,
             "cost/energy_kwh": None if joules is None else joules / 3.6e6,
-            "progress/seconds": self.meter.wall_seconds,
         }
+        metrics |= self.account.meter.window()
         if self.model_config.moe is not None:
             metrics |= load_statistics(counts_le)
         return metrics
-
-    def _joules(self) -> float | None:
-        """Energy of all devices and of the attempts whose checkpoints were taken up; None if one cannot be read."""
-        joules = self.energy.joules()
-        known = torch.tensor([joules or 0.0, float(joules is None)], dtype=torch.float32, device=self.runtime.device)
-        total, unknown = self.runtime.summed(known).tolist()
-        return None if unknown else total + self.earlier_joules
 
     def _evaluate(self) -> dict[str, float | None]:
         began = time.monotonic()
@@ -328,53 +272,40 @@ class Run:
         self.evaluation_seconds = time.monotonic() - began
         return {"val/loss": self.evaluation.loss, "val/bits_per_byte": self.evaluation.bits_per_byte}
 
-    def _log(self, metrics: dict[str, float | None]) -> None:
-        if self.tracker:
-            self.tracker.log(self.steps_done, metrics)
-        if self.ledger:
-            self.ledger.heartbeat(self.meter.attempt_wall_seconds, self.meter.attempt_train_seconds)
-
     def _save(self) -> None:
         began = time.monotonic()
-        joules = self._joules()
+        state = {
+            "step": self.steps_done,
+            **self.account.state(),
+            "train_loss": self.train_loss,
+            "corpus_fingerprint": self.data.fingerprint,
+            "vocab_size": self.model.vocab_size,
+            "config_hash": self.config.config_hash(),
+        }
         if self.runtime.is_main:
-            state = {
-                "step": self.steps_done,
-                "meter": self.meter.state_dict(),
-                "joules": joules,
-                "train_loss": self.final_train_loss,
-                "corpus_fingerprint": self.data.fingerprint,
-                "vocab_size": self.model.vocab_size,
-                "config_hash": self.config.config_hash(),
-            }
             save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)
         self.runtime.accelerator.wait_for_everyone()
         self.checkpoint_seconds = time.monotonic() - began
 
     def abandon(self) -> None:
         """Close the books of a run that failed; its checkpoints stay."""
-        if self.tracker and self.ledger:
+        if self.tracker:
             self.tracker.finish({"status": "failed"})
-            self.ledger.heartbeat(self.meter.attempt_wall_seconds, self.meter.attempt_train_seconds, force=True)
-            self.ledger.finish("failed")
+        self.account.close("failed")
 
     def _finish(self) -> None:
         if self.interrupted is None and self.evaluation is None:
             self._evaluate()  # resumed at its very end: there was no step to evaluate after
-        joules = self._joules()
-        peak_memory = summaries.peak_memory_bytes(self.runtime)
-        if not self.runtime.is_main or self.tracker is None or self.ledger is None:
-            return
         status = "finished" if self.interrupted is None else "interrupted"
-        summary = summaries.build(self, status, self.limits.reason(self._spent()), joules, peak_memory)
+        stopped_by = self.account.limits.reason(self.account.spent(self.steps_done, self._reserve_seconds()))
+        joules = self.account.joules()
+        if self.tracker is None:
+            return
         location = self.tracker.wandb_location
-        self.tracker.finish(summary)
-        summary = summaries.build(
-            self, status, summary["stopped_by"], joules, peak_memory
-        )  # wandb's upload is paid too
+        self.tracker.finish(summaries.build(self, status, stopped_by, joules))
+        summary = summaries.build(self, status, stopped_by, joules)  # the time wandb took is paid too
         summaries.write(self.path, summary)
-        self.ledger.heartbeat(self.meter.attempt_wall_seconds, self.meter.attempt_train_seconds, force=True)
-        self.ledger.finish(status)
+        self.account.close(status)
         summaries.show(summary, self.path, location)
 
 

@@ -53,9 +53,10 @@ def peak_memory_bytes(runtime: Runtime) -> int:
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
-def build(run: Run, status: str, stopped_by: str | None, joules: float | None, peak_memory: int) -> dict[str, Any]:
+def build(run: Run, status: str, stopped_by: str | None, joules: float | None) -> dict[str, Any]:
     """The figures of a run as they stand."""
-    meter, evaluation = run.meter, run.evaluation
+    account, evaluation = run.account, run.evaluation
+    meter, hardware = account.meter, account.hardware
     wall_seconds = meter.wall_seconds  # read once, so that the dollars follow from it exactly
     usd_total = meter.usd(wall_seconds)
     counts = parameter_counts(run.model_config, run.model.vocab_size)
@@ -66,15 +67,15 @@ def build(run: Run, status: str, stopped_by: str | None, joules: float | None, p
         "tokens": meter.tokens,
         "total_params": counts.total,
         "active_params": counts.active,
-        "flops_per_token": run.flops_per_token,
+        "flops_per_token": account.flops_per_token,
         "train_seconds": meter.train_seconds,
         "wall_seconds": wall_seconds,
-        "lost_seconds": run.lost_seconds,
+        "lost_seconds": account.lost_seconds,
         "tokens_per_second": meter.tokens_per_second,
         "model_flops_utilization": meter.model_flops_utilization,
-        "peak_tflops": run.peak,
-        "peak_source": run.peak_source,
-        "final_train_loss": run.final_train_loss,
+        "peak_tflops": account.peak,
+        "peak_source": account.peak_source,
+        "final_train_loss": run.train_loss,
         "val_loss": evaluation.loss if evaluation else None,
         "val_bits_per_byte": evaluation.bits_per_byte if evaluation else None,
         "val_tokens": evaluation.tokens if evaluation else None,
@@ -85,16 +86,16 @@ def build(run: Run, status: str, stopped_by: str | None, joules: float | None, p
         "usd_per_million_tokens_all_in": usd_total / meter.tokens * 1e6
         if usd_total is not None and meter.tokens
         else None,
-        "price_usd_per_hour": run.price,
-        "price_source": run.hardware.price_source,
-        "price_date": run.hardware.price_date,
+        "price_usd_per_hour": account.price,
+        "price_source": hardware.price_source,
+        "price_date": hardware.price_date,
         "energy_kwh": None if joules is None else joules / 3.6e6,
-        "hardware": run.hardware.name,
+        "hardware": hardware.name,
         "device_name": run.runtime.device_name,
         "num_devices": run.runtime.world_size,
         "num_threads": run.runtime.num_threads,
         "compute_dtype": str(run.runtime.dtype).removeprefix("torch."),
-        "peak_memory_bytes": peak_memory,
+        "peak_memory_bytes": peak_memory_bytes(run.runtime),
         "corpus": run.config.data.name,
         "corpus_fingerprint": run.data.fingerprint,
         "config_hash": run.config.config_hash(),
