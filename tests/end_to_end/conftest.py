@@ -27,6 +27,7 @@ TINY = [
     "model.moe.num_experts=8",
     "model.moe.top_k=2",
     "model.moe.moe_intermediate_size=16",
+    "optimizer=adamw",
     "precision=fp32",
     "num_threads=1",
     "tracking=none",
