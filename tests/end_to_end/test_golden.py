@@ -21,7 +21,12 @@ ARMS = {
     "mla_moe": ["model/attention=mla_4x32"],
     "mla_q_compressed": ["model/attention=mla_4x32", "model.attention.q_lora_rank=24"],
     "dense_twin": ["model.dense_twin_of_moe=true"],
-    "muon_dropout_untied": ["optimizer=muon", "model.dropout=0.1", "model.tie_word_embeddings=false"],
+    "muon_dropout_untied": [
+        "optimizer=muon",
+        "optimizer.lr=3e-3",
+        "model.dropout=0.1",
+        "model.tie_word_embeddings=false",
+    ],
     "losses_of_balance_and_z": ["model.moe.sequence_loss_weight=0.05", "z_loss_weight=1e-3"],
 }
 
