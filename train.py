@@ -7,6 +7,13 @@ misspelt key costs a second and not five.
 import os
 import sys
 
+# Threads that wait for each other spin in torch's OpenMP by default: with anything else running on the cores, a step
+# then takes many times as long. Read when torch is loaded. The output is for people: no character may end a run.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
+
 import hydra
 from omegaconf import DictConfig
 

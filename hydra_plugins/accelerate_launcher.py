@@ -33,6 +33,8 @@ class AccelerateLauncher(Launcher):
             raise UserError(
                 "run_dir= cannot be shared by the jobs of a grid: leave it out, each job gets a folder of its own"
             )
+        if not job_overrides:
+            raise UsageError("the grid is empty: a key has no value to take")
         statuses = []
         for index, overrides in enumerate(job_overrides):
             sys.stderr.write(f"\n[{index + 1}/{len(job_overrides)}] {' '.join(overrides) or 'defaults'}\n")

@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,10 +38,21 @@ def hydra_main(main: Callable[[], Any]) -> None:
     with reported(wants_traceback()):
         try:
             main()
-        except (HydraException, OmegaConfBaseException) as error:
-            if wants_traceback():
+        except Exception as error:
+            composing = isinstance(error, (HydraException, OmegaConfBaseException)) or not _from_our_code(error)
+            if wants_traceback() or not composing:
                 raise
             raise explain_hydra_error(error) from None
+
+
+def _from_our_code(error: BaseException) -> bool:
+    """Whether any function of ours but this file's is on the way to the error; hydra's own mistakes have none."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(
+        str(f.f_globals.get("__name__", "")).startswith(("moe_train.", "hydra_plugins."))
+        and f.f_globals["__name__"] != __name__
+        for f, _ in frames
+    )
 
 
 def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:

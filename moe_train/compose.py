@@ -71,7 +71,7 @@ def _key_path(location: tuple[int | str, ...], values: Any) -> list[str]:
         if isinstance(node, dict):
             node = node.get(part)
         elif isinstance(node, list) and isinstance(part, int):
-            node = node[part]
+            node = node[part] if part < len(node) else None
     return path
 
 

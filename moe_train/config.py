@@ -23,11 +23,14 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10**18)]
+Size = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10**6)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**18)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e3)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -164,7 +167,7 @@ class DataConfig:
 
     name: str
     tokenizer: str
-    vocab_size: Positive  # of the trained BPE
+    vocab_size: Size  # of the trained BPE
     sequence_length: Positive  # tokens a block predicts
     val_fraction: Annotated[float, Field(gt=0, lt=1)]  # of the documents, chosen by a hash of their text
     cache_dir: str | None  # None: the user's cache folder
@@ -237,8 +240,8 @@ class AdamWConfig:
     """AdamW (arXiv 1711.05101); no decay on norms, biases and embeddings."""
 
     kind: Literal["adamw"]
-    lr: PositiveFloat
-    betas: tuple[Fraction, Fraction]
+    lr: Rate
+    betas: tuple[Beta, Beta]
     eps: PositiveFloat
     weight_decay: NonNegative
     max_grad_norm: PositiveFloat | None
@@ -249,13 +252,13 @@ class MuonConfig:
     """Muon for hidden matrices, stacked experts included (arXiv 2502.16982); AdamW for the rest, at the same rate."""
 
     kind: Literal["muon"]
-    lr: PositiveFloat
-    momentum: Fraction
+    lr: Rate
+    momentum: Beta
     nesterov: bool
     ns_steps: Positive
     weight_decay: NonNegative
     max_grad_norm: PositiveFloat | None
-    adamw_betas: tuple[Fraction, Fraction]
+    adamw_betas: tuple[Beta, Beta]
     adamw_eps: PositiveFloat
 
 
@@ -326,7 +329,7 @@ class HardwareConfig:
     tdp_w: PositiveFloat | None
     peak_tflops: PeakConfig
     peak_source: str | None
-    price_usd_per_hour: NonNegative | None  # a device; a core where kind is cpu
+    price_usd_per_hour: Annotated[float, Field(ge=0, le=1e9)] | None  # a device; a core where kind is cpu
     price_source: str | None
     price_date: str | None
 
@@ -362,8 +365,8 @@ class RunConfig:
     run_dir: str | None
     resume: str | None
     seed: Count
-    batch_size: Positive  # sequences an optimizer step, over all devices
-    micro_batch_size: Positive | None  # sequences a device takes at once; None: all of its share
+    batch_size: Size  # sequences an optimizer step, over all devices
+    micro_batch_size: Size | None  # sequences a device takes at once; None: all of its share
     num_threads: Positive | None  # CPU cores of a process; None: those there are, shared out
     z_loss_weight: NonNegative
     deterministic: bool
@@ -379,9 +382,9 @@ class RunConfig:
         del settings["data"]["cache_dir"]
         return settings
 
-    def config_hash(self) -> str:
+    def config_hash(self, without: tuple[str, ...] = ()) -> str:
         """Twelve hex digits that name the run: the same for the same settings and seed, on any machine."""
-        canonical = json.dumps(self.identity(), sort_keys=True)
+        canonical = json.dumps({k: v for k, v in self.identity().items() if k not in without}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

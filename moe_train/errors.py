@@ -36,6 +36,8 @@ def describe_known_failure(error: BaseException) -> str | None:
         return f"the disk is full{where}: free some space, then go on with resume=auto"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return f"no permission to write {error.filename}: choose another folder with run_dir= or data.cache_dir="
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}: put it right or choose another place"
     name = type(error).__name__
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory: lower micro_batch_size or data.sequence_length, or choose a smaller model"
@@ -59,6 +61,9 @@ def reported(traceback: bool = False) -> Iterator[None]:
     """Turn user errors into one line on stderr and an exit status; with `traceback` they are raised unchanged."""
     try:
         yield
+    except BrokenPipeError:  # the reader of our output is gone (| head): nothing left to say
+        sys.stderr.close()
+        os._exit(1)
     except KeyboardInterrupt:
         if traceback:
             raise

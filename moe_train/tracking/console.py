@@ -115,7 +115,10 @@ def closing_table(summary: dict[str, Any]) -> Table:
         row("cost", unpriced)
         row("cost per million tokens", unpriced)
     else:
-        price = f"{summary['num_devices']} × {_usd(summary['price_usd_per_hour'])} an hour, {summary['price_source']}"
+        hourly, devices = summary["price_usd_per_hour"], str(summary["num_devices"])
+        if summary["hardware"] == "cpu":  # priced a core
+            hourly, devices = hourly / summary["num_threads"], f"{devices} × {summary['num_threads']} cores"
+        price = f"{devices} × {_usd(hourly)} an hour, {summary['price_source']}"
         row("cost", f"{_usd(summary['usd_train'])} training, {_usd(summary['usd_total'])} in all ({price})")
         row(
             "cost per million tokens",

@@ -60,6 +60,10 @@ class Tracker:
         except UserError:
             raise
         except Exception as error:
+            if config.wandb == "online" and type(error).__name__ != "CommError":  # no network is no mistake
+                raise UserError(
+                    f"tracking.wandb=online cannot start: {one_line(error)}: correct it or use auto"
+                ) from error
             self._give_up_wandb(error)
         self._location = _location(self._wandb) if self._wandb else None
         self._file = path.open("a", encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from moe_train.training.account import Account
 from moe_train.training.checkpoints import Checkpoint, load_optimizers, load_weights, save_checkpoint
 from moe_train.training.evaluation import Evaluation, evaluate
 from moe_train.training.optimizers import build_optimizers
-from moe_train.training.run_folder import RunFolder, open_run_folder
+from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.schedules import lr_factor
 from moe_train.training.step import Stepper
@@ -118,6 +119,10 @@ class Run:
         elif checkpoint is not None:
             notes.append(f"a new run from the weights of {checkpoint.path}")
         self.account.take_up(resumed)
+        self.saved_step = self.steps_done if resumed else None
+        self.from_weights = checkpoint is not None and not continues
+        if folder is not None and not folder.fresh and checkpoint is None:
+            notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
 
         self.evaluation: Evaluation | None = None
         self.evaluation_seconds: float | None = None
@@ -141,7 +146,9 @@ class Run:
 
     def _start_tracker(self) -> Tracker:
         has_metrics = (self.path / "metrics.jsonl").exists()
-        run_id = f"{self.config.config_hash()}-{self.path.name}"[:64]
+        # The same after a resume, which may move the run's end.
+        run_id = self.config.config_hash(without=MAY_CHANGE_ON_RESUME)
+        run_id = re.sub(r"[^\w-]", "_", f"{run_id}-{self.path.name}", flags=re.ASCII)[:64]
         last_step = self.steps_done if has_metrics else None
         return Tracker(
             self.path, self.config.tracking, to_dict(self.config), self.config.name, run_id, resume_step=last_step
@@ -153,9 +160,13 @@ class Run:
         """Step until a limit is reached or a signal ends it, then evaluate, save and sum up."""
         bar = TrainingProgress() if self.runtime.is_main else None
         with self._signals_end_the_run(), bar or contextlib.nullcontext():
+            if self.from_weights:  # so that a kill before the first checkpoint does not lose where it came from
+                self._save()
             progress = self._progress()
             while progress < 1 and self.interrupted is None:
                 progress = self._step(progress, bar)
+            if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
+                self._save()
         self._finish()
 
     def _step(self, progress: float, bar: TrainingProgress | None) -> float:
@@ -175,10 +186,11 @@ class Run:
             progress = self._progress()
             ends = progress >= 1 or self.interrupted is not None
             evaluates = (ends and self.interrupted is None) or self._crossed(config.eval.every_tokens, tokens_before)
-            logs = ends or evaluates or self.steps_done % config.tracking.log_every_steps == 0
             every = config.checkpoint.every_steps
             saves = ends or (every is not None and self.steps_done % every == 0)
-            if self.runtime.device_type == "cuda" and (logs or saves):
+            # Every checkpoint is logged: its loss is known to be finite, and a resumed run's averages begin with it.
+            logs = saves or evaluates or self.steps_done % config.tracking.log_every_steps == 0
+            if self.runtime.device_type == "cuda" and logs:
                 torch.cuda.synchronize()  # what the device still has to do belongs on the train clock
         if logs:
             metrics = self._training_metrics(factor)
@@ -240,10 +252,11 @@ class Run:
     def _training_metrics(self, factor: float) -> dict[str, float | None]:
         """Everything that is logged of the steps since the last log. Waits for the device."""
         self.train_loss, grad_norm, counts_le = self.stepper.read_totals()
-        if not math.isfinite(self.train_loss):
+        if not (math.isfinite(self.train_loss) and math.isfinite(grad_norm)):
+            saved = "there is no checkpoint yet" if self.saved_step is None else f"step_{self.saved_step} is saved"
             raise UserError(
-                f"the loss is {self.train_loss} at step {self.steps_done}: lower optimizer.lr or raise "
-                f"schedule.warmup_fraction; the last good checkpoint is in {self.path / 'checkpoints'}"
+                f"the loss is {self.train_loss} and the gradient norm {grad_norm} at step {self.steps_done} ({saved}): "
+                "lower optimizer.lr or raise schedule.warmup_fraction"
             )
         joules = self.account.joules()
         metrics: dict[str, float | None] = {
@@ -285,6 +298,7 @@ class Run:
         if self.runtime.is_main:
             save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)
         self.runtime.accelerator.wait_for_everyone()
+        self.saved_step = self.steps_done
         self.checkpoint_seconds = time.monotonic() - began
 
     def abandon(self) -> None:

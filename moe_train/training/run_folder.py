@@ -21,7 +21,7 @@ from moe_train.errors import UserError
 from moe_train.training.checkpoints import STATE, Checkpoint, checkpoint_paths, open_checkpoint
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
-_MAY_CHANGE_ON_RESUME = ("stop", "eval")
+MAY_CHANGE_ON_RESUME = ("stop", "eval")
 
 
 @dataclasses.dataclass
@@ -55,22 +55,24 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         path = Path(config.run_dir).absolute()
     elif source is not None:
         path = source.path.parent.parent
-        newest = checkpoint_paths(path)[-1]
-        if source.path != newest:
-            raise UserError(
-                f"{source.path} is not the newest checkpoint of its run ({newest.name}): give run_dir= for a new run "
-                "from it, so that the later ones are kept"
-            )
     else:
         path = _new_folder(config.name)
 
     occupied = path.exists() and any(p.name != ".lock" for p in path.iterdir()) if not path.is_file() else True
     goes_on = config.resume == "auto" or (source is not None and source.path.parent.parent == path)
+    if goes_on and source is not None and checkpoint_paths(path)[-1:] != [source.path]:
+        raise UserError(
+            f"{source.path} is not the newest checkpoint of a run: give run_dir= for a new run from it, "
+            "so that the later ones are kept"
+        )
     if occupied and not goes_on:
         raise UserError(
             f"the folder {path} is not empty: resume=auto goes on with the run in it, another run_dir= starts anew"
         )
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={path} cannot be made ({error.strerror}): choose another run_dir=") from None
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -162,7 +164,7 @@ def _write_config(path: Path, config: RunConfig) -> None:
 
 def _check_same_run(path: Path, config: RunConfig) -> None:
     before, now = load_run_config(path).identity(), config.identity()
-    for key in _MAY_CHANGE_ON_RESUME:
+    for key in MAY_CHANGE_ON_RESUME:
         del before[key], now[key]
     for key, old, new in _differences(before, now):
         raise UserError(
@@ -184,7 +186,8 @@ def _finished_summary(path: Path, config: RunConfig) -> dict[str, Any] | None:
     """The summary of this run if it has already ended as asked, so that it is not made twice."""
     try:
         summary: dict[str, Any] = json.loads((path / SUMMARY).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    same = summary.get("status") == "finished" and summary.get("config_hash") == config.config_hash()
+    known = isinstance(summary, dict) and "steps" in summary  # else damaged: it is made anew at the end
+    same = known and summary.get("status") == "finished" and summary.get("config_hash") == config.config_hash()
     return summary if same else None

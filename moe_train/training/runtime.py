@@ -69,7 +69,7 @@ class Runtime:
 def start_runtime(config: RunConfig) -> Runtime:
     """Join the process group if there is one and settle device, threads and precision. Raises UserError."""
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    expected = _count_from_environment("WORLD_SIZE")
     if not on_gpu:
         _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
@@ -125,12 +125,23 @@ def _set_threads(asked: int | None) -> int:
 
     accelerate and torchrun set OMP_NUM_THREADS to 1 when nobody has; a 1 is therefore not taken for a wish.
     """
-    wished = int(os.environ.get("OMP_NUM_THREADS", "1") or 1)
+    wished = _count_from_environment("OMP_NUM_THREADS")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_processes = _count_from_environment("LOCAL_WORLD_SIZE")
+    if asked is not None and asked > cores:
+        raise UserError(
+            f"num_threads={asked} is more than the {cores} cores of this machine: lower it or leave it null"
+        )
     threads = asked or (wished if wished > 1 else max(1, cores // local_processes))
     torch.set_num_threads(threads)
     return threads
+
+
+def _count_from_environment(name: str) -> int:
+    text = os.environ.get(name) or "1"
+    if not text.isdigit() or int(text) == 0:
+        raise UserError(f"the environment's {name}={text} is no whole number above 0: correct or unset it")
+    return int(text)
 
 
 def _choose_dtype(config: RunConfig, on_gpu: bool, device_name: str) -> tuple[torch.dtype, str | None]:

@@ -22,6 +22,9 @@ def one_line(commands: Commands, *command: str, status: int = 1) -> str:
     ("override", "says", "status"),
     [
         ("model.moe.nexperts=8", "unknown key model.moe.nexperts: did you mean model.moe.num_experts?", 1),
+        ("model=null", "configuration", 1),
+        ("optimizer.betas=[0.9]", "optimizer.betas", 1),
+        ("num_threads=100000", "num_threads=100000 is more than the", 1),
         ("optimizer.lr=abc", 'optimizer.lr="abc"', 1),
         ("model=giant", "there is no model=giant: choose one of", 1),
         ("modell=nano", "unknown key modell", 1),
@@ -56,6 +59,25 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(commands: Commands) -
 def test_an_unreachable_hub_is_said_with_the_offline_alternatives(commands: Commands) -> None:
     line = one_line(commands, sys.executable, str(ROOT / "train.py"), "data=tinystories", "tracking=none")
     assert "data=local_python" in line
+
+
+def test_a_diverging_run_stops_before_it_saves_what_is_not_finite(commands: Commands) -> None:
+    settings = [
+        "run_dir=run",
+        "model.initializer_range=1e20",
+        "checkpoint.every_steps=1",
+        "tracking.log_every_steps=10",
+    ]
+    line = one_line(commands, *commands.train_command(*settings, "stop.steps=20"))
+    assert "lower optimizer.lr" in line
+    assert "there is no checkpoint yet" in line
+    assert not (commands.folder / "run/checkpoints").exists()
+
+
+def test_an_empty_grid_is_refused(commands: Commands) -> None:
+    assert "the grid is empty" in one_line(
+        commands, sys.executable, str(ROOT / "train.py"), "-m", "seed=range(0)", status=2
+    )
 
 
 def test_debug_shows_the_traceback(commands: Commands) -> None:

@@ -18,6 +18,8 @@ def text(console: Console) -> str:
 
 
 SUMMARY = {
+    "hardware": "h100",
+    "num_threads": 4,
     "status": "finished",
     "steps": 366,
     "tokens": 1_500_000,

@@ -86,7 +86,9 @@ def test_other_settings_than_the_runs_are_refused_by_name_but_its_end_may_move(c
 def test_a_finished_run_is_not_made_twice(compose_run: Compose) -> None:
     config = compose_run("run_dir=run", "resume=auto")
     folder = opened(config)
-    (folder.path / "summary.json").write_text(json.dumps({"status": "finished", "config_hash": config.config_hash()}))
+    (folder.path / "summary.json").write_text(
+        json.dumps({"status": "finished", "steps": 1, "config_hash": config.config_hash()})
+    )
     assert opened(config).finished_summary is not None
     assert opened(compose_run("run_dir=run", "resume=auto", "stop.steps=9")).finished_summary is None
 
