@@ -88,7 +88,8 @@ def test_a_new_run_from_a_checkpoint_keeps_where_it_came_from(commands: Commands
     commands.train("run_dir=old")
     branch = ["run_dir=new", "optimizer.lr=1e-4", "stop.steps=100000"]
     process = commands.start(commands.train_command(*branch, "resume=old"))
-    while process.poll() is None and not (commands.folder / "new/metrics.jsonl").exists():
+    metrics = commands.folder / "new/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
