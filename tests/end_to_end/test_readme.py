@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -65,3 +66,19 @@ def test_every_configuration_file_is_valid_yaml_with_a_comment_that_says_what_it
         text = file.read_text()
         yaml.safe_load(text)
         assert "# " in text.split("\n\n")[0], file
+
+
+def test_the_figures_under_what_was_reproduced_are_the_measured_ones() -> None:
+    summary = json.loads((ROOT / "docs/results/cpu_2_cores/quick_start.json").read_text())
+    table = README[README.index("## What was reproduced") : README.index("## The map")]
+    for text in (
+        f"{summary['tokens']:,}",
+        f"{summary['val_bits_per_byte']:.3f}",
+        f"{summary['unigram_bits_per_byte']:.3f}",
+        f"{summary['tokens_per_second']:,.0f}",
+        f"{summary['model_flops_utilization']:.1%}",
+        f"{summary['train_seconds']:.1f} and {summary['wall_seconds']:.1f}",
+        f"{summary['usd_total']:.5f}",
+        f"torch {summary['versions']['torch'].split('+')[0]}",
+    ):
+        assert text in table, text
