@@ -35,6 +35,7 @@ def main(composed: DictConfig) -> None:
 if __name__ == "__main__":
     hydra_main(main)
     # All is written and closed. Python would take another second to dismantle torch, which the bill would not show.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the shell
+            stream.flush()
     os._exit(0)

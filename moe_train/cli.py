@@ -63,6 +63,8 @@ def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:
         if argument in ("-h", "--help"):
             sys.stdout.write(usage + "\n")
             sys.exit(0)
+        if argument == "debug=traceback":  # read by wants_traceback
+            continue
         key, equals, value = argument.partition("=")
         if not equals or key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
@@ -81,10 +83,16 @@ def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:
         ) from None
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """`json=PATH` of the scripts; refuses to overwrite."""
+def check_json_target(path: Path | None) -> None:
+    """Refuse `json=PATH` before the work is done: where it would overwrite, or has no folder to go to."""
+    if path is None:
+        return
     if path.exists():
         raise UserError(f"json={path} exists already: choose another file or remove it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"json={path}: there is no folder {path.absolute().parent}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """What a script prints, for programs."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -372,6 +372,9 @@ class RunConfig:
     deterministic: bool
     traceback: bool
 
+    def __post_init__(self) -> None:
+        _require("/" not in self.name, f"name={self.name} is part of a folder's name: leave out the /")
+
     _NOT_IDENTITY = ("name", "run_dir", "resume", "tracking", "checkpoint", "hardware", "num_threads", "traceback")
 
     def identity(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Errors a user can cause, and the one place where they become one line and an exit status.
 
 Everything that a user can put right is raised as `UserError`, with a text that says what, where and what to do.
-`reported` is wrapped round every entry point; anything it does not know is a bug of ours and keeps its traceback.
+`reported` is wrapped round every entry point; what it does not know is a bug of ours or damage nobody foresaw, said in
+one line too, with the way to the traceback.
 """
 
 from __future__ import annotations
@@ -75,8 +76,6 @@ def reported(traceback: bool = False) -> Iterator[None]:
         if isinstance(error, UserError):
             _say(f"error: {one_line(error)}")
             sys.exit(error.exit_status)
-        known = describe_known_failure(error)
-        if known is None:
-            raise
-        _say(f"error: {known}")
+        unexpected = f"unexpected {type(error).__name__}: {one_line(error)} (debug=traceback shows where it arose)"
+        _say(f"error: {describe_known_failure(error) or unexpected}")
         sys.exit(1)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moe_train.cli import parse_arguments, write_json
+from moe_train.cli import check_json_target, parse_arguments, wants_traceback, write_json
 from moe_train.errors import reported
 
 
@@ -28,6 +28,7 @@ class Arguments:
 
 def main() -> None:
     arguments = parse_arguments(Arguments, sys.argv[1:], usage=(__doc__ or "").strip().splitlines()[-1])
+    check_json_target(arguments.json)
     from moe_train.generation import generate, load_for_generation
 
     model, tokenizer = load_for_generation(arguments.run.absolute())
@@ -47,5 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with reported(wants_traceback()):
         main()

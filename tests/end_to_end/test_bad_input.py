@@ -23,6 +23,7 @@ def one_line(commands: Commands, *command: str, status: int = 1) -> str:
     [
         ("model.moe.nexperts=8", "unknown key model.moe.nexperts: did you mean model.moe.num_experts?", 1),
         ("model=null", "configuration", 1),
+        ("name=../evil", "leave out the /", 1),
         ("optimizer.betas=[0.9]", "optimizer.betas", 1),
         ("num_threads=100000", "num_threads=100000 is more than the", 1),
         ("optimizer.lr=abc", 'optimizer.lr="abc"', 1),
@@ -80,6 +81,15 @@ def test_an_empty_grid_is_refused(commands: Commands) -> None:
     )
 
 
+@pytest.mark.parametrize("content", ["[]", '{"step": 6, "files": {}}', "\x00"])
+def test_damage_nobody_foresaw_is_one_line_as_well(content: str, commands: Commands) -> None:
+    commands.train("run_dir=run")
+    (commands.folder / "run/checkpoints/step_6/state.json").write_text(content)
+    (commands.folder / "run/summary.json").write_text("[]")
+    one_line(commands, *commands.train_command("run_dir=run", "resume=auto", "stop.steps=8"))
+    one_line(commands, sys.executable, str(ROOT / "scripts/generate.py"), "run=run")
+
+
 def test_debug_shows_the_traceback(commands: Commands) -> None:
     result = commands.train("debug=traceback", "data.sequence_length=10000000", check=False)
     assert result.returncode == 1
@@ -107,3 +117,4 @@ def test_scripts_name_a_wrong_argument_and_a_missing_run(commands: Commands) -> 
     assert "run= is missing" in one_line(commands, *script, "prompt=x", status=2)
     assert "max_new_tokens=many" in one_line(commands, *script, "run=x", "max_new_tokens=many", status=2)
     assert "there is no such folder" in one_line(commands, *script, "run=x")
+    assert "exists already" in one_line(commands, *script, "run=x", f"json={__file__}")
