@@ -52,6 +52,5 @@ class CpuGroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight_eoi)  # groups without rows have a gradient of zero
             for expert, start, end in ctx.pieces:
-                # In place: addmm(…, out=) onto its own input takes a path five times slower.
                 grad_weight[expert].addmm_(grad_no[start:end].t(), x_ni[start:end])
         return grad_x, grad_weight, None
