@@ -12,12 +12,15 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from moe_train.config import RunConfig
+from moe_train.config import ModelConfig, OptimizerConfig, RunConfig
+from moe_train.config.fields import STRICT, Size
 from moe_train.errors import UsageError, UserError, one_line
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -32,6 +35,61 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {one_line(error)}") from None
     return validated(RunConfig, plain, "configuration")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ComposedModel:
+    """A model without a run, and what of a run's settings decides its cost."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    default_vocab_size: Size  # of the tokenizer that a run would train
+
+
+_OF_A_MODEL = ("model", "optimizer")  # the groups of configs/train.yaml it is made of
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[str], Path | None, list[str]]:
+    """What of a script's arguments is meant for `compose_model`: overrides, --config-dir's folder; and the others."""
+    overrides, others = [], []
+    folder: Path | None = None
+    rest = iter(arguments)
+    for argument in rest:
+        key = argument.partition("=")[0]
+        if key == "--config-dir":
+            value = argument.partition("=")[2] or next(rest, "")
+            if not value:
+                raise UsageError("--config-dir needs a folder: --config-dir DIR with DIR/model/NAME.yaml in it")
+            folder = Path(value)
+        elif re.split(r"[./]", key.lstrip("+~"))[0] in _OF_A_MODEL:
+            overrides.append(argument)
+        else:
+            others.append(argument)
+    return overrides, folder, others
+
+
+def compose_model(overrides: list[str], config_dir: Path | None = None) -> ComposedModel:
+    """The model and optimizer of `python train.py OVERRIDES…`; `config_dir` holds further `model/NAME.yaml`.
+
+    Raises UserError naming what is wrong.
+    """
+    if not any(override.startswith("model=") for override in overrides):
+        names = ", ".join(sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
+        raise UsageError(f"model= is missing: choose one of {names}")
+    search = []
+    if config_dir is not None:
+        if not config_dir.is_dir():
+            raise UserError(f"--config-dir {config_dir}: there is no such folder: give one with model/NAME.yaml in it")
+        quoted = str(config_dir.absolute()).replace("\\", "\\\\").replace("'", "\\'")  # for hydra's grammar
+        search = [f"hydra.searchpath=['file://{quoted}']"]
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = compose("train", overrides=[*search, *overrides])
+        plain = {group: OmegaConf.to_container(composed[group], resolve=True) for group in _OF_A_MODEL}
+        plain["default_vocab_size"] = composed.data.vocab_size
+    except Exception as error:  # hydra raises errors of its own, of omegaconf, of its parsers and plain ValueErrors
+        raise explain_hydra_error(error) from None
+    return validated(ComposedModel, plain, "configuration")
 
 
 def validated(schema: type[T], values: Any, where: str) -> T:
@@ -104,6 +162,10 @@ def explain_hydra_error(error: Exception) -> UserError:
         )
     if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
         return UserError(f"unknown group {found[1]}: see the folders of configs/")
+    if "Config group override must be a string or a list" in text:
+        return UserError(
+            "a group takes the name of one of its files: for no such part give model.moe=null, with a dot"
+        )
     if isinstance(error, ConfigCompositionException):
         return UserError(f"configuration: {text}")
     if isinstance(error, HydraException):  # the override grammar

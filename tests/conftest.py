@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,12 +59,14 @@ def compose_run() -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="session")
 def model_config() -> Callable[..., ModelConfig]:
-    """`model=NAME` with overrides of its keys, resolved."""
+    """`model=NAME` with overrides of its keys (`moe=switch` is a group's choice, `moe=null` dense), resolved."""
 
     def make(name: str, *overrides: str) -> ModelConfig:
         with initialize_config_dir(str(CONFIGS / "model"), version_base="1.3"):
-            composed = compose(name, overrides=list(overrides))
-        return validated(ModelConfig, OmegaConf.to_container(composed), name).resolved()
+            composed = compose(name, overrides=[o for o in overrides if o != "moe=null"])
+        plain = OmegaConf.to_container(composed)
+        assert isinstance(plain, dict)
+        return validated(ModelConfig, plain | ({"moe": None} if "moe=null" in overrides else {}), name).resolved()
 
     return make
 
@@ -73,7 +76,7 @@ def small_model(model_config: Callable[..., ModelConfig]) -> Callable[..., Trans
     """A three-layer MoE model of width 32 over 64 tokens, in float64 unless told otherwise, with seeded weights."""
 
     def make(*overrides: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
-        gqa = any(o.startswith("attention=gqa") for o in overrides)
+        gqa = any(re.match("attention=[gm][qh]a", o) for o in overrides)
         short = [o.removeprefix("model.") for o in SMALL if not (gqa and "attention" in o)]
         model = Transformer(model_config("nano", *short, "initializer_range=0.2", *overrides), vocab_size=64)
         model.initialise(seed)

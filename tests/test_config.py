@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from moe_train.compose import CONFIGS
-from moe_train.config import ModelConfig, RunConfig
+from moe_train.config import GQAConfig, ModelConfig, RunConfig
 from moe_train.cost.flops import forward_flops, parameter_counts, training_flops_per_token
 from moe_train.errors import UserError
 
@@ -81,7 +82,7 @@ def test_the_sizes_have_about_the_parameters_they_say(
             "num_key_value_heads=3 does not divide",
         ),
         (["schedule.warmup_fraction=0.9"], "overlap"),
-        (["model.moe=null", "model.dense_twin_of_moe=true"], "needs moe settings"),
+        (["model.moe=null", "model.dense_twin_of_moe=equal_flops"], "needs moe settings"),
         (["data.vocab_size=100"], "vocab_size=100 is too small"),
         (["stop.tokens=0"], "stop.tokens=0: input should be greater than 0"),
         (["optimizer.lr=.nan"], "optimizer.lr"),
@@ -100,7 +101,56 @@ def test_a_mistake_is_one_line_with_the_key_and_the_reason(
 
 @pytest.mark.parametrize("attention", choices("model/attention"))
 def test_any_model_takes_any_attention_of_the_group(attention: str, compose_run: Compose) -> None:
-    assert compose_run("model=tiny", f"model/attention={attention}").model.attention.kind == attention.split("_")[0]
+    found = compose_run("model=tiny", f"model/attention={attention}").model.attention
+    kind = attention.split("_")[0]
+    assert found.kind == ("mla" if kind == "mla" else "gqa")
+    if isinstance(found, GQAConfig):
+        of_heads = {"mha": found.num_attention_heads, "mqa": 1}
+        assert found.num_key_value_heads == of_heads.get(kind, found.num_key_value_heads)
+
+
+@pytest.mark.parametrize("router", choices("model/moe"))
+def test_any_model_takes_any_router_of_the_group(router: str, compose_run: Compose) -> None:
+    found = compose_run("model=small", f"model/moe={router}").model.moe
+    assert found is not None
+    assert found.num_experts == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.moe.n_group=3"], "n_group=3 does not divide num_experts=16"),
+        (["model.moe.n_group=4", "model.moe.topk_group=5"], "topk_group=5 is more than n_group=4"),
+        (["model.moe.n_group=8", "model.moe.topk_group=1"], "top_k=4 is more than the 2 experts"),
+        (["model.moe.n_group=16", "model.moe.topk_group=8"], "group_score_top_k=2 is more than a group's 1"),
+        (["model.moe.routing=expert_choice"], "needs capacity_factor"),
+        (["model/moe=expert_choice", "model.moe.batch_loss_weight=0.1"], "batch_loss_weight does nothing"),
+        (["model/mtp=depth_1", "model.mtp.depth=17"], "model.mtp.depth=17"),
+        (["model/mtp=depth_2", "data.sequence_length=2"], "needs sequences longer"),
+        (["model/rope_scaling=yarn", "model.rope_scaling.beta_slow=40.0"], "beta_slow=40.0 must be below beta_fast"),
+        (["batch_ramp={start: 5, tokens: 1000}"], "batch_ramp.start=5 does not divide batch_size=16"),
+        (["batch_ramp={start: 1, tokens: 1000000000}"], "more than a million steps"),
+        (["init_from=a", "resume=b"], "give one of them"),
+        (["model=dense_nano", "model.dense_twin_of_moe=true"], "dense_twin_of_moe"),
+    ],
+    ids=str,
+)
+def test_arms_that_cannot_be_built_are_refused_with_the_key(
+    changes: list[str], message: str, compose_run: Compose
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        compose_run(*changes)
+
+
+def test_a_dense_twin_has_the_flops_or_the_parameters_of_its_moe(compose_run: Compose) -> None:
+    mixture = compose_run("model=tiny", "model/mtp=depth_1").model
+    for twin, figure in (
+        ("equal_flops", lambda m: training_flops_per_token(m, 256, 4096)),
+        ("equal_params", lambda m: parameter_counts(m, 4096).total),
+    ):
+        dense = compose_run("model=tiny", "model/mtp=depth_1", f"model.dense_twin_of_moe={twin}").model.resolved()
+        assert dense.moe is None
+        assert figure(dense) == pytest.approx(figure(mixture), rel=5e-3), twin
 
 
 def test_whole_numbers_may_be_written_as_powers_of_ten(compose_run: Compose) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from moe_train.config import NonNegative
+from moe_train.config.fields import NonNegative
 from moe_train.errors import UserError
 
 RUNNING = "running"

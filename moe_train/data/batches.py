@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moe_train.config import BatchRampConfig
 from moe_train.errors import UserError
 
 IGNORE_INDEX = -100  # what torch's cross_entropy leaves out by default
@@ -27,7 +28,9 @@ class Batches:
     first is a target exactly once an epoch.
     """
 
-    def __init__(self, tokens: Tokens, sequence_length: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Tokens, sequence_length: int, batch_size: int, seed: int, ramp: BatchRampConfig | None = None
+    ) -> None:
         if len(tokens) <= sequence_length:
             raise UserError(
                 f"data.sequence_length={sequence_length} is more than the training text holds ({len(tokens)} tokens): "
@@ -37,12 +40,20 @@ class Batches:
         self._tokens = tokens
         self._sequence_length = sequence_length
         self._batch_size = batch_size
+        # Where each batch of the ramp begins in the order of blocks, and where the first whole batch does.
+        self._ramp_starts = [0] if ramp is None else _ramp_starts(ramp, batch_size, sequence_length)
         self._seed = seed
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
+    def start(self, step: int) -> int:
+        """How many sequences all steps before `step` have taken."""
+        ramp_steps = len(self._ramp_starts) - 1
+        whole = max(0, step - ramp_steps) * self._batch_size
+        return self._ramp_starts[min(step, ramp_steps)] + whole
+
     def indices(self, step: int) -> npt.NDArray[np.int64]:
-        """The blocks of the global batch of `step` (from 0): (batch_size,)."""
-        positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        """The blocks of the global batch of `step` (from 0): (batch size of the step,)."""
+        positions = np.arange(self.start(step), self.start(step + 1))
         epochs, places = np.divmod(positions, self.num_blocks)
         needed = range(int(epochs[0]), int(epochs[-1]) + 1)
         self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in needed}
@@ -50,24 +61,36 @@ class Batches:
 
     def num_targets(self, step: int) -> int:
         """Targets in the global batch of `step`: what its summed loss is divided by, known without asking the ranks."""
-        padded = int((self.indices(step) == self.num_blocks - 1).sum())
+        indices = self.indices(step)
+        padded = int((indices == self.num_blocks - 1).sum())
         missing = self.num_blocks * self._sequence_length - (len(self._tokens) - 1)
-        return self._batch_size * self._sequence_length - padded * missing
+        return len(indices) * self._sequence_length - padded * missing
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rank's slice of a step's batch: inputs and targets, int64, (batch_size / world_size, sequence_length)."""
-        if self._batch_size % world_size:
+        """Rank's slice of a step's batch: inputs and targets, int64, (size / world_size, sequence_length)."""
+        indices = self.indices(step)
+        if len(indices) % world_size:
             raise UserError(
-                f"batch_size={self._batch_size} cannot be shared by {world_size} processes: make it a multiple"
+                f"a batch of {len(indices)} sequences cannot be shared by {world_size} processes: make batch_size and "
+                "batch_ramp.start multiples of that"
             )
-        share = self._batch_size // world_size
-        blocks = self.indices(step)[rank * share : (rank + 1) * share]
+        share = len(indices) // world_size
+        blocks = indices[rank * share : (rank + 1) * share]
         return _stack(self._tokens, blocks.tolist(), self._sequence_length)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         # Sorting raw bits: numpy promises the bits of PCG64 for all versions, but not what permutation() makes of them.
         bits = np.random.PCG64([self._seed, epoch]).random_raw(self.num_blocks)
         return np.argsort(bits, kind="stable")
+
+
+def _ramp_starts(ramp: BatchRampConfig, batch_size: int, sequence_length: int) -> list[int]:
+    """Where in the order of blocks each batch begins, up to the first of batch_size sequences."""
+    starts = [0]
+    while (done := starts[-1] * sequence_length / ramp.tokens) < 1:
+        size = ramp.start + (batch_size - ramp.start) * done
+        starts.append(starts[-1] + ramp.start * int(size // ramp.start))
+    return starts
 
 
 def validation_blocks(

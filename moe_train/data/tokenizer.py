@@ -50,6 +50,10 @@ class Tokenizer:
         """The text; bytes that are not UTF-8 (a prefix may end inside a character) become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=False)
 
+    def gives_same_ids_as(self, other: Tokenizer) -> bool:
+        """Whether every token has the same id in both, so that a model of one can read the text of the other."""
+        return bool(self._backend.get_vocab() == other._backend.get_vocab())
+
     def save(self, folder: Path) -> None:
         self._backend.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._eos_token}

@@ -1,8 +1,8 @@
 """Causal self-attention: multi-head latent attention and grouped-query attention, both through torch's SDPA.
 
 MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1) caches one compressed vector and one rotary key a token for all heads;
-GQA (arXiv 2305.13245) caches the keys and values of its few key-value heads. Both take an optional cache for
-generation; what it holds is what the published cache sizes count.
+GQA (arXiv 2305.13245) caches the keys and values of its key-value heads. Both take an optional cache for generation;
+what it holds is what the published cache sizes count.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config import GQAConfig, MLAConfig, ModelConfig
-from moe_train.model.layers import Linear, RMSNorm, rotate
-
-Rotary = tuple[Tensor, Tensor]  # cos, sin: (t, rotary features)
+from moe_train.model.layers import Linear, RMSNorm
+from moe_train.model.rope import Rotary, rotate, softmax_scale
 
 
 class LayerCache:
@@ -27,6 +26,10 @@ class LayerCache:
     def length(self) -> int:
         return 0 if self.held is None else self.held[0].shape[-2]
 
+    @property
+    def bytes(self) -> int:
+        return 0 if self.held is None else sum(tensor.numel() * tensor.element_size() for tensor in self.held)
+
     def extend(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Append the new positions and return all of them."""
         if self.held is not None:
@@ -35,24 +38,29 @@ class LayerCache:
         self.held = (first, second)
         return self.held
 
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on: those of a draft that was not accepted."""
+        if self.held is not None:
+            self.held = (self.held[0][..., :length, :], self.held[1][..., :length, :])
 
-def causal_attention(q_bhtc: Tensor, k_bhsc: Tensor, v_bhsc: Tensor, *, grouped: bool = False) -> Tensor:
-    """Softmax attention of the last t of s positions, each on itself and all before; scale 1/√c. (b, h, t, c_v)"""
+
+def causal_attention(q_bhtc: Tensor, k_bhsc: Tensor, v_bhsc: Tensor, scale: float, *, grouped: bool = False) -> Tensor:
+    """Softmax attention of the last t of s positions, each on itself and all before: (b, h, t, c_v)."""
     t, s = q_bhtc.shape[-2], k_bhsc.shape[-2]
     mask = None
     if 1 < t < s:  # new positions after cached ones: SDPA's own causal mask would align to the wrong corner
         mask = torch.ones(t, s, dtype=torch.bool, device=q_bhtc.device).tril(s - t)
     return F.scaled_dot_product_attention(
-        q_bhtc, k_bhsc, v_bhsc, attn_mask=mask, is_causal=t == s and t > 1, enable_gqa=grouped
+        q_bhtc, k_bhsc, v_bhsc, attn_mask=mask, is_causal=t == s and t > 1, scale=scale, enable_gqa=grouped
     )
 
 
 class MLA(nn.Module):
     """Multi-head latent attention, (b, t, d) → (b, t, d)."""
 
-    def __init__(self, config: MLAConfig, hidden_size: int, norm_eps: float) -> None:
+    def __init__(self, config: MLAConfig, hidden_size: int, norm_eps: float, scale: float) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.scale = config, scale
         heads = config.num_attention_heads
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden_size, heads * config.qk_head_dim)
@@ -76,55 +84,80 @@ class MLA(nn.Module):
     def forward(self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
         c = self.config
         q_nope, q_rope = self.queries(x_btd).split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-        q = torch.cat((q_nope, rotate(q_rope, *rotary)), dim=-1)
+        q_rope = rotate(q_rope, *rotary)
 
         latent, k_rope = self.kv_a_proj(x_btd).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.kv_a_norm(latent), rotate(k_rope, *rotary)  # one rotary key serves every head
         if cache is not None:
             latent, k_rope = cache.extend(latent, k_rope)
-
-        kv = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
-        k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
-        k_shared = k_rope.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)
-        k = torch.cat((k_nope, k_shared.to(k_nope.dtype)), dim=-1)
-
-        out: Tensor = self.o_proj(causal_attention(q, k, v).transpose(1, 2).flatten(2))
+        attend = self._attend if cache is None or cache.length == x_btd.shape[1] else self._attend_compressed
+        out: Tensor = self.o_proj(attend(q_nope, q_rope, latent, k_rope.to(q_rope.dtype)).transpose(1, 2).flatten(2))
         return out
+
+    def _attend(self, q_nope: Tensor, q_rope: Tensor, latent_bsr: Tensor, k_rope_bsr: Tensor) -> Tensor:
+        """Keys and values of every head are made from the latent: (b, h, t, c_v)."""
+        c = self.config
+        kv = self.kv_b_proj(latent_bsr).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+        k_shared = k_rope_bsr.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)
+        k = torch.cat((k_nope, k_shared.to(k_nope.dtype)), dim=-1)
+        return causal_attention(torch.cat((q_nope, q_rope), dim=-1), k, v, self.scale)
+
+    def _attend_compressed(self, q_nope: Tensor, q_rope: Tensor, latent_bsr: Tensor, k_rope_bsr: Tensor) -> Tensor:
+        """The same by associativity on the cache as it is: kv_b_proj goes to queries and outputs (section 2.1.2).
+
+        For a few new positions after many cached ones: making keys and values would redo all of these every time. The
+        latent serves all heads as one key-value head.
+        """
+        c = self.config
+        weight = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (c.num_attention_heads, -1))
+        to_keys, to_values = weight.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)  # (h, c, r) each
+        q = torch.cat((q_nope @ to_keys, q_rope), dim=-1)
+        latent = latent_bsr.to(q.dtype)
+        k = torch.cat((latent, k_rope_bsr), dim=-1).unsqueeze(1)
+        mixed_bhtr = causal_attention(q, k, latent.unsqueeze(1), self.scale, grouped=True)
+        out_bhtc: Tensor = mixed_bhtr @ to_values.transpose(1, 2)
+        return out_bhtc
 
 
 class GQA(nn.Module):
     """Grouped-query attention, (b, t, d) → (b, t, d); as many key-value heads as heads is multi-head attention."""
 
-    def __init__(self, config: GQAConfig, hidden_size: int) -> None:
+    def __init__(self, config: GQAConfig, hidden_size: int, norm_eps: float, scale: float) -> None:
         super().__init__()
-        self.config = config
-        self.q_proj = Linear(hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = Linear(hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = Linear(hidden_size, config.num_key_value_heads * config.head_dim)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, hidden_size)
+        self.config, self.scale = config, scale
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(hidden_size, q_size)
+        self.k_proj = Linear(hidden_size, kv_size)
+        self.v_proj = Linear(hidden_size, kv_size)
+        self.o_proj = Linear(q_size, hidden_size)
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "per_head"
+            self.q_norm = RMSNorm(config.head_dim if per_head else q_size, eps=norm_eps)
+            self.k_norm = RMSNorm(config.head_dim if per_head else kv_size, eps=norm_eps)
 
     def forward(self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
         def heads(x: Tensor) -> Tensor:
             x_bhtc: Tensor = x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             return x_bhtc
 
-        q = rotate(heads(self.q_proj(x_btd)), *rotary)
-        k = rotate(heads(self.k_proj(x_btd)), *rotary)
-        v = heads(self.v_proj(x_btd))
+        q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), heads(self.v_proj(x_btd))
+        if self.config.qk_norm == "all_heads":
+            q, k = heads(self.q_norm(q)), heads(self.k_norm(k))
+        elif self.config.qk_norm == "per_head":
+            q, k = self.q_norm(heads(q)), self.k_norm(heads(k))
+        else:
+            q, k = heads(q), heads(k)
+        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
         if cache is not None:
             k, v = cache.extend(k, v)
         grouped = self.config.num_key_value_heads != self.config.num_attention_heads
-        out: Tensor = self.o_proj(causal_attention(q, k, v, grouped=grouped).transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(causal_attention(q, k, v, self.scale, grouped=grouped).transpose(1, 2).flatten(2))
         return out
 
 
 def build_attention(model: ModelConfig) -> MLA | GQA:
-    if isinstance(model.attention, MLAConfig):
-        return MLA(model.attention, model.hidden_size, model.rms_norm_eps)
-    return GQA(model.attention, model.hidden_size)
-
-
-def rotary_dim(model: ModelConfig) -> int:
-    """How many features of a head are turned by position."""
     attention = model.attention
-    return attention.qk_rope_head_dim if isinstance(attention, MLAConfig) else attention.head_dim
+    if isinstance(attention, MLAConfig):
+        return MLA(attention, model.hidden_size, model.rms_norm_eps, softmax_scale(model, attention.qk_head_dim))
+    return GQA(attention, model.hidden_size, model.rms_norm_eps, softmax_scale(model, attention.head_dim))

@@ -1,7 +1,8 @@
 """Keeping experts evenly loaded, and saying how evenly they are.
 
 The selection bias follows the load without touching the gradient (auxiliary-loss-free balancing, arXiv 2408.15664,
-algorithm 1); the sequence-wise loss guards against extremes within one sequence (arXiv 2412.19437, equations 17 to 20).
+algorithm 1); the sequence-wise loss guards against extremes within one sequence (arXiv 2412.19437, equations 17 to 20);
+the batch-wise loss is the older way (Switch, GShard). Each loss is per MoE layer, and those of all layers are added.
 Loads are counted by the forward pass and handed on as results, never kept in modules: so a token recomputed under
 activation checkpointing is still counted once, and counts can be summed over micro-batches and ranks.
 """
@@ -11,25 +12,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from moe_train.model.router import Router, Routing
+from moe_train.model.router import Router
 
 
-def sequence_balance_loss(routing: Routing, num_sequences: int, weight: float) -> Tensor:
+def sequence_balance_loss(scores_te: Tensor, expert_tk: Tensor, num_sequences: int, weight: float) -> Tensor:
     """alpha · sum_i f_i P_i, summed over the sequences of the batch; each sequence's minimum is alpha.
 
-    f_i is expert i's share of the sequence's choices times num_experts, P_i its mean normalised affinity.
+    f_i is expert i's share of the sequence's choices times num_experts, P_i its mean normalised score.
     """
-    affinity_te = routing.affinity_te
-    num_experts = affinity_te.shape[-1]
-    share_te = affinity_te / affinity_te.sum(-1, keepdim=True)
+    share_te = scores_te / scores_te.sum(-1, keepdim=True)
     p_be: Tensor = share_te.unflatten(0, (num_sequences, -1)).mean(1)
-    chosen_bn = routing.expert_tk.reshape(num_sequences, -1)
+    chosen_bn = expert_tk.reshape(num_sequences, -1)
     ones = torch.ones_like(chosen_bn, dtype=p_be.dtype)
-    f_be = torch.zeros_like(p_be).scatter_add_(1, chosen_bn, ones) * (num_experts / chosen_bn.shape[1])
+    f_be = torch.zeros_like(p_be).scatter_add_(1, chosen_bn, ones) * (p_be.shape[-1] / chosen_bn.shape[1])
     loss: Tensor = weight * (f_be * p_be).sum()
     return loss
+
+
+def batch_balance_loss(scores_te: Tensor, counts_e: Tensor, weight: float) -> Tensor:
+    """alpha · sum_i f_i P_i of the micro-batch of all ranks (Switch, arXiv 2101.03961, equations 4 to 6; 2501.11873).
+
+    The shares f_i are those of all ranks; P_i is this rank's, so that the mean of the ranks' losses, and of their
+    gradients, is that of one batch. counts_e: how often each expert was chosen on this rank.
+    """
+    counts = counts_e.to(scores_te.dtype)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    share_te = scores_te / scores_te.sum(-1, keepdim=True)
+    loss: Tensor = weight * len(counts) * (counts / counts.sum() * share_te.mean(0)).sum()
+    return loss
+
+
+def router_z_loss(logits_te: Tensor, weight: float) -> Tensor:
+    """The mean over tokens of the squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return weight * logits_te.logsumexp(-1).square().mean()
 
 
 @torch.no_grad()

@@ -13,17 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config import MoEConfig
-from moe_train.model import dispatch
-from moe_train.model.balancing import sequence_balance_loss
+from moe_train.model import dispatch, slots
+from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequence_balance_loss
 from moe_train.model.layers import SwiGLU
-from moe_train.model.router import Router
+from moe_train.model.router import Choice, Router
 from moe_train.precision.matmul import grouped_linear
 
 
-class MoEOutput(NamedTuple):
-    hidden_btd: Tensor
-    balance_loss: Tensor  # summed over the sequences of the batch; 0 where its weight is
-    counts_e: Tensor  # int64: tokens each expert received
+class Routed(NamedTuple):
+    """What an MoE layer says of a batch beside its hidden states."""
+
+    auxiliary_loss: Tensor  # weighted, a mean over the tokens of the batch; 0 where no such loss is on
+    counts_e: Tensor  # int64: tokens that chose each expert, dropped ones included
+    dropped: Tensor  # share of the pairs (with expert choice: of the tokens) that got no place; 0 where dropless
 
 
 class Experts(nn.Module):
@@ -43,7 +45,7 @@ class Experts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Shared experts on every token plus top_k routed experts: (b, t, d) → (b, t, d), dropless."""
+    """Shared experts on every token plus routed ones on those that go there: (b, t, d) → (b, t, d)."""
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -54,17 +56,37 @@ class MoELayer(nn.Module):
         shared_width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(hidden_size, shared_width) if shared_width else None
 
-    def forward(self, x_btd: Tensor) -> MoEOutput:
+    def forward(self, x_btd: Tensor) -> tuple[Tensor, Routed]:
         c = self.config
         x_td = x_btd.flatten(0, 1)
-        routing = self.router(x_td)
-        plan = dispatch.plan(routing.expert_tk, c.num_experts)
-        gate_n1 = dispatch.gates_to_experts(routing.gate_tk, plan)
-        y_nd = self.experts(dispatch.to_experts(x_td, plan, c.top_k), gate_n1, plan.ends_e)
-        y_td = dispatch.from_experts(y_nd, plan, c.top_k)
+        logits_te, scores_te = self.router(x_td)
+        auxiliary = x_td.new_zeros((), dtype=torch.float32)
+        if self.training and c.router_z_loss_weight:
+            auxiliary = auxiliary + router_z_loss(logits_te, c.router_z_loss_weight)
+        if c.routing == "expert_choice":
+            y_td, counts_e, dropped = self._through_slots(x_td, slots.by_experts(scores_te, c))
+        else:
+            choice = self.router.choose_experts(scores_te)
+            if c.capacity_factor is None or not self.training:
+                y_td, counts_e, dropped = self._dropless(x_td, choice)
+            else:
+                y_td, counts_e, dropped = self._through_slots(x_td, slots.by_tokens(choice, c))
+            if self.training and c.sequence_loss_weight:
+                sequences = sequence_balance_loss(scores_te, choice.expert_tk, len(x_btd), c.sequence_loss_weight)
+                auxiliary = auxiliary + sequences / len(x_btd)
+            if self.training and c.batch_loss_weight:
+                auxiliary = auxiliary + batch_balance_loss(scores_te, counts_e, c.batch_loss_weight)
         if self.shared_experts is not None:
             y_td = y_td + self.shared_experts(x_td)
-        balance_loss = x_td.new_zeros((), dtype=torch.float32)
-        if self.training and c.sequence_loss_weight:
-            balance_loss = sequence_balance_loss(routing, len(x_btd), c.sequence_loss_weight)
-        return MoEOutput(y_td.view_as(x_btd), balance_loss, plan.counts_e)
+        return y_td.view_as(x_btd), Routed(auxiliary, counts_e, dropped)
+
+    def _dropless(self, x_td: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+        top_k = self.config.top_k
+        plan = dispatch.plan(choice.expert_tk, self.config.num_experts)
+        gate_n1 = dispatch.gates_to_experts(choice.gate_tk, plan)
+        y_nd = self.experts(dispatch.to_experts(x_td, plan, top_k), gate_n1, plan.ends_e)
+        return dispatch.from_experts(y_nd, plan, top_k), plan.counts_e, x_td.new_zeros((), dtype=torch.float32)
+
+    def _through_slots(self, x_td: Tensor, places: slots.Slots) -> tuple[Tensor, Tensor, Tensor]:
+        y_nd = self.experts(slots.to_experts(x_td, places), places.gate_n1, places.ends_e)
+        return slots.from_experts(y_nd, places, len(x_td)), places.counts_e, places.dropped

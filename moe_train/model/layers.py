@@ -1,4 +1,4 @@
-"""The small parts: linear without bias, dense SwiGLU, rotary position embedding.
+"""The small parts: linear without bias, RMSNorm, dense SwiGLU.
 
 Shape suffixes throughout the model: b sequences, t positions, d hidden size, h heads, e experts, k experts a token
 visits, n token-expert pairs, f expert width, v vocabulary.
@@ -43,17 +43,3 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
-
-
-def rotary_tables(positions_t: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (t, dim) in FP32 of `dim` rotary features (arXiv 2104.09864), first half paired with second."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions_t.device, dtype=torch.float32) / dim)
-    angles = torch.outer(positions_t.float(), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_bhtr: Tensor, cos_tr: Tensor, sin_tr: Tensor) -> Tensor:
-    """Turn feature i of each position against feature i + r/2 by the position's angle; computed in FP32."""
-    first, second = x_bhtr.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_bhtr * cos_tr + turned * sin_tr).to(x_bhtr.dtype)

@@ -1,6 +1,8 @@
-"""The gate of DeepSeek-V3: sigmoid affinities, a bias that steers only the choice, gate values from the affinities.
+"""Which experts a token goes to, and with what weight.
 
-arXiv 2412.19437, equations 12 to 16. Runs in FP32 whatever the precision: a rounded affinity can change the choice.
+The affinities are sigmoid or softmax scores of a linear layer, in FP32 whatever the precision: a rounded affinity can
+change the choice. Tokens then choose experts (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16, groups included), or
+experts choose tokens (arXiv 2202.09368).
 """
 
 from __future__ import annotations
@@ -14,16 +16,22 @@ from torch import Tensor, nn
 from moe_train.config import MoEConfig
 
 
-class Routing(NamedTuple):
-    """Where each of t tokens goes."""
+class Affinities(NamedTuple):
+    """How well each of t tokens and each of e experts go together, FP32."""
 
-    expert_tk: Tensor  # int64, the experts chosen
+    logits_te: Tensor
+    scores_te: Tensor  # sigmoid or softmax of the logits, without the selection bias
+
+
+class Choice(NamedTuple):
+    """The experts of every token."""
+
+    expert_tk: Tensor  # int64
     gate_tk: Tensor  # FP32, what their outputs are multiplied by
-    affinity_te: Tensor  # FP32, the sigmoid scores of all experts, without the bias
 
 
 class Router(nn.Module):
-    """Chooses top_k of num_experts for every token."""
+    """Scores all experts for every token, and chooses top_k of them."""
 
     selection_bias: Tensor
 
@@ -34,11 +42,40 @@ class Router(nn.Module):
         # Moved by balancing.update_selection_bias, never by a gradient; part of the weights that are saved.
         self.register_buffer("selection_bias", torch.zeros(config.num_experts))
 
-    def forward(self, x_td: Tensor) -> Routing:
+    def forward(self, x_td: Tensor) -> Affinities:
         with torch.autocast(x_td.device.type, enabled=False):
-            affinity_te = torch.sigmoid(F.linear(x_td.to(self.weight.dtype), self.weight))
-        expert_tk = (affinity_te.detach() + self.selection_bias).topk(self.config.top_k, dim=-1).indices
-        gate_tk = affinity_te.gather(-1, expert_tk)
-        if self.config.norm_topk_prob:
+            logits_te = F.linear(x_td.to(self.weight.dtype), self.weight)
+        sigmoid = self.config.scoring_func == "sigmoid"
+        return Affinities(logits_te, logits_te.sigmoid() if sigmoid else logits_te.softmax(-1))
+
+    def choose_experts(self, scores_te: Tensor) -> Choice:
+        """The top_k experts of every token by score plus selection bias, gated by their score alone."""
+        c = self.config
+        biased_te = scores_te.detach() + self.selection_bias
+        if c.topk_group < c.n_group:
+            biased_te = _within_best_groups(biased_te, c)
+        expert_tk = biased_te.topk(c.top_k, dim=-1).indices
+        gate_tk = scores_te.gather(-1, expert_tk)
+        if c.norm_topk_prob:
             gate_tk = gate_tk / (gate_tk.sum(-1, keepdim=True) + 1e-20)
-        return Routing(expert_tk, gate_tk * self.config.routed_scaling_factor, affinity_te)
+        return Choice(expert_tk, gate_tk * c.routed_scaling_factor)
+
+
+def _within_best_groups(biased_te: Tensor, config: MoEConfig) -> Tensor:
+    """All but the experts of each token's topk_group best groups at minus infinity.
+
+    A group is worth the sum of its group_score_top_k highest experts, which bounds the devices a token is sent to where
+    a group is a device (DeepSeek-V3, section 2.1.2; V2 took the one highest, arXiv 2405.04434, section 2.2.2).
+    """
+    grouped_tgm = biased_te.unflatten(-1, (config.n_group, -1))
+    value_tg = grouped_tgm.topk(config.group_score_top_k, dim=-1).values.sum(-1)
+    best = value_tg.topk(config.topk_group, dim=-1).indices
+    closed_tg = torch.ones_like(value_tg, dtype=torch.bool).scatter_(-1, best, False)
+    within: Tensor = grouped_tgm.masked_fill(closed_tg.unsqueeze(-1), float("-inf")).flatten(-2)
+    return within
+
+
+def choose_tokens(scores_te: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The `capacity` tokens each expert likes best and their scores: (e, c) int64 and (e, c)."""
+    score_ec, token_ec = scores_te.t().topk(capacity, dim=-1)
+    return token_ec, score_ec

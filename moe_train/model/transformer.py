@@ -1,4 +1,4 @@
-"""The decoder: embedding, pre-norm blocks of attention and FFN (dense or MoE), final norm, output head.
+"""The decoder: embedding, pre-norm blocks of attention and FFN (dense or MoE), final norm, output head, MTP modules.
 
 `forward` serves training (targets in, summed losses and expert loads out), `logits` serves generation. Weights and the
 residual stream are FP32; matrix products follow autocast.
@@ -6,17 +6,21 @@ residual stream are FP32; matrix products follow autocast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_train.config import ModelConfig
-from moe_train.model.attention import LayerCache, build_attention, rotary_dim
-from moe_train.model.experts import MoELayer
-from moe_train.model.layers import Linear, RMSNorm, SwiGLU, rotary_tables
+from moe_train.model.attention import LayerCache
+from moe_train.model.block import Block, BlockOutput
+from moe_train.model.experts import Routed
+from moe_train.model.layers import Linear, RMSNorm
 from moe_train.model.loss import head_loss
+from moe_train.model.mtp import MTPModule
+from moe_train.model.rope import Rotary, rotary_frequencies, rotary_tables
 from moe_train.model.router import Router
 from moe_train.precision.matmul import linear
 
@@ -24,60 +28,42 @@ from moe_train.precision.matmul import linear
 class Losses(NamedTuple):
     """Sums over the tokens of a micro-batch, so that micro-batches and ranks can be added before dividing."""
 
-    objective: Tensor  # what is minimised: loss, z-loss and balance loss
+    objective: Tensor  # what is minimised: loss, z-loss, weighted MTP loss and auxiliary losses
     nll: Tensor  # the plain loss in nats, not differentiable
-    counts_le: Tensor  # int64: tokens each expert of each MoE layer received; (0, 0) in a dense model
-
-
-class Block(nn.Module):
-    """x + attention(norm x), then x + FFN(norm x)."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = build_attention(config)
-        self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.ffn: MoELayer | SwiGLU
-        if config.moe is not None and config.is_moe_layer(layer):
-            self.ffn = MoELayer(config.moe, config.hidden_size)
-        else:
-            self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self, x_btd: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the residual stream and, of an MoE layer, its balance loss and expert counts."""
-        x_btd = x_btd + self.dropped(self.attention(self.input_norm(x_btd), rotary, cache))
-        normed = self.post_attention_norm(x_btd)
-        if isinstance(self.ffn, SwiGLU):
-            return x_btd + self.dropped(self.ffn(normed)), None, None
-        out = self.ffn(normed)
-        return x_btd + self.dropped(out.hidden_btd), out.balance_loss, out.counts_e
-
-    def dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    auxiliary: Tensor  # the routers' weighted losses, not differentiable
+    mtp_nll_k: Tensor  # the plain loss of each MTP module over its targets, not differentiable
+    mtp_targets_k: Tensor  # int64: how many targets each has; a token short of the module before, every sequence
+    counts_le: Tensor  # int64: tokens that chose each expert of each MoE layer, MTP modules' last; (0, 0) if dense
+    dropped_l: Tensor  # share of each MoE layer's tokens that got no place, times the tokens
 
 
 class Transformer(nn.Module):
     """The language model of a resolved ModelConfig with a known vocabulary."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, z_loss_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        z_loss_weight: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         self.z_loss_weight = z_loss_weight
+        self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, vocab_size)
+        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp_depth))
 
     @property
     def head_weight(self) -> Tensor:
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def routers(self) -> list[Router]:
-        """The routers of the MoE layers, in order."""
+        """The routers of the MoE layers, in order, those of MTP modules last."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def initialise(self, seed: int) -> None:
@@ -94,30 +80,76 @@ class Transformer(nn.Module):
                     drawn = torch.empty(parameter.shape).normal_(0, self.config.initializer_range, generator=generator)
                     parameter.copy_(drawn)
 
-    def hidden(self, tokens_bt: Tensor, caches: list[LayerCache] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Final normed hidden states (b, t, d), the summed balance loss and the expert counts (l, e)."""
+    def rotary(self, start: int, length: int, device: torch.device) -> Rotary:
+        """Rotation tables of `length` positions from `start`."""
+        return rotary_tables(
+            torch.arange(start, start + length, device=device), rotary_frequencies(self.config, device)
+        )
+
+    def hidden(self, tokens_bt: Tensor, caches: Sequence[LayerCache] | None = None) -> tuple[Tensor, list[Routed]]:
+        """Final normed hidden states (b, t, d), and what the MoE layers said."""
         start = caches[0].length if caches else 0
-        positions = torch.arange(start, start + tokens_bt.shape[1], device=tokens_bt.device)
-        rotary = rotary_tables(positions, rotary_dim(self.config), self.config.rope_theta)
-        x_btd = self.embedding(tokens_bt)
-        balance_loss = x_btd.new_zeros((), dtype=torch.float32)
-        counts: list[Tensor] = []
+        rotary = self.rotary(start, tokens_bt.shape[1], tokens_bt.device)
+        x_btd, routed = self.embedding(tokens_bt), []
         for layer, block in enumerate(self.blocks):
-            x_btd, layer_balance, layer_counts = block(x_btd, rotary, caches[layer] if caches else None)
-            if layer_balance is not None and layer_counts is not None:
-                balance_loss = balance_loss + layer_balance
-                counts.append(layer_counts)
-        counts_le = torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64, device=tokens_bt.device)
-        return self.norm(x_btd), balance_loss, counts_le
+            out = self._through(block, x_btd, rotary, caches[layer] if caches else None)
+            x_btd = out.hidden_btd
+            if out.routed is not None:
+                routed.append(out.routed)
+        return self.norm(x_btd), routed
 
-    def forward(self, tokens_bt: Tensor, targets_bt: Tensor) -> Losses:
-        """Summed losses of predicting `targets_bt` (int64, IGNORE for padding) from `tokens_bt` (int64)."""
-        hidden_btd, balance_loss, counts_le = self.hidden(tokens_bt)
-        objective, nll = head_loss(hidden_btd.flatten(0, 1), self.head_weight, targets_bt.flatten(), self.z_loss_weight)
-        # The balance loss is a sum over sequences: weighted by their length it becomes one over tokens like the rest.
-        return Losses(objective + balance_loss * tokens_bt.shape[1], nll, counts_le)
+    def _through(self, module: nn.Module, *inputs: object) -> BlockOutput:
+        """Call a block, or in training do so without keeping its activations (arXiv 1604.06174) where asked to."""
+        if self.activation_checkpointing and self.training:
+            kept: BlockOutput = checkpoint(module, *inputs, use_reentrant=False)
+            return kept
+        out: BlockOutput = module(*inputs)
+        return out
 
-    def logits(self, tokens_bt: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+    def forward(self, tokens_bt: Tensor, targets_bt: Tensor, mtp_weight: float = 0.0) -> Losses:
+        """Summed losses of predicting `targets_bt` (int64, IGNORE for padding) from `tokens_bt` (int64).
+
+        mtp_weight: λ; the objective gains λ times the mean of the MTP modules' losses.
+        """
+        hidden_btd, routed = self.hidden(tokens_bt)
+        objective, nll = self._head_loss(hidden_btd, targets_bt)
+        mtp_nll, mtp_targets = [], []
+        for depth, module in enumerate(self.mtp, start=1):
+            # Position i joins what is known up to token i with the embedding of token i + depth.
+            rotary = self.rotary(0, tokens_bt.shape[1] - depth, tokens_bt.device)
+            out = self._through(module, hidden_btd[:, :-1], self.embedding(tokens_bt[:, depth:]), rotary)
+            hidden_btd = out.hidden_btd
+            module_objective, module_nll = self._head_loss(hidden_btd, targets_bt[:, depth:])
+            objective = objective + module_objective * (mtp_weight / len(self.mtp))
+            mtp_nll.append(module_nll)
+            mtp_targets.append((targets_bt[:, depth:] >= 0).sum())
+            if out.routed is not None:
+                routed.append(out.routed)
+        # The auxiliary losses are means over tokens: weighted by these they become sums like the rest.
+        auxiliary = sum((r.auxiliary_loss for r in routed), start=nll.new_zeros(())) * tokens_bt.numel()
+        return Losses(
+            objective + auxiliary,
+            nll,
+            auxiliary.detach(),
+            _stacked(mtp_nll, nll),
+            _stacked(mtp_targets, targets_bt),
+            torch.stack([r.counts_e for r in routed]) if routed else targets_bt.new_zeros(0, 0),
+            _stacked([r.dropped for r in routed], nll) * tokens_bt.numel(),
+        )
+
+    def _head_loss(self, hidden_btd: Tensor, targets_bt: Tensor) -> tuple[Tensor, Tensor]:
+        return head_loss(hidden_btd.flatten(0, 1), self.head_weight, targets_bt.flatten(), self.z_loss_weight)
+
+    def logits(self, tokens_bt: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:
         """Scores of the next token at every given position (b, t, v); `caches` hold and take up earlier positions."""
-        hidden_btd, _, _ = self.hidden(tokens_bt, caches)
+        hidden_btd, _ = self.hidden(tokens_bt, caches)
+        return self.scores(hidden_btd)
+
+    def scores(self, hidden_btd: Tensor) -> Tensor:
+        """Scores of the token that follows normed hidden states, the main model's or an MTP module's: (b, t, v)."""
         return linear(hidden_btd, self.head_weight)
+
+
+def _stacked(scalars: list[Tensor], like: Tensor) -> Tensor:
+    """Scalars as one vector, an empty one of the dtype of `like` if there are none."""
+    return torch.stack(scalars) if scalars else like.new_zeros(0)

@@ -114,12 +114,17 @@ def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"the checkpoint {path} is damaged ({reason}): {remedy}")
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Put the checkpoint's weights into `model`, which must have the same tensors."""
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's tensors by name."""
     try:
-        weights = load_file(checkpoint.path / WEIGHTS)
+        return load_file(checkpoint.path / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise _damaged(checkpoint.path, f"{WEIGHTS}: {one_line(error)}") from None
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put the checkpoint's weights into `model`, which must have the same tensors."""
+    weights = read_weights(checkpoint)
     _check_same_tensors(checkpoint.path, weights, model.state_dict())
     model.load_state_dict(weights)
 

@@ -21,6 +21,7 @@ class Evaluation(NamedTuple):
     loss: float  # nats a token
     bits_per_byte: float
     tokens: int
+    mtp_losses: tuple[float, ...]  # nats a token of each MTP module
 
 
 @torch.no_grad()
@@ -36,16 +37,20 @@ def evaluate(
     """Loss on the first `max_tokens` validation tokens (None: all), shared out over the ranks."""
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # nats, targets
+    depth = model.config.mtp_depth
+    # Nats and targets, then the same of each MTP module.
+    totals = torch.zeros(2 + 2 * depth, dtype=torch.float64, device=runtime.device)
     blocks = validation_blocks(data.val, sequence_length, batch_size, max_tokens, runtime.rank, runtime.world_size)
     with runtime.accelerator.autocast():
         for inputs, targets in blocks:
             losses = model(inputs.to(runtime.device), targets.to(runtime.device))
-            totals += torch.stack([losses.nll.double(), (targets != IGNORE).sum().to(runtime.device).double()])
+            main = torch.stack([losses.nll.double(), (targets != IGNORE).sum().to(runtime.device).double()])
+            totals += torch.cat([main, losses.mtp_nll_k.double(), losses.mtp_targets_k.double()])
     model.train(was_training)
-    nats, targets_seen = runtime.summed(totals).tolist()
+    nats, targets_seen, *mtp = runtime.summed(totals).tolist()
     return Evaluation(
         loss=nats / targets_seen,
         bits_per_byte=nats / math.log(2) / data.val_bytes(int(targets_seen)),
         tokens=int(targets_seen),
+        mtp_losses=tuple(sum_ / max(1, count) for sum_, count in zip(mtp[:depth], mtp[depth:])),
     )

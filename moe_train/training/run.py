@@ -23,10 +23,10 @@ from moe_train.data.batches import Batches
 from moe_train.data.packing import PreparedData, prepare
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
-from moe_train.model.balancing import load_statistics
 from moe_train.model.transformer import Transformer
 from moe_train.tracking.console import TrainingProgress, print_notes
 from moe_train.tracking.tracker import Tracker
+from moe_train.training import metrics
 from moe_train.training import summary as summaries
 from moe_train.training.account import Account
 from moe_train.training.checkpoints import Checkpoint, load_optimizers, load_weights, save_checkpoint
@@ -86,21 +86,26 @@ class Run:
         self.config, self.runtime = config, runtime
         self.path: Path = runtime.from_main(folder.path if folder else None)
         checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
-        continues: bool = runtime.from_main(folder.continues if folder else False)
+        start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
 
         self.data = prepare(config.data, progress=runtime.is_main)
-        self.batches = Batches(self.data.train, config.data.sequence_length, config.batch_size, config.seed)
+        self.batches = Batches(
+            self.data.train, config.data.sequence_length, config.batch_size, config.seed, config.batch_ramp
+        )
         self.model_config = config.model.resolved()
         vocab_size = vocabulary(config, self.data)
         flops_per_token = training_flops_per_token(self.model_config, config.data.sequence_length, vocab_size)
         self.account = Account(config, runtime, flops_per_token)
 
-        self.model = Transformer(self.model_config, vocab_size, config.z_loss_weight)
-        if checkpoint is None:
-            self.model.initialise(config.seed)
-        else:
+        self.model = Transformer(self.model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
+        if checkpoint is not None:
             self._check_same_text(checkpoint)
             load_weights(checkpoint, self.model)
+        elif start is not None:
+            self._check_same_tokenizer(start)
+            load_weights(start, self.model)
+        else:
+            self.model.initialise(config.seed)
         self.model.to(runtime.device)
         self.optimizers = build_optimizers(self.model, config.optimizer)
         wrapped = runtime.accelerator.prepare(self.model)
@@ -110,17 +115,16 @@ class Run:
         self.steps_done = 0
         self.train_loss: float | None = None
         resumed = None
-        if checkpoint is not None and continues:
+        if checkpoint is not None:
             load_optimizers(checkpoint, self.optimizers)
             resumed = checkpoint.state
             self.steps_done = checkpoint.step
             self.train_loss = resumed["train_loss"]
             notes.append(f"going on from step {self.steps_done:,} of {self.path}")
-        elif checkpoint is not None:
-            notes.append(f"a new run from the weights of {checkpoint.path}")
+        elif start is not None:
+            notes.append(f"starting from the weights of {start.path}")
         self.account.take_up(resumed)
         self.saved_step = self.steps_done if resumed else None
-        self.from_weights = checkpoint is not None and not continues
         if folder is not None and not folder.fresh and checkpoint is None:
             notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
 
@@ -144,6 +148,14 @@ class Run:
                 f"here {here[:12]}): give the data.* settings it was trained with"
             )
 
+    def _check_same_tokenizer(self, start: Checkpoint) -> None:
+        theirs = start.path.parent.parent / "tokenizer"
+        if not Tokenizer.load(self.data.path).gives_same_ids_as(Tokenizer.load(theirs)):
+            raise UserError(
+                f"init_from={start.path} was trained with another tokenizer than data.tokenizer="
+                f"{self.config.data.tokenizer} gives: take its own, data.tokenizer={theirs}"
+            )
+
     def _start_tracker(self) -> Tracker:
         has_metrics = (self.path / "metrics.jsonl").exists()
         # The same after a resume, which may move the run's end.
@@ -160,8 +172,6 @@ class Run:
         """Step until a limit is reached or a signal ends it, then evaluate, save and sum up."""
         bar = TrainingProgress() if self.runtime.is_main else None
         with self._signals_end_the_run(), bar or contextlib.nullcontext():
-            if self.from_weights:  # so that a kill before the first checkpoint does not lose where it came from
-                self._save()
             progress = self._progress()
             while progress < 1 and self.interrupted is None:
                 progress = self._step(progress, bar)
@@ -181,7 +191,7 @@ class Run:
             began = time.monotonic()
             inputs, targets = self.stepper.load(self.steps_done)
             meter.data_wait(time.monotonic() - began)
-            meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor))
+            meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor, progress))
             self.steps_done += 1
             progress = self._progress()
             ends = progress >= 1 or self.interrupted is not None
@@ -193,18 +203,18 @@ class Run:
             if self.runtime.device_type == "cuda" and logs:
                 torch.cuda.synchronize()  # what the device still has to do belongs on the train clock
         if logs:
-            metrics = self._training_metrics(factor)
+            row = self._training_metrics(factor)
             if evaluates:
-                metrics |= self._evaluate()
+                row |= self._evaluate()
             if self.tracker:
-                self.tracker.log(self.steps_done, metrics)
+                self.tracker.log(self.steps_done, row)
             self.account.heartbeat()
             if bar is not None:
                 bar.update(
                     min(progress, 1.0),
                     step=self.steps_done,
                     loss=self.train_loss,
-                    tokens_per_second=metrics["throughput/tokens_per_second"],
+                    tokens_per_second=row["throughput/tokens_per_second"],
                     usd=meter.usd_total,
                 )
         if saves:
@@ -251,26 +261,23 @@ class Run:
 
     def _training_metrics(self, factor: float) -> dict[str, float | None]:
         """Everything that is logged of the steps since the last log. Waits for the device."""
-        self.train_loss, grad_norm, counts_le = self.stepper.read_totals()
-        if not (math.isfinite(self.train_loss) and math.isfinite(grad_norm)):
+        figures = self.stepper.read_totals()
+        self.train_loss = figures.loss
+        if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
             saved = "there is no checkpoint yet" if self.saved_step is None else f"step_{self.saved_step} is saved"
             raise UserError(
-                f"the loss is {self.train_loss} and the gradient norm {grad_norm} at step {self.steps_done} ({saved}): "
-                "lower optimizer.lr or raise schedule.warmup_fraction"
+                f"the loss is {figures.loss} and the gradient norm {figures.grad_norm} at step {self.steps_done} "
+                f"({saved}): lower optimizer.lr or raise schedule.warmup_fraction"
             )
         joules = self.account.joules()
-        metrics: dict[str, float | None] = {
-            "train/loss": self.train_loss,
-            "train/grad_norm": grad_norm,
+        return {
+            **metrics.of_steps(figures, self.model_config.moe),
             "train/lr": self.config.optimizer.lr * factor,
             "memory/peak_bytes": float(summaries.peak_memory_bytes(self.runtime)),
             "progress/seconds": self.account.meter.wall_seconds,
             "cost/energy_kwh": None if joules is None else joules / 3.6e6,
+            **self.account.meter.window(),
         }
-        metrics |= self.account.meter.window()
-        if self.model_config.moe is not None:
-            metrics |= load_statistics(counts_le)
-        return metrics
 
     def _evaluate(self) -> dict[str, float | None]:
         began = time.monotonic()
@@ -283,7 +290,7 @@ class Run:
             max_tokens=self.config.eval.max_tokens,
         )
         self.evaluation_seconds = time.monotonic() - began
-        return {"val/loss": self.evaluation.loss, "val/bits_per_byte": self.evaluation.bits_per_byte}
+        return metrics.of_evaluation(self.evaluation)
 
     def _save(self) -> None:
         began = time.monotonic()

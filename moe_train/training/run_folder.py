@@ -1,7 +1,7 @@
 """Where a run lives: which folder it gets, from which checkpoint it goes on, and that nobody else is writing there.
 
 A run is its configuration and seed, so going on is allowed only where these are the ones the folder was made with; the
-stop condition alone may change. `resume=PATH` together with a `run_dir` of its own starts a new run from a checkpoint.
+stop condition alone may change. `init_from=PATH` starts a new run from another's weights.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ MAY_CHANGE_ON_RESUME = ("stop", "eval")
 
 @dataclasses.dataclass
 class RunFolder:
-    """An open run folder, locked until the process ends, and the checkpoint to go on from."""
+    """An open run folder, locked until the process ends, and the checkpoint to go on or to start from."""
 
     path: Path
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | None  # of this run
+    start: Checkpoint | None  # of another, whose weights this one begins with
     finished_summary: dict[str, Any] | None  # of this very run, where there is nothing left to do
     lock: filelock.BaseFileLock
     fresh: bool  # empty until this process opened it
@@ -40,15 +41,11 @@ class RunFolder:
             self.lock.release()
             shutil.rmtree(self.path, ignore_errors=True)
 
-    @property
-    def continues(self) -> bool:
-        """Whether the checkpoint is this folder's own: metrics and ledger then go on."""
-        return self.checkpoint is not None and self.checkpoint.path.parent.parent == self.path
-
 
 def open_run_folder(config: RunConfig) -> RunFolder:
     """Create or reopen the folder of a run, lock it and write its config.yaml. Raises UserError if it is not free."""
-    source = None if config.resume in (None, "auto") else _checkpoint_at(Path(str(config.resume)))
+    source = None if config.resume in (None, "auto") else find_checkpoint(Path(str(config.resume)), "resume")
+    start = None if config.init_from is None else find_checkpoint(Path(config.init_from), "init_from")
     if config.resume == "auto" and config.run_dir is None:
         path = _newest_of_same_hash(config) or _new_folder(config.name)
     elif config.run_dir is not None:
@@ -59,10 +56,15 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         path = _new_folder(config.name)
 
     occupied = path.exists() and any(p.name != ".lock" for p in path.iterdir()) if not path.is_file() else True
-    goes_on = config.resume == "auto" or (source is not None and source.path.parent.parent == path)
-    if goes_on and source is not None and checkpoint_paths(path)[-1:] != [source.path]:
+    goes_on = config.resume is not None
+    if source is not None and source.path.parent.parent != path:
         raise UserError(
-            f"{source.path} is not the newest checkpoint of a run: give run_dir= for a new run from it, "
+            f"resume={source.path} goes on with the run it belongs to, and run_dir={path} is another: leave out "
+            "run_dir, or give init_from= in place of resume= for a new run from its weights"
+        )
+    if source is not None and checkpoint_paths(path)[-1:] != [source.path]:
+        raise UserError(
+            f"{source.path} is not the newest checkpoint of a run: give init_from= and run_dir= for a new run from it, "
             "so that the later ones are kept"
         )
     if occupied and not goes_on:
@@ -93,7 +95,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         )
     if finished is None:
         _write_config(path, config)
-    return RunFolder(path, source, finished, lock, fresh=not occupied)
+    return RunFolder(path, source, start, finished, lock, fresh=not occupied)
 
 
 def _new_folder(name: str) -> Path:
@@ -116,16 +118,18 @@ def _newest_of_same_hash(config: RunConfig) -> Path | None:
     return same[0] if same else None
 
 
-def _checkpoint_at(path: Path) -> Checkpoint:
-    """`resume=PATH`: a checkpoint folder, or a run folder whose newest checkpoint is meant."""
+def find_checkpoint(path: Path, key: str) -> Checkpoint:
+    """A checkpoint folder, or the newest of a run folder. `key` is the setting the path was given for."""
     path = path.absolute()
     if not path.exists():
-        raise UserError(f"resume={path}: there is no such folder; give a run folder, a checkpoints/step_N, or auto")
+        raise UserError(f"{key}={path}: there is no such folder; give a run folder or one of its checkpoints/step_N")
     if (path / STATE).exists() or path.parent.name == "checkpoints":
         return open_checkpoint(path)
     paths = checkpoint_paths(path)
     if not paths:
-        raise UserError(f"resume={path}: there is no checkpoint in it; give a run folder with checkpoints/step_N")
+        raise UserError(
+            f"{key}={path}: there is no checkpoint in it; give a run folder with checkpoints/step_N, or wait for one"
+        )
     return open_checkpoint(paths[-1])
 
 

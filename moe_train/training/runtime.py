@@ -95,6 +95,10 @@ def start_runtime(config: RunConfig) -> Runtime:
     share = config.batch_size // expected
     if config.batch_size % expected:
         raise UserError(f"batch_size={config.batch_size} does not divide among {expected} processes: choose a multiple")
+    if config.batch_ramp and config.batch_ramp.start % expected:
+        raise UserError(
+            f"batch_ramp.start={config.batch_ramp.start} does not divide among {expected} processes: choose a multiple"
+        )
     if config.micro_batch_size and share % config.micro_batch_size:
         raise UserError(
             f"micro_batch_size={config.micro_batch_size} does not divide a process's share of "

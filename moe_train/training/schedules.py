@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from moe_train.config import ScheduleConfig
+from moe_train.config import ScheduleConfig, SegmentsConfig, WarmupDecayConfig
 
 
 def lr_factor(config: ScheduleConfig, progress: float, step_fraction: float = 0.0) -> float:
@@ -18,10 +18,24 @@ def lr_factor(config: ScheduleConfig, progress: float, step_fraction: float = 0.
     rate of zero. Where `step_fraction` is not known (0), a first step at progress 0 has factor 0 if there is a warm-up.
     """
     warmup = min(1.0, (progress + step_fraction) / config.warmup_fraction) if config.warmup_fraction else 1.0
-    return warmup * _decay(config, min(progress, 1.0))
+    progress = min(progress, 1.0)
+    return warmup * (_segment(config, progress) if isinstance(config, SegmentsConfig) else _decay(config, progress))
 
 
-def _decay(config: ScheduleConfig, progress: float) -> float:
+def _segment(config: SegmentsConfig, progress: float) -> float:
+    began, level = 0.0, 1.0
+    for segment in config.segments:
+        if progress <= segment.until and segment.shape != "constant":
+            done = (progress - began) / (segment.until - began)
+            shape = 1 - done if segment.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
+            return segment.to + (level - segment.to) * shape
+        if progress < segment.until:
+            return segment.to
+        began, level = segment.until, segment.to
+    return level
+
+
+def _decay(config: WarmupDecayConfig, progress: float) -> float:
     """From 1 down to `final_lr_fraction`."""
     if config.kind == "constant":
         return 1.0

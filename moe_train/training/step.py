@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,28 +17,63 @@ from torch import Tensor, nn
 from moe_train.config import RunConfig
 from moe_train.data.batches import Batches
 from moe_train.model.balancing import update_selection_bias
-from moe_train.model.transformer import Transformer
+from moe_train.model.transformer import Losses, Transformer
 from moe_train.training.optimizers import set_lr
 from moe_train.training.runtime import Runtime
 
 
 @dataclasses.dataclass
 class StepTotals:
-    """Sums over the steps since the last log, on the device: reading them is what waits for it."""
+    """Sums over the steps since the last log, on the device: reading them is what waits for it.
+
+    Those of this rank alone, but for the expert counts, which every step sums over the ranks for the selection bias.
+    """
 
     nll: Tensor
+    auxiliary: Tensor
+    mtp_nll_k: Tensor
+    mtp_targets_k: Tensor
+    dropped_l: Tensor
     counts_le: Tensor
     grad_norm: Tensor  # of the last step, before clipping
-    targets: int = 0
+    targets: int = 0  # of all ranks
+    inputs: int = 0  # padding included
 
     @classmethod
     def zero(cls, model: Transformer, device: torch.device) -> StepTotals:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        layers, depth = model.config.num_routers, model.config.mtp_depth
         experts = model.config.moe.num_experts if model.config.moe else 0
         return cls(
-            nll=torch.zeros((), dtype=torch.float64, device=device),
-            counts_le=torch.zeros(model.config.num_moe_layers, experts, dtype=torch.int64, device=device),
-            grad_norm=torch.zeros((), device=device),
+            nll=zeros(),
+            auxiliary=zeros(),
+            mtp_nll_k=zeros(depth),
+            mtp_targets_k=zeros(depth),
+            dropped_l=zeros(layers),
+            counts_le=zeros(layers, experts, dtype=torch.int64),
+            grad_norm=zeros(dtype=torch.float32),
         )
+
+    def add(self, losses: Losses) -> None:
+        """Add a micro-batch."""
+        self.nll += losses.nll
+        self.auxiliary += losses.auxiliary
+        self.mtp_nll_k += losses.mtp_nll_k
+        self.mtp_targets_k += losses.mtp_targets_k
+        self.dropped_l += losses.dropped_l
+
+
+class StepFigures(NamedTuple):
+    """What the steps since the last log came to, over all ranks."""
+
+    loss: float  # nats a token, of the main model
+    auxiliary_loss: float  # the routers' weighted losses, a token
+    mtp_losses: list[float]  # nats a token of each MTP module
+    dropped_fraction: float  # of what capacity left without a place, the mean over MoE layers
+    counts_le: Tensor
+    grad_norm: float
 
 
 class Stepper:
@@ -71,20 +107,21 @@ class Stepper:
         device = self.runtime.device
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
-    def step(self, step: int, inputs_bt: Tensor, targets_bt: Tensor, lr_factor: float) -> int:
-        """Do optimizer step `step` (from 0); returns the targets trained on, over all ranks."""
+    def step(self, step: int, inputs_bt: Tensor, targets_bt: Tensor, lr_factor: float, progress: float) -> int:
+        """Do optimizer step `step` (from 0) at a run's `progress`; returns the targets trained on, over all ranks."""
         num_targets = self.batches.num_targets(step)
         pieces = list(zip(inputs_bt.split(self.micro_batch_size), targets_bt.split(self.micro_batch_size), strict=True))
         counts_le = torch.zeros_like(self.totals.counts_le)
-        nll = torch.zeros_like(self.totals.nll)
+        mtp, moe = self.model.config.mtp, self.model.config.moe
+        mtp_weight = 0.0 if mtp is None else mtp.weight_at(progress)
         for micro, (inputs, targets) in enumerate(pieces):
             self._seed_dropout(step, micro)
             last = micro == len(pieces) - 1
             with contextlib.nullcontext() if last else self.runtime.accelerator.no_sync(self.wrapped):
-                losses = self.wrapped(inputs, targets)
+                losses = self.wrapped(inputs, targets, mtp_weight)
                 # DDP averages gradients over ranks where a sum is wanted.
                 (losses.objective * (self.runtime.world_size / num_targets)).backward()
-            nll += losses.nll
+            self.totals.add(losses)
             counts_le += losses.counts_le
         counts_le = self.runtime.summed(counts_le)
 
@@ -93,14 +130,13 @@ class Stepper:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        moe = self.model.config.moe
-        if moe is not None and moe.bias_update_speed:
+        if moe is not None and moe.bias_update_speed and progress < moe.bias_update_fraction:
             update_selection_bias(self.routers, counts_le, moe.bias_update_speed)
 
-        self.totals.nll += nll
         self.totals.counts_le += counts_le
         self.totals.grad_norm = norm
         self.totals.targets += num_targets
+        self.totals.inputs += inputs_bt.numel() * self.runtime.world_size
         return num_targets
 
     def _seed_dropout(self, step: int, micro: int) -> None:
@@ -109,9 +145,22 @@ class Stepper:
             key = np.random.SeedSequence([self.config.seed, step, micro, self.runtime.rank])
             torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def read_totals(self) -> tuple[float, float, Tensor]:
-        """Mean loss in nats a token, gradient norm and expert counts since the last call. Waits for the device."""
+    def read_totals(self) -> StepFigures:
+        """The figures of the steps since the last call. Waits for the device."""
         totals = self.totals
         self.totals = StepTotals.zero(self.model, self.runtime.device)
-        nll = self.runtime.summed(totals.nll)
-        return nll.item() / max(1, totals.targets), totals.grad_norm.item(), totals.counts_le.cpu()
+        depth = len(totals.mtp_nll_k)
+        # One collective for all: they are few numbers.
+        mine = torch.cat(
+            [torch.stack([totals.nll, totals.auxiliary]), totals.mtp_nll_k, totals.mtp_targets_k, totals.dropped_l]
+        )
+        nll, auxiliary, *others = self.runtime.summed(mine).tolist()
+        mtp_nll, mtp_targets, dropped = others[:depth], others[depth : 2 * depth], others[2 * depth :]
+        return StepFigures(
+            loss=nll / max(1, totals.targets),
+            auxiliary_loss=auxiliary / max(1, totals.targets),
+            mtp_losses=[sum_ / max(1, count) for sum_, count in zip(mtp_nll, mtp_targets)],
+            dropped_fraction=sum(dropped) / max(1, len(dropped) * totals.inputs),
+            counts_le=totals.counts_le.cpu(),
+            grad_norm=totals.grad_norm.item(),
+        )

@@ -1,4 +1,4 @@
-"""FLOPs and parameters, against the published figures of DeepSeek-V3 and against torch's own counter."""
+"""FLOPs and parameters, against plain modules and torch's own counter."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_train.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from moe_train.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig
 from moe_train.cost.flops import forward_flops, parameter_counts, training_flops_per_token
 
 MOE = MoEConfig(
@@ -18,12 +18,30 @@ MOE = MoEConfig(
     num_shared_experts=1,
     moe_intermediate_size=16,
     first_k_dense_replace=1,
+    routing="token_choice",
+    scoring_func="sigmoid",
+    n_group=1,
+    topk_group=1,
+    group_score_top_k=2,
     norm_topk_prob=True,
     routed_scaling_factor=1.0,
+    capacity_factor=None,
     bias_update_speed=0.001,
+    bias_update_fraction=1.0,
     sequence_loss_weight=0.0001,
+    batch_loss_weight=0.0,
+    router_z_loss_weight=0.0,
 )
-GQA = GQAConfig("gqa", num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+EXPERT_CHOICE = dataclasses.replace(
+    MOE,
+    routing="expert_choice",
+    norm_topk_prob=False,
+    capacity_factor=1.0,
+    bias_update_speed=0.0,
+    sequence_loss_weight=0.0,
+)
+MTP = MTPConfig(depth=2, loss_weight=0.3, late_loss_weight=0.1, late_from=0.5)
+GQA = GQAConfig("gqa", num_attention_heads=4, num_key_value_heads=2, head_dim=8, qk_norm=None)
 MLA = MLAConfig(
     "mla",
     num_attention_heads=4,
@@ -44,25 +62,16 @@ def model(attention: GQAConfig | MLAConfig = GQA, moe: MoEConfig | None = MOE, *
         "hidden_size": 32,
         "num_hidden_layers": 3,
         "intermediate_size": 48,
-        "dense_twin_of_moe": False,
+        "dense_twin_of_moe": None,
+        "mtp": None,
         "tie_word_embeddings": False,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
+        "rope_scaling": None,
         "initializer_range": 0.02,
         "dropout": 0.0,
     }
     return ModelConfig(attention=attention, moe=moe, **(settings | changes))
-
-
-DEEPSEEK_V3 = model(
-    MLAConfig(
-        "mla", 128, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
-    ),
-    dataclasses.replace(MOE, num_experts=256, top_k=8, moe_intermediate_size=2048, first_k_dense_replace=3),
-    hidden_size=7168,
-    num_hidden_layers=61,
-    intermediate_size=18432,
-)
 
 
 class SwiGLU(nn.Module):
@@ -157,16 +166,6 @@ CONFIGS = [
 ]
 
 
-def test_deepseek_v3_has_its_published_parameters() -> None:
-    counts = parameter_counts(DEEPSEEK_V3, 129280)
-    assert round(counts.total / 1e9, 2) == 671.03
-    assert round(counts.active / 1e9, 2) == 37.55
-
-
-def test_deepseek_v3_trains_at_its_published_flops_per_token() -> None:
-    assert training_flops_per_token(DEEPSEEK_V3, 4096, 129280) == pytest.approx(250e9, rel=0.005)
-
-
 @pytest.mark.parametrize("config", CONFIGS)
 def test_forward_flops_are_what_torch_counts_but_for_the_acausal_half(config: ModelConfig) -> None:
     with torch.device("meta"):
@@ -212,12 +211,51 @@ def test_experts_that_are_not_visited_cost_parameters_but_no_flops(top_k: int, s
     assert sum(parts.values()) - sum(fewer_parts.values()) == pytest.approx(2 * router)
 
 
-def test_a_dense_twin_costs_what_the_mixture_costs() -> None:
+@pytest.mark.parametrize("kind", ["equal_flops", "equal_params"])
+def test_a_dense_twin_costs_what_the_mixture_costs(kind: str) -> None:
     wide = dataclasses.replace(MOE, moe_intermediate_size=512)
-    mixture = model(moe=wide, intermediate_size=1024)
-    twin = dataclasses.replace(mixture, dense_twin_of_moe=True)
-    cost, twin_cost = (training_flops_per_token(m, T, VOCAB) for m in (mixture, twin))
-    assert twin_cost == pytest.approx(cost, rel=0.01)
+    mixture = model(moe=wide, intermediate_size=1024, mtp=MTP)
+    twin = dataclasses.replace(mixture, dense_twin_of_moe=kind)
+    counts, twin_counts = parameter_counts(mixture, VOCAB), parameter_counts(twin, VOCAB)
     assert forward_flops(twin, T, VOCAB)["router"] == 0
-    counts = parameter_counts(twin, VOCAB)
-    assert counts.total == counts.active < parameter_counts(mixture, VOCAB).total
+    assert twin_counts.total == twin_counts.active + twin_counts.mtp
+    if kind == "equal_params":
+        assert twin_counts.total == pytest.approx(counts.total, rel=0.01)
+    else:
+        # An MTP module works on less than all positions, so its share of the averaged width costs a little less.
+        cost, twin_cost = (training_flops_per_token(m, T, VOCAB) for m in (mixture, twin))
+        assert twin_cost == pytest.approx(cost, rel=0.02)
+        assert twin_counts.total < counts.total
+
+
+@given(factor=st.floats(0.25, 6.0))
+def test_capacity_bounds_the_experts_a_token_visits(factor: float) -> None:
+    token_choice = dataclasses.replace(MOE, capacity_factor=factor)
+    expert_choice = dataclasses.replace(EXPERT_CHOICE, capacity_factor=factor)
+    assert MOE.experts_per_token == MOE.top_k
+    assert token_choice.experts_per_token == pytest.approx(min(1, factor) * MOE.top_k)  # no token visits more
+    assert expert_choice.experts_per_token == pytest.approx(min(factor * MOE.top_k, MOE.num_experts))
+    expert = 2 * 3 * 32 * 16  # MoE layers x weights
+    for moe in (token_choice, expert_choice):
+        counts = parameter_counts(model(moe=moe), VOCAB)
+        assert counts.total - counts.active == pytest.approx((8 - moe.experts_per_token) * expert, abs=1)
+        routed = forward_flops(model(moe=moe), T, VOCAB)["routed_experts"]
+        assert routed == pytest.approx(2 * moe.experts_per_token * expert)
+
+
+def test_a_module_of_multi_token_prediction_costs_as_much_as_it_has_positions() -> None:
+    first, both = (model(mtp=dataclasses.replace(MTP, depth=depth)) for depth in (1, 2))
+    # The same model with a last layer more: that layer, the join and the head on T - 1 of T positions.
+    deeper, plain = (forward_flops(model(num_hidden_layers=n), T - 1, VOCAB) for n in (4, 3))
+    layer = sum(deeper.values()) - sum(plain.values())
+    module = layer + 2 * (2 * 32 * 32 + 32 * VOCAB)
+    assert forward_flops(first, T, VOCAB)["mtp"] == pytest.approx(module * (T - 1) / T)
+    assert forward_flops(both, T, VOCAB)["mtp"] < 2 * forward_flops(first, T, VOCAB)["mtp"]
+    assert parameter_counts(both, VOCAB).mtp == 2 * parameter_counts(first, VOCAB).mtp
+
+
+def test_modules_of_multi_token_prediction_count_in_the_total_but_are_not_active() -> None:
+    without, with_mtp = parameter_counts(model(), VOCAB), parameter_counts(model(mtp=MTP), VOCAB)
+    assert without.mtp == 0 < with_mtp.mtp
+    assert with_mtp.total == without.total + with_mtp.mtp
+    assert with_mtp.active == without.active

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_train.config import BatchRampConfig
 from moe_train.data.batches import IGNORE_INDEX, Batches, validation_blocks
 from moe_train.errors import UserError
 
@@ -58,8 +59,20 @@ def test_the_ranks_slices_joined_are_the_global_batch() -> None:
 
 
 def test_a_batch_that_ranks_cannot_share_evenly_is_an_error() -> None:
-    with pytest.raises(UserError, match="batch_size=6"):
+    with pytest.raises(UserError, match="6 sequences cannot be shared by 4"):
         Batches(_tokens(100), 5, 6, seed=0).batch(0, rank=0, world_size=4)
+
+
+def test_a_ramp_grows_the_batch_in_multiples_of_its_start_over_its_tokens_and_skips_no_block() -> None:
+    batches = Batches(_tokens(10_001), 10, 20, seed=0, ramp=BatchRampConfig(start=4, tokens=1_000))
+    sizes = [len(batches.indices(step)) for step in range(20)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 4
+    assert set(sizes) == {4, 8, 12, 16, 20}
+    assert sum(size for size in sizes if size < 20) * 10 >= 1_000 - 20 * 10
+    seen = np.concatenate([batches.indices(step) for step in range(20)])
+    assert seen.tolist() == Batches(_tokens(10_001), 10, len(seen), seed=0).indices(0).tolist()
+    assert [batches.num_targets(step) for step in range(20)] == [10 * size for size in sizes]
 
 
 def test_seeds_and_epochs_have_orders_of_their_own() -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Commands
+from command_line import ROOT, Commands
 
 
 def one_line(commands: Commands, *command: str, status: int = 1) -> str:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Commands
+from command_line import ROOT, Commands
 from safetensors.torch import load_file
 
 EXACT = [
@@ -84,19 +84,25 @@ def test_ctrl_c_saves_the_step_in_progress_and_the_run_goes_on_from_it(commands:
     assert [row["step"] for row in commands.metrics("run")] == list(range(1, steps + 4))
 
 
-def test_a_new_run_from_a_checkpoint_keeps_where_it_came_from(commands: Commands) -> None:
+def test_a_new_run_from_a_checkpoint_starts_where_that_ended(commands: Commands) -> None:
     commands.train("run_dir=old")
-    branch = ["run_dir=new", "optimizer.lr=1e-4", "stop.steps=100000"]
-    process = commands.start(commands.train_command(*branch, "resume=old"))
+    branch = ["run_dir=new", "init_from=old", "optimizer.lr=1e-4"]
+    process = commands.start(commands.train_command(*branch, "stop.steps=100000"))
     metrics = commands.folder / "new/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)  # before its first checkpoint
     process.communicate()
-    assert same_parameters(commands.folder / "new/checkpoints/step_0", commands.folder / "old/checkpoints/step_6")
-    result = commands.train(*branch[:-1], "stop.steps=3", "resume=auto")
-    assert "going on from step 0" in result.stderr
+    result = commands.train(*branch, "stop.steps=3", "resume=auto")
+    assert "starting from the weights of" in result.stderr
     assert commands.metrics("new")[0]["train/loss"] < commands.metrics("old")[2]["train/loss"]
+
+
+def test_weights_are_not_continued_with_another_tokenizer(commands: Commands) -> None:
+    commands.train("run_dir=old")
+    refused = commands.train("run_dir=new", "init_from=old", "data.tokenizer=bpe", "data.vocab_size=300", check=False)
+    assert refused.returncode == 1
+    assert "trained with another tokenizer" in refused.stderr
 
 
 def test_two_processes_follow_one_to_rounding(commands: Commands) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, Commands
+from command_line import ROOT, Commands
 from safetensors import safe_open
 
 pytestmark = pytest.mark.xdist_group("finished")

@@ -64,7 +64,7 @@ def test_resume_auto_starts_a_run_that_is_not_there_and_goes_on_with_one_that_is
     again = opened(config)
     assert again.checkpoint is not None
     assert again.checkpoint.step == 10
-    assert again.continues
+    assert again.checkpoint is not None
 
 
 def test_resume_auto_without_a_folder_finds_the_run_by_its_hash(compose_run: Compose) -> None:
@@ -93,19 +93,32 @@ def test_a_finished_run_is_not_made_twice(compose_run: Compose) -> None:
     assert opened(compose_run("run_dir=run", "resume=auto", "stop.steps=9")).finished_summary is None
 
 
-def test_resume_path_takes_a_run_or_a_checkpoint_and_a_new_run_dir_branches_off(compose_run: Compose) -> None:
+def test_resume_path_takes_a_run_or_its_newest_checkpoint(compose_run: Compose) -> None:
     opened(compose_run("run_dir=run"))
     old, new = checkpoint_at(Path("run").absolute(), 5), checkpoint_at(Path("run").absolute(), 10)
     for path in ("run", str(new)):
         folder = opened(compose_run(f"resume={path}"))
-        assert folder.continues
+        assert folder.checkpoint is not None
+        assert folder.checkpoint.step == 10
         assert folder.path == Path("run").absolute()
-    with pytest.raises(UserError, match="not the newest checkpoint"):
+    with pytest.raises(UserError, match=r"not the newest checkpoint.*init_from="):
         open_run_folder(compose_run(f"resume={old}"))
-    branch = opened(compose_run(f"resume={old}", "run_dir=branch", "optimizer.lr=0.5"))
-    assert branch.checkpoint is not None
-    assert branch.checkpoint.step == 5
-    assert not branch.continues
+    with pytest.raises(UserError, match=r"run_dir=.*is another: .*init_from="):
+        open_run_folder(compose_run("resume=run", "run_dir=branch"))
+
+
+def test_init_from_starts_a_new_run_with_other_settings(compose_run: Compose) -> None:
+    opened(compose_run("run_dir=run"))
+    old = checkpoint_at(Path("run").absolute(), 5)
+    checkpoint_at(Path("run").absolute(), 10)
+    for source, step in ((str(old), 5), ("run", 10)):
+        branch = opened(compose_run(f"init_from={source}", f"run_dir=branch_{step}", "optimizer.lr=0.5"))
+        assert branch.checkpoint is None
+        assert branch.start is not None
+        assert branch.start.step == step
+    with pytest.raises(UserError, match=r"init_from=.*there is no such folder"):
+        open_run_folder(compose_run("init_from=nowhere", "run_dir=other"))
+    assert not Path("other").exists()
 
 
 @pytest.mark.parametrize("path", ["nowhere", "empty", "empty/checkpoints/step_3"])

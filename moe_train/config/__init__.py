@@ -1,0 +1,73 @@
+"""Every setting of a run, as frozen dataclasses: what exists, what type it has, and what cannot be combined.
+
+hydra composes `configs/`; `compose.py` converts the result into a `RunConfig` once, and nothing beyond that line sees
+a DictConfig. A combination that cannot work is refused here, with the key, the value and the remedy, before anything
+is loaded.
+"""
+
+from moe_train.config.data import (
+    AnyDataConfig,
+    DataConfig,
+    HubConfig,
+    LocalPackagesConfig,
+    LocalPythonConfig,
+    TextFilesConfig,
+)
+from moe_train.config.hardware import HardwareConfig, PeakConfig, TrackingConfig
+from moe_train.config.model import (
+    GQAConfig,
+    Llama3RopeConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    RopeScalingConfig,
+    YarnConfig,
+)
+from moe_train.config.run import RunConfig, to_dict
+from moe_train.config.training import (
+    AdamWConfig,
+    BatchRampConfig,
+    CheckpointConfig,
+    EvalConfig,
+    MuonConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    SegmentsConfig,
+    StopConfig,
+    WarmupDecayConfig,
+)
+
+__all__ = [
+    "AdamWConfig",
+    "AnyDataConfig",
+    "BatchRampConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "GQAConfig",
+    "HardwareConfig",
+    "HubConfig",
+    "Llama3RopeConfig",
+    "LocalPackagesConfig",
+    "LocalPythonConfig",
+    "MLAConfig",
+    "MTPConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "MuonConfig",
+    "OptimizerConfig",
+    "PeakConfig",
+    "PrecisionConfig",
+    "RopeScalingConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SegmentsConfig",
+    "StopConfig",
+    "TextFilesConfig",
+    "TrackingConfig",
+    "WarmupDecayConfig",
+    "YarnConfig",
+    "to_dict",
+]

@@ -1,0 +1,219 @@
+"""What a model configuration comes to: its layers and shapes, parameters, FLOPs, cache and training memory.
+
+Shapes are those of the real modules, built on torch's meta device, where a tensor has no content: DeepSeek-V3 takes a
+second. All other figures are the formulas of `cost/flops.py` and `cost/memory.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moe_train.compose import ComposedModel
+from moe_train.config import ModelConfig
+from moe_train.cost import flops, memory
+from moe_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """Tensors of one kind of layer."""
+
+    layers: str  # e.g. "blocks 3 to 60"
+    count: int
+    tensors: dict[str, list[int]]  # shapes by name
+    params: int  # of one such layer
+
+
+def describe(
+    composed: ComposedModel,
+    *,
+    sequence_length: int,
+    vocab_size: int | None,
+    batch: int | None,
+    compute_dtype: str,
+    activation_checkpointing: bool,
+) -> dict[str, Any]:
+    """All figures, as they go into the JSON file: lengths in tokens, memory in bytes, FLOPs forward and backward.
+
+    `vocab_size` None: the architecture's own, else the tokenizer's. `batch`: tokens a device holds at once; None: one
+    sequence. Raises UserError where the sequence is too short for the MTP modules.
+    """
+    model = composed.model.resolved()
+    if model.mtp_depth >= sequence_length:
+        raise UserError(
+            f"model.mtp.depth={model.mtp_depth} needs sequences longer than sequence_length={sequence_length}: lower it"
+        )
+    notes = []
+    vocabulary = vocab_size or model.vocab_size
+    if vocabulary is None:
+        vocabulary = composed.default_vocab_size
+        notes.append(f"vocab_size= is not given: {vocabulary:,} assumed, the default of a run's tokenizer")
+    if batch is None:
+        batch = sequence_length
+    counts = flops.parameter_counts(model, vocabulary)
+    lookups = 0 if model.tie_word_embeddings else vocabulary * model.hidden_size  # a tied one is multiplied as the head
+    in_training = memory.training_memory(
+        model,
+        vocabulary,
+        batch,
+        composed.optimizer,
+        compute_bytes=2 if compute_dtype == "bfloat16" else 4,
+        activation_checkpointing=activation_checkpointing,
+    )
+    return {
+        "model": model.name,
+        "sequence_length": sequence_length,
+        "vocab_size": vocabulary,
+        "total_params": counts.total,
+        "active_params": counts.active,
+        "active_params_without_embedding": counts.active - lookups,
+        "mtp_params": counts.mtp,
+        "flops_per_token": flops.training_flops_per_token(model, sequence_length, vocabulary),
+        "cache_elements_per_token": memory.cache_elements_per_token(model),
+        "cache_bytes_per_token": 2 * memory.cache_elements_per_token(model),
+        "parts": _parts(model, sequence_length, vocabulary),
+        "layers": [asdict(row) for row in _layers(model, vocabulary)],
+        "memory": {
+            "batch": batch,
+            "optimizer": composed.optimizer.kind,
+            "compute_dtype": compute_dtype,
+            "activation_checkpointing": activation_checkpointing,
+            "parts": [{"part": part, "bytes": count} for part, count in in_training.items()],
+            "bytes": sum(in_training.values()),
+            "assumptions": list(memory.ASSUMPTIONS),
+        },
+        "notes": notes,
+    }
+
+
+def _parts(model: ModelConfig, sequence_length: int, vocab_size: int) -> list[dict[str, Any]]:
+    params = flops.main_parameters(model, vocab_size)
+    params[flops.MTP] = sum(flops.mtp_parameters(model).values())
+    forward = flops.forward_flops(model, sequence_length, vocab_size)
+    total = sum(forward.values())
+    return [
+        {
+            "part": part,
+            "params": params.get(part, 0),
+            "flops_per_token": 3 * forward.get(part, 0.0),
+            "flops_share": forward.get(part, 0.0) / total,
+        }
+        for part in flops.PARTS
+        if params.get(part, 0) or forward.get(part, 0.0)
+    ]
+
+
+def _layers(model: ModelConfig, vocab_size: int) -> list[LayerRow]:
+    """Consecutive layers of the same shapes are one row."""
+    import torch
+
+    from moe_train.model.transformer import Transformer
+
+    with torch.device("meta"):
+        built = Transformer(model, vocab_size)
+    # The numbers in front are those of layers: "blocks.3.attention.q_proj.weight" is layer blocks 3.
+    layers: dict[tuple[str, int | None], dict[str, list[int]]] = {}
+    for name, parameter in built.named_parameters():
+        found = re.fullmatch(r"(blocks|mtp)\.(\d+)\.(.+)", name)
+        if found:
+            layers.setdefault((found[1], int(found[2])), {})[found[3]] = list(parameter.shape)
+        else:
+            owner, _, tensor = name.rpartition(".")
+            layers.setdefault((owner, None), {})[tensor] = list(parameter.shape)
+    rows = []
+    for (owner, tensors), members in groupby(layers.items(), key=lambda layer: (layer[0][0], layer[1])):
+        numbers = [number for (_, number), _ in members if number is not None]
+        span = f" {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "") if numbers else ""
+        size = sum(math.prod(shape) for shape in tensors.values())
+        rows.append(LayerRow(owner + span, max(1, len(numbers)), tensors, size))
+    return rows
+
+
+def show(description: dict[str, Any], console: Console | None = None) -> None:
+    """The description as tables, on stdout by default."""
+    console = console or Console()
+    console.print(
+        Group(_layer_table(description), Text(), _part_table(description), Text(), _memory_table(description))
+    )
+    for note in description["notes"]:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Text in the first column, figures in the others."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    return table
+
+
+def _layer_table(description: dict[str, Any]) -> RenderableType:
+    table = _table(f"{description['model']}: layers", "tensor", "shape", "parameters")
+    for layer in description["layers"]:
+        table.add_section()
+        times = f", {layer['count']} times" if layer["count"] > 1 else ""
+        table.add_row(Text(layer["layers"] + times, style="bold"), "", Text(f"{layer['params']:,}", style="bold"))
+        for name, shape in layer["tensors"].items():
+            table.add_row(f"  {name.removesuffix('.weight')}", _times(shape), f"{math.prod(shape):,}")
+    return table
+
+
+def _times(shape: list[int]) -> str:
+    return " × ".join(f"{extent:,}" for extent in shape)
+
+
+def _part_table(description: dict[str, Any]) -> RenderableType:
+    table = _table(
+        f"parameters, and FLOPs a trained token at {description['sequence_length']:,} tokens a sequence",
+        "part",
+        "parameters",
+        "FLOPs a token",
+        "share",
+    )
+    for part in description["parts"]:
+        table.add_row(
+            part["part"].replace("_", " "),
+            f"{part['params']:,}",
+            _short(part["flops_per_token"]),
+            f"{part['flops_share']:.1%}",
+        )
+    table.add_section()
+    table.add_row("total", f"{description['total_params']:,}", _short(description["flops_per_token"]), "")
+    table.add_row("active", f"{description['active_params']:,}", "", "")
+    table.add_row("active without the input embedding", f"{description['active_params_without_embedding']:,}", "", "")
+    cache = description["cache_elements_per_token"]
+    size = f"{description['cache_bytes_per_token']:,} bytes in BF16"
+    return Group(table, Text(f"cache while generating: {cache:,} elements a token, {size}"))
+
+
+def _memory_table(description: dict[str, Any]) -> RenderableType:
+    content = description["memory"]
+    checkpointing = ", activation checkpointing" if content["activation_checkpointing"] else ""
+    table = _table(
+        "training memory of one device",
+        f"{content['batch']:,} tokens at once, {content['optimizer']}, {content['compute_dtype']}{checkpointing}",
+        "GB (10⁹ bytes)",
+    )
+    for part in content["parts"]:
+        table.add_row(part["part"].replace("_", " "), f"{part['bytes'] / 1e9:,.3f}")
+    table.add_section()
+    table.add_row("together", f"{content['bytes'] / 1e9:,.3f}")
+    lines = ["weights, gradients and optimizer states are exact, the rest is an estimate that assumes:"]
+    lines += [f"- {assumption}" for assumption in content["assumptions"]]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _short(figure: float) -> str:
+    """Four significant digits and the letter of the power of a thousand."""
+    for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if figure >= size:
+            return f"{figure / size:.4g} {letter}"
+    return f"{figure:.4g}"

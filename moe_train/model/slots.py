@@ -1,0 +1,85 @@
+"""Dispatch with a fixed number of places an expert: what does not fit is dropped, what is not filled is multiplied too.
+
+The layout of GShard and Switch (arXiv 2006.16668, 2101.03961) and of expert choice (2202.09368). An empty place holds
+token 0 with gate 0; since the gate multiplies the activation before the down-projection, its output is exactly zero.
+Arms to be measured against the dropless `dispatch`, so written plainly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_train.config import MoEConfig
+from moe_train.model.router import Choice, choose_tokens
+
+
+class Slots(NamedTuple):
+    """n = e · c places, those of expert 0 first."""
+
+    token_n: Tensor  # int64: the token at each place
+    gate_n1: Tensor  # FP32; 0 where the place is empty
+    ends_e: Tensor  # int32: where each expert's places end
+    counts_e: Tensor  # int64: tokens that chose each expert, or that it chose
+    dropped: Tensor  # FP32: share of the pairs that found no place; with expert choice, of tokens that no expert took
+
+
+def capacity(config: MoEConfig, num_tokens: int) -> int:
+    """Places an expert has: its even share of num_tokens · top_k pairs times capacity_factor, rounded up."""
+    assert config.capacity_factor is not None
+    places = math.ceil(config.capacity_factor * num_tokens * config.top_k / config.num_experts)
+    return min(max(places, 1), num_tokens)
+
+
+def by_tokens(choice: Choice, config: MoEConfig) -> Slots:
+    """Every token to the experts it chose, as long as these have places.
+
+    Earlier tokens come first, with all their choices: whether a token is dropped then depends on none after it.
+    (GShard serves all first choices before any second one, which lets the future in.)
+    """
+    num_tokens, top_k = choice.expert_tk.shape
+    places, num_experts = capacity(config, num_tokens), config.num_experts
+    expert_p = choice.expert_tk.flatten()
+    chosen_pe = torch.zeros(len(expert_p), num_experts, dtype=torch.int64, device=expert_p.device)
+    chosen_pe.scatter_(1, expert_p.unsqueeze(1), 1)
+    rank_p = chosen_pe.cumsum(0).gather(1, expert_p.unsqueeze(1)).squeeze(1) - 1  # how many came before
+    counts_e = chosen_pe.sum(0)
+    fits_p = rank_p < places
+    # What does not fit is written to one place past the end, which is cut off: no shape depends on the data.
+    slot_p = torch.where(fits_p, expert_p * places + rank_p, num_experts * places)
+    token_p = torch.arange(num_tokens, device=expert_p.device).repeat_interleave(top_k)
+    token_n = token_p.new_zeros(num_experts * places + 1).scatter(0, slot_p, token_p)[:-1]
+    gate_p = choice.gate_tk.flatten()
+    gate_n = gate_p.new_zeros(num_experts * places + 1).scatter(0, slot_p, gate_p)[:-1]
+    return Slots(token_n, gate_n.unsqueeze(1), _ends(num_experts, places, token_n), counts_e, (~fits_p).float().mean())
+
+
+def by_experts(scores_te: Tensor, config: MoEConfig) -> Slots:
+    """Every expert takes its best tokens of the batch; a token's output is the sum over those that took it."""
+    num_tokens, num_experts = scores_te.shape
+    places = capacity(config, num_tokens)
+    token_ec, score_ec = choose_tokens(scores_te, places)
+    taken_t = torch.zeros(num_tokens, dtype=torch.bool, device=scores_te.device)
+    taken_t[token_ec.flatten()] = True
+    counts_e = torch.full((num_experts,), places, device=scores_te.device)
+    gate_n1 = score_ec.reshape(-1, 1) * config.routed_scaling_factor
+    ends_e = _ends(num_experts, places, token_ec)
+    return Slots(token_ec.flatten(), gate_n1, ends_e, counts_e, (~taken_t).float().mean())
+
+
+def to_experts(x_td: Tensor, slots: Slots) -> Tensor:
+    """The row of the token at each place: (n, d)."""
+    return x_td.index_select(0, slots.token_n)
+
+
+def from_experts(y_nd: Tensor, slots: Slots, num_tokens: int) -> Tensor:
+    """Sum the rows of each token's places, in FP32 where y is narrower: (t, d)."""
+    wide = y_nd.to(torch.float32) if y_nd.dtype.itemsize < 4 else y_nd
+    return wide.new_zeros(num_tokens, y_nd.shape[1]).index_add(0, slots.token_n, wide).to(y_nd.dtype)
+
+
+def _ends(num_experts: int, places: int, like: Tensor) -> Tensor:
+    return torch.arange(1, num_experts + 1, dtype=torch.int32, device=like.device) * places

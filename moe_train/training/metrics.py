@@ -1,0 +1,36 @@
+"""The names under which losses and loads are logged; what a step costs has its names in `cost/meter.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_train.config import MoEConfig
+from moe_train.model.balancing import load_statistics
+from moe_train.training.evaluation import Evaluation
+from moe_train.training.step import StepFigures
+
+Metrics = dict[str, float | None]
+
+
+def of_steps(figures: StepFigures, moe: MoEConfig | None) -> Metrics:
+    """Of the steps since the last log."""
+    row: Metrics = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm}
+    if moe is not None:
+        row |= load_statistics(figures.counts_le)
+        row["train/auxiliary_loss"] = figures.auxiliary_loss
+        if moe.capacity_factor is not None:
+            row["moe/dropped_fraction"] = figures.dropped_fraction
+    return row | _of_mtp("train", figures.mtp_losses)
+
+
+def of_evaluation(evaluation: Evaluation) -> Metrics:
+    row: Metrics = {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte}
+    return row | _of_mtp("val", evaluation.mtp_losses)
+
+
+def _of_mtp(split: str, losses: Sequence[float]) -> Metrics:
+    """Their mean, which λ weighs, and each depth's own."""
+    if not losses:
+        return {}
+    by_depth: Metrics = {f"{split}/mtp_loss_{depth}": loss for depth, loss in enumerate(losses, start=1)}
+    return {f"{split}/mtp_loss": sum(losses) / len(losses), **by_depth}

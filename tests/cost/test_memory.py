@@ -1,0 +1,140 @@
+"""Memory by formula against the tensors that really exist: weights, gradients, states, and what autograd keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_train.config import AdamWConfig, MuonConfig, OptimizerConfig
+from moe_train.cost.memory import LOGITS_CHUNK_ELEMENTS, cache_elements_per_token, training_memory
+from moe_train.model import loss
+from moe_train.model.attention import LayerCache
+from moe_train.model.transformer import Transformer
+from moe_train.training.optimizers import build_optimizers
+
+SmallModel = Callable[..., Transformer]
+
+ADAMW = AdamWConfig("adamw", 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
+MUON = MuonConfig("muon", 1e-3, 0.95, True, 5, 0.1, 1.0, (0.9, 0.95), 1e-8)
+ARMS = {
+    "mla": [],
+    "mla_q_compressed": ["attention.q_lora_rank=12"],
+    "gqa": ["attention=gqa_4x32"],
+    "heads_normed": ["attention=mha_4x32", "attention.qk_norm=per_head"],
+    "vectors_normed": ["attention=gqa_4x32", "attention.qk_norm=all_heads"],
+    "expert_choice": ["moe=expert_choice"],
+    "capacity": ["moe=switch"],
+    "batch_loss": ["moe=batch_loss"],
+    "dense": ["dense_twin_of_moe=equal_flops"],
+    "mtp": ["mtp=depth_2", "tie_word_embeddings=false"],
+}
+VOCAB, SEQUENCES, LENGTH = 64, 4, 64
+TOKENS = SEQUENCES * LENGTH
+
+
+def estimate(
+    model: Transformer,
+    *,
+    optimizer: OptimizerConfig = ADAMW,
+    compute_bytes: int = 4,
+    activation_checkpointing: bool = False,
+) -> dict[str, int]:
+    return training_memory(
+        model.config,
+        VOCAB,
+        TOKENS,
+        optimizer,
+        compute_bytes=compute_bytes,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    tokens, targets = torch.randint(0, VOCAB, (2, SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+    return tokens, targets
+
+
+def kept_bytes(model: Transformer, compute_bytes: int) -> int:
+    """Bytes that autograd keeps after a forward pass, weights and buffers left out, each storage once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    model.train()
+    narrow = torch.autocast("cpu", torch.bfloat16, enabled=compute_bytes == 2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), narrow:
+        losses = model(*batch())
+    assert losses.objective.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("arm", ["mla", "gqa", "dense", "mtp"])
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda config: config.kind)
+def test_weights_gradients_and_states_are_exact(arm: str, optimizer: OptimizerConfig, small_model: SmallModel) -> None:
+    model = small_model(*ARMS[arm], dtype=torch.float32)
+    optimizers = build_optimizers(model, optimizer)
+    model(*batch(), 0.3).objective.backward()
+    for each in optimizers:
+        each.step()
+
+    def size(*tensors: Tensor) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    expected = estimate(model, optimizer=optimizer)
+    assert expected["weights"] == size(*model.parameters(), *model.buffers())
+    assert expected["gradients"] == size(*(p.grad for p in model.parameters() if p.grad is not None))
+    # AdamW's step counters, one number a tensor, are the scalars left out.
+    states = [value for each in optimizers for state in each.state.values() for value in state.values()]
+    assert expected["optimizer_states"] == size(*(state for state in states if state.ndim))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("compute_bytes", [2, 4], ids=["bfloat16", "float32"])
+def test_what_autograd_keeps_is_estimated_within_fifteen_percent(
+    arm: str, compute_bytes: int, small_model: SmallModel
+) -> None:
+    model = small_model(*ARMS[arm], dtype=torch.float32)
+    expected = estimate(model, compute_bytes=compute_bytes)
+    kept = expected["activations"] + expected["weight_copies"] + expected["head_gradients"]
+    assert kept == pytest.approx(kept_bytes(model, compute_bytes), rel=0.15)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_with_checkpointing_the_inputs_of_layers_and_one_layer_are_kept(arm: str, small_model: SmallModel) -> None:
+    # The largest layer is an MTP module where there are any.
+    one_more = "mtp.depth=3" if arm == "mtp" else "num_hidden_layers=4"
+    model, deeper = (small_model(*ARMS[arm], *more, dtype=torch.float32) for more in ([], [one_more]))
+    one_layer = kept_bytes(deeper, 4) - kept_bytes(model, 4)
+    model.activation_checkpointing = True
+    expected = estimate(model, activation_checkpointing=True)
+    kept = expected["activations"] + expected["head_gradients"]
+    assert kept == pytest.approx(kept_bytes(model, 4) + one_layer, rel=0.15)
+
+
+def test_casts_of_weights_exist_in_bfloat16_only(small_model: SmallModel) -> None:
+    model = small_model(dtype=torch.float32)
+    assert estimate(model, compute_bytes=4)["weight_copies"] == 0
+    whole = estimate(model, compute_bytes=2)["weight_copies"]
+    checkpointed = estimate(model, compute_bytes=2, activation_checkpointing=True)["weight_copies"]
+    assert 0 < checkpointed < whole < 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_the_chunk_of_logits_is_the_losss_own() -> None:
+    assert loss._CHUNK_ELEMENTS == LOGITS_CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize("arm", ["mla", "gqa", "heads_normed"])
+def test_the_cache_holds_as_many_elements_a_token_as_the_formula_says(arm: str, small_model: SmallModel) -> None:
+    model = small_model(*ARMS[arm], dtype=torch.float32)
+    caches = [LayerCache() for _ in model.blocks]
+    with torch.no_grad():
+        model.logits(batch()[0][:1], caches)
+    assert sum(cache.bytes for cache in caches) == 4 * LENGTH * cache_elements_per_token(model.config)
