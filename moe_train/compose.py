@@ -164,7 +164,7 @@ def explain_hydra_error(error: Exception) -> UserError:
         return UserError(f"unknown group {found[1]}: see the folders of configs/")
     if "Config group override must be a string or a list" in text:
         return UserError(
-            "a group takes the name of one of its files: for no such part give model.moe=null, with a dot"
+            "a group takes the name of one of its files, not null (a part is left out with a dot, as in model.moe=null)"
         )
     if isinstance(error, ConfigCompositionException):
         return UserError(f"configuration: {text}")

@@ -45,7 +45,7 @@ def describe_known_failure(error: BaseException) -> str | None:
     # torch and safetensors report a full disk, torch a failed CPU allocation too, as errors of their own.
     text = str(error)
     if any(sign in text for sign in ("os error 28", "os error 27", "No space left", "PytorchStreamWriter failed")):
-        return "the disk is full while writing a checkpoint: free some space, then go on with resume=auto"
+        return "the disk is full: free some space, then repeat the command, a training run with resume=auto"
     if "DefaultCPUAllocator" in text:
         return "out of memory: lower micro_batch_size or data.sequence_length, or choose a smaller model"
     return None

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_train.errors import UserError, one_line
+from moe_train.training.new_folder import flush
 
 WEIGHTS, OPTIMIZERS, STATE = "model.safetensors", "optimizers.pt", "state.json"
 
@@ -68,9 +69,9 @@ def save_checkpoint(
         sizes = {name: (temporary / name).stat().st_size for name in (WEIGHTS, OPTIMIZERS)}
         (temporary / STATE).write_text(json.dumps({**state, "files": sizes}, indent=1))
         for name in (WEIGHTS, OPTIMIZERS, STATE):
-            _flush(temporary / name)
+            flush(temporary / name)
         os.rename(temporary, final)
-        _flush(root)
+        flush(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -79,14 +80,6 @@ def save_checkpoint(
         os.rename(old, doomed)
         shutil.rmtree(doomed)
     return final
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

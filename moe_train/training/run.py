@@ -142,6 +142,11 @@ class Run:
 
     def _check_same_text(self, checkpoint: Checkpoint) -> None:
         there, here = checkpoint.state["corpus_fingerprint"], self.data.fingerprint
+        if there is None:
+            raise UserError(
+                f"{self.path} is a starting point and no run: start one from it with init_from={self.path} and another "
+                "run_dir="
+            )
         if there != here:
             raise UserError(
                 f"{checkpoint.path} was trained on another text or tokenizer (fingerprint {there[:12]}, "

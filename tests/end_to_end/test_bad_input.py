@@ -22,7 +22,7 @@ def one_line(commands: Commands, *command: str, status: int = 1) -> str:
     ("override", "says", "status"),
     [
         ("model.moe.nexperts=8", "unknown key model.moe.nexperts: did you mean model.moe.num_experts?", 1),
-        ("model=null", "configuration", 1),
+        ("model=null", "takes the name of one of its files", 1),
         ("name=../evil", "leave out the /", 1),
         ("optimizer.betas=[0.9]", "optimizer.betas", 1),
         ("num_threads=100000", "num_threads=100000 is more than the", 1),

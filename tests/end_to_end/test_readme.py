@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Commands
+from command_line import ROOT, Commands
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -26,29 +26,40 @@ def test_the_first_command_installs_and_trains_and_the_second_installs_and_tests
 def test_every_other_command_of_the_readme_runs(commands: Commands, text_corpus: Path) -> None:
     (commands.folder / "books").mkdir()
     (commands.folder / "books/one.txt").write_text("\n\n".join(["some words of a book " * 400] * 200))
-    overrides = [o for o in commands.tiny if not o.startswith(("data=", "data.files=", "stop", "model", "tracking="))]
-    small = ["model.hidden_size=32", "model.num_hidden_layers=2", "model.moe.num_experts=8", "data.val_fraction=0.3"]
     for command in COMMANDS[2:]:
-        words = shlex.split(command)
-        if "train.py" in words:
-            own = {w.split("=")[0] for w in words}
-            given = [o for o in [*overrides, *small, "data.tokenizer=bytes"] if o.split("=")[0] not in own]
-            if "data=text_files" not in words:
-                given += [o for o in commands.tiny if o.startswith(("data=", "data.files="))]
-            # Steps end it early whatever else the command stops by.
-            words = [str(ROOT / w) if w == "train.py" else w for w in words] + given + ["stop.steps=3"]
-        elif words[1].startswith("scripts/"):
-            words[1] = str(ROOT / words[1])
-            words.append("max_new_tokens=3")
-        elif words[:2] == ["wandb", "leet"]:
-            (file,) = commands.folder.glob(words[2] + "/run-*.wandb")
-            words = ["wandb", "leet", "inspect", "--json", str(file)]  # a terminal's view, read without one
-        commands.run(*words)
+        commands.run(*made_small(shlex.split(command, comments=True), commands))
+
+
+SHAPE = ["model.hidden_size=32", "model.num_hidden_layers=2"]
+
+
+def made_small(words: list[str], commands: Commands) -> list[str]:
+    """The command with the repository's files in place, on the tiny text and a tiny model, for three steps."""
+    own = {word.split("=")[0] for word in words}
+    if "train.py" in words:
+        tiny = [o for o in commands.tiny if not o.startswith(("data=", "data.files=", "stop", "model", "tracking="))]
+        tiny += ["data.val_fraction=0.3"]
+        if "--config-dir" not in words:  # else the model and its tokenizer are given
+            tiny += [*SHAPE, "data.tokenizer=bytes"]
+            tiny += [] if "model.moe=null" in words else ["model.moe.num_experts=8"]
+        else:
+            tiny = [o for o in tiny if not o.startswith("data.tokenizer=")]
+        if "data=text_files" not in words:
+            tiny += [o for o in commands.tiny if o.startswith(("data=", "data.files="))]
+        tiny = [o for o in tiny if o.split("=")[0] not in own]
+        # Steps end it early whatever else the command stops by.
+        return [str(ROOT / w) if w == "train.py" else w for w in words] + tiny + ["stop.steps=3"]
+    if words[:2] == ["wandb", "leet"]:
+        (file,) = commands.folder.glob(words[2] + "/run-*.wandb")
+        return ["wandb", "leet", "inspect", "--json", str(file)]  # a terminal's view, read without one
+    script = words[1].removeprefix("scripts/")
+    extra = {"generate.py": ["max_new_tokens=3"], "upcycle.py": SHAPE}
+    return [words[0], str(ROOT / words[1]), *words[2:], *extra.get(script, [])]
 
 
 def test_the_map_names_every_module_and_no_other() -> None:
     described = README[README.index("train.py                 the entry") : README.index("To add")]
-    for folder in ("model", "data", "training", "cost", "tracking"):
+    for folder in ("model", "data", "training", "cost", "tracking", "interop", "generation", "evaluation"):
         for file in (ROOT / "moe_train" / folder).glob("[a-z]*.py"):
             assert re.search(rf"\b{file.stem}\b", described), f"{folder}/{file.name}"
     for name in re.findall(r"^(?:  )?([\w.]+/?)\s", described, re.M):
@@ -56,7 +67,8 @@ def test_the_map_names_every_module_and_no_other() -> None:
 
 
 def test_the_readme_names_every_choice_of_the_small_groups() -> None:
-    for group in ("optimizer", "schedule", "precision", "tracking", "debug"):
+    groups = ("optimizer", "schedule", "precision", "tracking", "debug", "experiment", "model/moe", "model/mtp")
+    for group in (*groups, "model/rope_scaling"):
         for file in (ROOT / "configs" / group).glob("*.yaml"):
             assert f"`{file.stem}`" in README, f"{group}={file.stem}"
 

@@ -61,7 +61,7 @@ def test_only_the_last_checkpoints_are_kept(small_model: MakeModel, tmp_path: Pa
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_flush"])
+@pytest.mark.parametrize("failing", ["save_file", "flush"])
 def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_half_made(
     failing: str, small_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

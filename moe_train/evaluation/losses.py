@@ -1,0 +1,89 @@
+"""The loss of a finished run's model on a text, with the precision and the settings of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from moe_train.errors import UsageError
+from moe_train.evaluation import texts
+from moe_train.generation.loading import TrainedModel, load_trained
+from moe_train.training.evaluation import evaluate
+from moe_train.training.runtime import Runtime, start_runtime
+
+_TOKENS_AT_ONCE = 4096
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    split: Literal["val", "train"] = "val",
+    files: str | None = None,
+    text_field: str | None = None,
+    max_tokens: int | Literal["all"] | None = None,
+    sequence_length: int | None = None,
+) -> dict[str, Any]:
+    """Loss (nats a token), bits per byte and what they were measured on, ready for JSON. Raises UserError.
+
+    files: a glob; in place of the run's own `split`. max_tokens and sequence_length: the run's own if not given, and
+    for files all of their text.
+    """
+    trained = load_trained(run)
+    config = trained.config
+    length = sequence_length or config.data.sequence_length
+    if length <= config.model.mtp_depth:
+        raise UsageError(
+            f"sequence_length={length}: the model's MTP modules look {config.model.mtp_depth} tokens further: raise it"
+        )
+    limit = config.eval.max_tokens if max_tokens is None and files is None else max_tokens
+    limit = None if limit == "all" else limit
+    runtime = _runtime(trained)
+    trained.model.to(runtime.device)
+    with TemporaryDirectory() as folder:
+        if files is None:
+            text = texts.own_split(trained, split, limit)
+        else:
+            field = text_field or str(getattr(config.data, "text_field", "text"))
+            text = texts.files(trained, files, field, Path(folder), limit)
+        measured = evaluate(
+            trained.model,
+            text,
+            runtime,
+            sequence_length=length,
+            batch_size=_batch_size(trained, length),
+            max_tokens=limit,
+        )
+        return {
+            "run": str(trained.folder),
+            "checkpoint": str(trained.checkpoint.path),
+            "step": trained.checkpoint.step,
+            "text": files or f"{config.data.name}, {split} split",
+            "text_fingerprint": text.fingerprint,
+            "loss": measured.loss,
+            "bits_per_byte": measured.bits_per_byte,
+            "tokens": measured.tokens,
+            "bytes": text.val_bytes(measured.tokens),
+            "mtp_losses": list(measured.mtp_losses),
+            "sequence_length": length,
+            "compute_dtype": str(runtime.dtype).removeprefix("torch."),
+        }
+
+
+def _runtime(trained: TrainedModel) -> Runtime:
+    """The run's precision on this machine, with as many cores as there are and one process."""
+    one_process = dataclasses.replace(
+        trained.config, num_threads=None, batch_size=1, micro_batch_size=None, batch_ramp=None
+    )
+    return start_runtime(one_process)
+
+
+def _batch_size(trained: TrainedModel, sequence_length: int) -> int:
+    """Sequences taken at once: as many tokens as a micro-batch of the run had, or more where these were few."""
+    config = trained.config
+    tokens = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
+    moe = config.model.moe
+    if moe is None or moe.routing != "expert_choice":  # there a token's loss depends on the batch it is in
+        tokens = max(tokens, _TOKENS_AT_ONCE)
+    return max(1, tokens // sequence_length)

@@ -1,0 +1,47 @@
+"""The model of a run, with what it was trained on and with: for everything that uses a run after its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moe_train.config import RunConfig
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.errors import UserError
+from moe_train.model.transformer import Transformer
+from moe_train.training.checkpoints import Checkpoint, load_weights
+from moe_train.training.run_folder import find_checkpoint, load_run_config
+
+
+class TrainedModel(NamedTuple):
+    model: Transformer  # in evaluation mode, FP32, on the GPU where there is one
+    tokenizer: Tokenizer
+    config: RunConfig
+    checkpoint: Checkpoint  # the weights' own
+    folder: Path  # of the run
+
+
+def load_trained(run: Path) -> TrainedModel:
+    """The model of a run's newest checkpoint, or of the `checkpoints/step_N` given. Raises UserError."""
+    checkpoint = find_checkpoint(run, "run")
+    folder = checkpoint.path.parent.parent
+    config = load_run_config(folder)
+    model = Transformer(config.model.resolved(), int(checkpoint.state["vocab_size"]))
+    load_weights(checkpoint, model)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TrainedModel(model.to(device).eval(), tokenizer, config, checkpoint, folder)
+
+
+def load_for_generation(run: Path) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer of `load_trained`, if text can be made with them. Raises UserError if it cannot."""
+    trained = load_trained(run)
+    moe = trained.model.config.moe
+    if moe is not None and moe.routing == "expert_choice":
+        raise UserError(
+            f"run={run}: a model with moe.routing=expert_choice cannot generate text, since its experts choose among "
+            "all tokens of a text, later ones too: train one with another model/moe"
+        )
+    return trained.model, trained.tokenizer

@@ -1,0 +1,212 @@
+"""From a run to a folder that transformers loads as one of its own architectures.
+
+Weights are cut out of the mapped checkpoint a shard at a time: what is held beside the mapping is one shard, and that
+only where a tensor is converted or its rows change places (373 MiB of weights in shards of 100 MB: 73 MiB at the peak
+beside the mapping as they are, 165 MiB converted to BF16).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_train.config import ModelConfig
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.errors import UserError, one_line
+from moe_train.interop.families import choose_family
+from moe_train.interop.family import Family
+from moe_train.interop.importing import DTYPES
+from moe_train.interop.model_card import model_card
+from moe_train.interop.names import Place, empty_tensors, places
+from moe_train.model.transformer import Transformer
+from moe_train.training.checkpoints import WEIGHTS, Checkpoint
+from moe_train.training.new_folder import new_folder
+from moe_train.training.run_folder import find_checkpoint, load_run_config
+
+# One of each kind that tokenizers treat apart.
+_PROBE = "Tokens of\n\tmany kinds: naïve 漢字, 3.14 != 2_718; <|x|> \x00 🙂"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made."""
+
+    family: str
+    architecture: str
+    num_params: int
+    dtype: str
+    shards: int
+    step: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor to be written: a place in one of ours, or nothing but a shape."""
+
+    theirs: str
+    ours: str | None
+    place: Place | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    family: str = "auto",
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored",
+    mtp: Literal["keep", "drop"] = "keep",
+    max_shard_bytes: float = 5e9,
+) -> Exported:
+    """Write `out` from a run folder's newest checkpoint, or the `checkpoints/step_N` given. Raises UserError."""
+    checkpoint = find_checkpoint(run, "run")
+    folder = checkpoint.path.parent.parent
+    config = load_run_config(folder)
+    tokenizer = _load_tokenizer(folder)
+    model = config.model.resolved()
+    if mtp == "drop":
+        model = dataclasses.replace(model, mtp=None)
+    vocab_size = int(checkpoint.state["vocab_size"])
+    with new_folder(out.absolute()) as temporary:
+        with _opened(checkpoint) as stored:
+            target = choose_family(model, family, biased=_biased(stored))
+            pieces = _pieces(stored, checkpoint, model, target, vocab_size, dtype)
+            shards = _in_shards(pieces, max_shard_bytes)
+            _write_shards(temporary, stored, shards)
+        kind = str(max(pieces, key=lambda piece: piece.num_bytes).dtype).removeprefix("torch.")
+        theirs = target.to_config(model, vocab_size, config.data.sequence_length, tokenizer.eos_id)
+        _write_json(temporary / "config.json", theirs | {"dtype": kind})
+        generation = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+        _write_json(temporary / "generation_config.json", generation)
+        tokenizer.save(temporary)
+        _check_tokenizer(temporary, tokenizer)
+        num_params = sum(piece.num_elements for piece in pieces if not _is_bias(piece.theirs))
+        exported = Exported(target.model_type, target.architecture, num_params, kind, len(shards), checkpoint.step)
+        card = model_card(exported, theirs, config, checkpoint, folder, dropped_mtp=config.model.mtp_depth)
+        (temporary / "README.md").write_text(card)
+    return exported
+
+
+def _is_bias(theirs: str) -> bool:
+    return theirs.endswith("e_score_correction_bias")
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(folder / "tokenizer")
+    except Exception as error:  # the library's own reader raises plain Exception
+        raise UserError(
+            f"the tokenizer of the run {folder} cannot be read ({one_line(error)}): copy the one it was trained with "
+            "to tokenizer/"
+        ) from None
+
+
+def _opened(checkpoint: Checkpoint) -> Any:
+    try:
+        return safe_open(checkpoint.path / WEIGHTS, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"the checkpoint {checkpoint.path} cannot be read ({one_line(error)}): export another one"
+        ) from None
+
+
+def _biased(stored: Any) -> bool:
+    return any(
+        bool(stored.get_tensor(key).any())
+        for key in stored.keys()  # noqa: SIM118 (no mapping)
+        if key.endswith("router.selection_bias") and not key.startswith("mtp.")
+    )
+
+
+def _pieces(
+    stored: Any, checkpoint: Checkpoint, model: ModelConfig, family: Family, vocab_size: int, dtype: str
+) -> list[_Piece]:
+    """Every tensor of the export, in the order of its layers."""
+    with torch.device("meta"):
+        expected = {key: tensor.shape for key, tensor in Transformer(model, vocab_size).state_dict().items()}
+    held = {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
+    parts = places(model, family.names)
+    pieces = []
+    for ours, shape in expected.items():
+        if ours not in held or tuple(held[ours].get_shape()) != tuple(shape):
+            raise UserError(
+                f"the checkpoint {checkpoint.path} is not one of its run's config.yaml ({ours}): export another one"
+            )
+        kept = DTYPES[held[ours].get_dtype()]
+        for place in parts[ours]:
+            wanted = kept if dtype == "stored" or _is_bias(place.theirs) else getattr(torch, dtype)
+            cut = torch.empty(shape, device="meta")[place.part]
+            pieces.append(_Piece(place.theirs, ours, place, tuple(cut.shape), wanted))
+    for theirs, empty in empty_tensors(model, family.names):
+        pieces.append(_Piece(theirs, None, None, empty, pieces[0].dtype))
+    return pieces
+
+
+def _in_shards(pieces: list[_Piece], max_bytes: float) -> list[list[_Piece]]:
+    shards: list[list[_Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if shards[-1] and size + piece.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.num_bytes
+    return shards
+
+
+def _write_shards(folder: Path, stored: Any, shards: list[list[_Piece]]) -> None:
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(_cut(stored, shard), folder / name, metadata={"format": "pt"})  # written without another copy
+    if len(shards) > 1:
+        total = sum(piece.num_bytes for shard in shards for piece in shard)
+        where = {piece.theirs: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _cut(stored: Any, shard: list[_Piece]) -> dict[str, Tensor]:
+    found, held = {}, {}
+    for piece in shard:
+        if piece.place is None or piece.ours is None:
+            found[piece.theirs] = torch.empty(piece.shape, dtype=piece.dtype)
+            continue
+        if piece.ours not in held:
+            held = {piece.ours: stored.get_tensor(piece.ours)}  # mapped, not read
+        found[piece.theirs] = piece.place.cut(held[piece.ours]).to(piece.dtype)
+    return found
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _check_tokenizer(folder: Path, ours: Tokenizer) -> None:
+    """transformers picks a class of its own for a tokenizer folder: make sure that it gives our ids."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    ids = theirs(_PROBE, add_special_tokens=False)["input_ids"]
+    if ids != ours.encode(_PROBE) or theirs.eos_token_id != ours.eos_id:
+        raise UserError(
+            "transformers reads the run's tokenizer differently (other ids for the same text), so the export would "
+            "not work with it: copy the files of the tokenizer's publisher to the run's tokenizer/"
+        )
