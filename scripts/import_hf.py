@@ -1,6 +1,6 @@
 """A model of transformers as a starting point: a run folder at step 0 that generates, exports and trains on.
 
-python scripts/import_hf.py hf=FOLDER out=DIR [name=NAME] [tokenizer=NAME_OR_FOLDER] [json=FILE]
+python scripts/import_hf.py hf=FOLDER out=DIR [name=NAME] [tokenizer=NAME|FOLDER|bytes] [json=FILE]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Arguments:
     hf: Path  # config.json, *.safetensors, tokenizer.json
     out: Path  # new or empty
     name: str | None = None  # of the model and the experiment; the folder's
-    tokenizer: str | None = None  # where the folder has none
+    tokenizer: str | None = None  # of the hub, a folder or bytes; where the folder has none
     json: Path | None = None
 
 

@@ -61,8 +61,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """From the folder it was saved in, or the tokenizer.json there."""
+        """From the folder it was saved in, or the tokenizer.json there. Raises UserError if there is none."""
         folder = path.parent if path.name == "tokenizer.json" else path
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(
+                f"there is no tokenizer in {folder}: weights imported without one cannot read or write text; "
+                "import them again with tokenizer="
+            )
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings["eos_token"])
 

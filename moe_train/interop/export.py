@@ -91,12 +91,14 @@ def export_run(
             shards = _in_shards(pieces, max_shard_bytes)
             _write_shards(temporary, stored, shards)
         kind = str(max(pieces, key=lambda piece: piece.num_bytes).dtype).removeprefix("torch.")
-        theirs = target.to_config(model, vocab_size, config.data.sequence_length, tokenizer.eos_id)
+        eos_id = None if tokenizer is None else tokenizer.eos_id
+        theirs = target.to_config(model, vocab_size, config.data.sequence_length, eos_id)
         _write_json(temporary / "config.json", theirs | {"dtype": kind})
-        generation = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+        generation = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": eos_id}
         _write_json(temporary / "generation_config.json", generation)
-        tokenizer.save(temporary)
-        _check_tokenizer(temporary, tokenizer)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+            _check_tokenizer(temporary, tokenizer)
         num_params = sum(piece.num_elements for piece in pieces if not _is_bias(piece.theirs))
         exported = Exported(target.model_type, target.architecture, num_params, kind, len(shards), checkpoint.step)
         card = model_card(exported, theirs, config, checkpoint, folder, dropped_mtp=config.model.mtp_depth)
@@ -108,7 +110,10 @@ def _is_bias(theirs: str) -> bool:
     return theirs.endswith("e_score_correction_bias")
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
+def _load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The run's; None of weights that were imported without one."""
+    if not (folder / "tokenizer").exists() and (folder / "configs").exists():
+        return None
     try:
         return Tokenizer.load(folder / "tokenizer")
     except Exception as error:  # the library's own reader raises plain Exception

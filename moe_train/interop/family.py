@@ -90,7 +90,9 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------ from ours
 
-    def to_config(self, model: ModelConfig, vocab_size: int, sequence_length: int, eos_id: int) -> dict[str, Any]:
+    def to_config(
+        self, model: ModelConfig, vocab_size: int, sequence_length: int, eos_id: int | None
+    ) -> dict[str, Any]:
         """config.json of a model that has no obstacles, but for its dtype."""
         attention = model.attention
         config: dict[str, Any] = {

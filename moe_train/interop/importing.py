@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_train.compose import validated
 from moe_train.config import ModelConfig
-from moe_train.data.tokenizer import Tokenizer, pretrained_tokenizer
+from moe_train.data.tokenizer import Tokenizer, bytes_tokenizer, pretrained_tokenizer
 from moe_train.errors import UserError, one_line
 from moe_train.interop.families import FAMILIES
 from moe_train.interop.family import Family
@@ -55,6 +55,10 @@ def import_model(hf: Path, out: Path, name: str | None = None, tokenizer: str | 
     vocab_size = int(theirs["vocab_size"])
     found = _tokenizer(hf, tokenizer, vocab_size)
     weights, notes = read_weights(hf, model, family.names_of(theirs), vocab_size)
+    if found is None:
+        notes.append(
+            "there is no tokenizer.json: text is generated only with tokenizer=, and training takes data.tokenizer="
+        )
     config = starting_config(model, out.absolute() / "tokenizer", int(theirs["max_position_embeddings"]))
     origin = f"imported from {hf.absolute().name} ({family.architecture})"
     command = write_starting_point(out, config, weights, found, origin)
@@ -89,10 +93,11 @@ def read_config(hf: Path) -> tuple[Family, dict[str, Any]]:
     return family, theirs
 
 
-def _tokenizer(hf: Path, given: str | None, vocab_size: int) -> Tokenizer:
+def _tokenizer(hf: Path, given: str | None, vocab_size: int) -> Tokenizer | None:
+    """The folder's or the one given (a name, a folder, or `bytes`); None if there is neither."""
     if given is None and not (hf / "tokenizer.json").exists():
-        raise UserError(f"hf={hf} has no tokenizer.json: give tokenizer= with the name or folder of the one it needs")
-    tokenizer = pretrained_tokenizer(given or str(hf))
+        return None
+    tokenizer = bytes_tokenizer() if given == "bytes" else pretrained_tokenizer(given or str(hf))
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: give tokenizer= with its own"

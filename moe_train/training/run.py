@@ -155,6 +155,8 @@ class Run:
 
     def _check_same_tokenizer(self, start: Checkpoint) -> None:
         theirs = start.path.parent.parent / "tokenizer"
+        if not theirs.exists():  # weights imported without one
+            return
         if not Tokenizer.load(self.data.path).gives_same_ids_as(Tokenizer.load(theirs)):
             raise UserError(
                 f"init_from={start.path} was trained with another tokenizer than data.tokenizer="

@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -53,12 +54,13 @@ def _usual_config() -> RunConfig:
 
 
 def write_starting_point(
-    out: Path, config: RunConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, origin: str
+    out: Path, config: RunConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None, origin: str
 ) -> str:
     """Write `out` (new or empty) and return the command that trains from it. Raises UserError.
 
     weights: the state of the resolved model's Transformer, complete, contiguous, in any floating-point dtype, which is
-    kept. origin: where they are from, in a line; it goes into the checkpoint's state and into model cards.
+    kept. tokenizer: None leaves weights that can be exported and trained on, but no text can be made with them. origin:
+    where they are from, in a line; it goes into the checkpoint's state and into model cards.
     """
     name = config.model.name
     check_name(name)
@@ -66,8 +68,9 @@ def write_starting_point(
     with new_folder(out) as folder:
         content = {**to_dict(config), "config_hash": config.config_hash()}
         (folder / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False))
-        (folder / "tokenizer").mkdir()
-        tokenizer.save(folder / "tokenizer")
+        if tokenizer is not None:
+            (folder / "tokenizer").mkdir()
+            tokenizer.save(folder / "tokenizer")
 
         checkpoint = folder / "checkpoints" / "step_0"
         checkpoint.mkdir(parents=True)
@@ -97,10 +100,11 @@ def _write_configs(folder: Path, out: Path, config: RunConfig, origin: str) -> s
     (folder / "configs" / "model" / f"{name}.yaml").write_text(
         f"# {origin}\n{yaml.safe_dump(to_dict(config.model), sort_keys=False)}"
     )
-    data = {
-        "tokenizer": str(out / "tokenizer"),
+    data: dict[str, Any] = {
         "sequence_length": min(_usual_config().data.sequence_length, config.data.sequence_length),
     }
+    if (folder / "tokenizer").exists():
+        data["tokenizer"] = str(out / "tokenizer")
     lines = [
         "# @package _global_",
         f"# {command}",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import load_theirs
 from torch import nn
 
 from moe_train.compose import validated
@@ -18,6 +19,7 @@ from moe_train.config import ModelConfig, YarnConfig
 from moe_train.cost.flops import parameter_counts
 from moe_train.errors import UserError
 from moe_train.generation import load_trained
+from moe_train.interop.export import export_run
 from moe_train.interop.importing import import_model, read_config
 
 Theirs = Callable[..., tuple[Path, nn.Module]]
@@ -97,8 +99,6 @@ def test_weights_in_another_form_or_damaged_are_refused(theirs: Theirs) -> None:
     refused(folder, "has no model.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
     refused(folder, "index.json names ../b.safetensors, which is not in the folder")
-    (folder / "tokenizer.json").unlink()
-    refused(folder, "has no tokenizer.json: give tokenizer=")
     (folder / "config.json").write_text("{")
     refused(folder, "config.json cannot be read")
     (folder / "config.json").unlink()
@@ -182,3 +182,20 @@ def test_the_keys_of_published_configurations_are_understood(tmp_path: Path) -> 
     assert (model.moe.num_experts, model.moe.top_k, model.moe.num_shared_experts) == (64, 6, 2)
     assert model.moe.norm_topk_prob is False
     assert parameter_counts(model, 102400).total == pytest.approx(15.7e9, rel=1e-3)  # arXiv 2405.04434, appendix B
+
+
+def test_a_folder_without_a_tokenizer_comes_in_and_goes_out_but_makes_no_text(theirs: Theirs, tmp_path: Path) -> None:
+    folder, model = theirs("llama")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    imported = import_model(folder, tmp_path / "run")
+    assert "no tokenizer.json" in imported.notes[-1]
+    with pytest.raises(UserError, match=r"there is no tokenizer in .*tokenizer="):
+        load_trained(tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "hf")
+    again, wrong_keys = load_theirs(tmp_path / "hf")
+    assert not wrong_keys
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+    import_model(folder, tmp_path / "bytes", name="bytes", tokenizer="bytes")
+    assert load_trained(tmp_path / "bytes").tokenizer.decode([65, 66]) == "AB"
