@@ -106,14 +106,16 @@ def test_weights_are_not_continued_with_another_tokenizer(commands: Commands) ->
 
 
 def test_two_processes_follow_one_to_rounding(commands: Commands) -> None:
-    settings = ["model.moe.sequence_loss_weight=0.01", "z_loss_weight=1e-4", "stop.steps=10"]
+    weights = ["sequence_loss_weight=0.01", "batch_loss_weight=0.01", "router_z_loss_weight=0.001"]
+    settings = [*(f"model.moe.{weight}" for weight in weights), "z_loss_weight=1e-4", "model/mtp=depth_1"]
+    settings += ["stop.steps=10"]
     commands.train("run_dir=one", *settings)
     script = [str(ROOT / "train.py"), *commands.tiny]
     commands.run("torchrun", "--standalone", "--nproc-per-node", "2", *script, *settings, "run_dir=two")
     accelerated = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     accelerated += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     commands.environment["ACCELERATE_USE_CPU"] = "1"
-    commands.run(*accelerated, *script, *settings, "run_dir=three")
+    commands.run(*accelerated, *script, *settings, "run_dir=three", "activation_checkpointing=true")
 
     one = commands.metrics("one")
     for other in ("two", "three"):
@@ -125,6 +127,8 @@ def test_two_processes_follow_one_to_rounding(commands: Commands) -> None:
             assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-5)
             assert b["train/grad_norm"] == pytest.approx(a["train/grad_norm"], rel=1e-4)
             assert b["moe/max_violation"] == pytest.approx(a["moe/max_violation"], abs=1e-6)
+            for name in ("train/auxiliary_loss", "train/mtp_loss"):
+                assert b[name] == pytest.approx(a[name], rel=1e-5)
 
 
 def test_micro_batches_do_not_change_a_step(commands: Commands) -> None:
