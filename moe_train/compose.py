@@ -44,6 +44,7 @@ class ComposedModel:
     model: ModelConfig
     optimizer: OptimizerConfig
     default_vocab_size: Size  # of the tokenizer that a run would train
+    default_sequence_length: Size  # of a run
 
 
 _OF_A_MODEL = ("model", "optimizer")  # the groups of configs/train.yaml it is made of
@@ -87,6 +88,7 @@ def compose_model(overrides: list[str], config_dir: Path | None = None) -> Compo
             composed = compose("train", overrides=[*search, *overrides])
         plain = {group: OmegaConf.to_container(composed[group], resolve=True) for group in _OF_A_MODEL}
         plain["default_vocab_size"] = composed.data.vocab_size
+        plain["default_sequence_length"] = composed.data.sequence_length
     except Exception as error:  # hydra raises errors of its own, of omegaconf, of its parsers and plain ValueErrors
         raise explain_hydra_error(error) from None
     return validated(ComposedModel, plain, "configuration")
@@ -101,6 +103,9 @@ def validated(schema: type[T], values: Any, where: str) -> T:
         raise UserError(f"{where}: {_explain(error, values)}") from None
 
 
+_MISSING = ("missing", "missing_argument")
+
+
 def _explain(error: ValidationError, values: Any) -> str:
     """The first mistake, unknown keys before others: a misspelt key also makes the right one missing."""
     mistakes = error.errors(include_url=False)
@@ -109,10 +114,14 @@ def _explain(error: ValidationError, values: Any) -> str:
     key = ".".join(path)
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        missing = [m["loc"][-1] for m in mistakes if m["type"] in ("missing", "missing_argument")]
+        kind = _kind_beside(path, values)
+        if kind is not None and path[-2:-1] == ["attention"]:
+            return f"unknown key {key} with kind={kind}: in a file that starts from another, `override attention: NAME`"
+        missing = [m["loc"][-1] for m in mistakes if m["type"] in _MISSING]
         return f"unknown key {key}{_suggestion(path[-1], missing + _siblings(path, values))}"
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{key} is missing: give {key}=…"
+    if first["type"] in _MISSING:
+        keys = [".".join(_key_path(m["loc"], values)) for m in mistakes if m["type"] in _MISSING]
+        return f"{key} is missing: give {key}=…" if len(keys) == 1 else f"missing: {', '.join(keys)}: give each a value"
     if first["type"] == "value_error":
         return f"{key}: {reason}" if key else reason
     return f"{key}={json.dumps(first['input'])}: {reason[0].lower()}{reason[1:]}"
@@ -133,6 +142,14 @@ def _key_path(location: tuple[int | str, ...], values: Any) -> list[str]:
     return path
 
 
+def _kind_beside(path: list[str], values: Any) -> str | None:
+    """What `kind` says beside the key, where the key is one of a group with several kinds."""
+    node = values
+    for part in path[:-1]:
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+    return node.get("kind") if isinstance(node, dict) else None
+
+
 def _siblings(path: list[str], values: Any) -> list[str]:
     node = values
     for part in path[:-1]:
@@ -149,6 +166,13 @@ def explain_hydra_error(error: Exception) -> UserError:
     """hydra's and omegaconf's own complaints, in one line with the remedy."""
     text = one_line(error)
     cause = one_line(error.__cause__) if error.__cause__ else ""
+    if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
+        if (CONFIGS / found[1]).is_dir():
+            return UserError(
+                f"{found[1]} cannot be chosen here, since the file of this choice gives its keys one by one: set them, "
+                f"as in {found[1].replace('/', '.')}.KEY=…"
+            )
+        return UserError(f"unknown group {found[1]}: see the folders of configs/")
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found[1]
         if "is not in struct" in cause or "is not in struct" in text or "not in" in cause:
@@ -157,11 +181,10 @@ def explain_hydra_error(error: Exception) -> UserError:
     if found := re.search(r"Could not find '([^']+)'", text):
         options = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
         choices = re.sub(r"\s+", ", ", options[1].strip()) if options else ""
+        own = " (one of your own: DIR/model/NAME.yaml and --config-dir DIR)" if found[1].startswith("model/") else ""
         return UserError(
-            f"there is no {found[1].replace('/', '=', 1)}" + (f": choose one of {choices}" if choices else "")
+            f"there is no {found[1].replace('/', '=', 1)}" + (f": choose one of {choices}{own}" if choices else "")
         )
-    if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
-        return UserError(f"unknown group {found[1]}: see the folders of configs/")
     if "Config group override must be a string or a list" in text:
         return UserError(
             "a group takes the name of one of its files, not null (a part is left out with a dot, as in model.moe=null)"

@@ -21,6 +21,8 @@ from moe_train.config import ModelConfig
 from moe_train.cost import flops, memory
 from moe_train.errors import UserError
 
+_PUBLISHED_LENGTH = 4096
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -35,7 +37,7 @@ class LayerRow:
 def describe(
     composed: ComposedModel,
     *,
-    sequence_length: int,
+    sequence_length: int | None,
     vocab_size: int | None,
     batch: int | None,
     compute_dtype: str,
@@ -43,10 +45,13 @@ def describe(
 ) -> dict[str, Any]:
     """All figures, as they go into the JSON file: lengths in tokens, memory in bytes, FLOPs forward and backward.
 
-    `vocab_size` None: the architecture's own, else the tokenizer's. `batch`: tokens a device holds at once; None: one
-    sequence. Raises UserError where the sequence is too short for the MTP modules.
+    `sequence_length` None: that of a run, or 4,096, at which the published architectures were trained, for one that
+    brings its own vocabulary. `vocab_size` None: the architecture's own, else the tokenizer's. `batch`: tokens a device
+    holds at once; None: one sequence. Raises UserError where the sequence is too short for the MTP modules.
     """
     model = composed.model.resolved()
+    if sequence_length is None:
+        sequence_length = composed.default_sequence_length if model.vocab_size is None else _PUBLISHED_LENGTH
     if model.mtp_depth >= sequence_length:
         raise UserError(
             f"model.mtp.depth={model.mtp_depth} needs sequences longer than sequence_length={sequence_length}: lower it"

@@ -3,7 +3,7 @@
 A further architecture is one file, DIR/model/NAME.yaml, with --config-dir DIR. Any key of the model or the optimizer
 can be set as for train.py: model.moe.num_experts=32 model/mtp=depth_1 optimizer=adamw.
 
-python scripts/describe.py model=NAME [sequence_length=4096] [vocab_size=N] [batch=TOKENS_A_DEVICE_HOLDS] \
+python scripts/describe.py model=NAME [sequence_length=N] [vocab_size=N] [batch=TOKENS_A_DEVICE_HOLDS] \
 [compute_dtype=bfloat16|float32] [activation_checkpointing=false] [json=FILE] [--config-dir DIR] [model.KEY=VALUE …]
 """
 
@@ -23,7 +23,7 @@ from moe_train.errors import reported
 
 @dataclass
 class Arguments:
-    sequence_length: Size = 4096
+    sequence_length: Size | None = None  # None: a run's, or 4,096 for a published architecture
     vocab_size: Size | None = None
     batch: Size | None = None  # tokens a device holds at once; None: one sequence
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"

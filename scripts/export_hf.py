@@ -1,6 +1,7 @@
 """A run's model as a folder that transformers loads as one of its own architectures.
 
-python scripts/export_hf.py run=DIR out=DIR [family=auto] [dtype=stored] [mtp=drop] [max_shard_gb=5] [json=FILE]
+python scripts/export_hf.py run=DIR out=DIR [family=auto|NAME] [dtype=stored|float32|bfloat16] [mtp=keep|drop] \
+[max_shard_gb=5] [json=FILE]
 """
 
 from __future__ import annotations

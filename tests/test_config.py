@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moe_train.compose import CONFIGS
+from moe_train.compose import CONFIGS, validated
 from moe_train.config import GQAConfig, ModelConfig, RunConfig
 from moe_train.cost.flops import forward_flops, parameter_counts, training_flops_per_token
 from moe_train.errors import UserError
@@ -163,3 +163,13 @@ def test_the_hash_names_what_decides_the_losses_and_nothing_else(compose_run: Co
     different = ["seed=1", "model.moe.top_k=2", "optimizer.lr=2e-2", "data.sequence_length=128", "stop.steps=5"]
     assert {compose_run(o).config_hash() for o in same} == {base}
     assert len({base, *(compose_run(o).config_hash() for o in different)}) == 1 + len(different)
+
+
+def test_all_keys_a_new_file_lacks_are_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"missing: vocab_size, .*attention.*rms_norm_eps.*: give each a value"):
+        validated(ModelConfig, {"name": "mine", "hidden_size": 64, "num_hidden_layers": 2}, "mine.yaml")
+
+
+def test_a_key_of_another_attention_says_which_attention_this_is(compose_run: Compose) -> None:
+    with pytest.raises(UserError, match=r"attention.kv_lora_rank with kind=gqa: .*override attention"):
+        compose_run("model/attention=gqa_4x32", "+model.attention.kv_lora_rank=4")

@@ -21,9 +21,13 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that adds no special tokens and reads special tokens in a text as ordinary text."""
+    """A `tokenizers.Tokenizer` that adds no special tokens and reads special tokens in a text as ordinary text.
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str) -> None:
+    prefix_ids: what a published tokenizer sets before a text (mostly one token that begins it), for prompts of models
+    that expect it. Training text has none: documents are told apart by the end token alone.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str, bos_token: str | None = None) -> None:
         backend.no_truncation()
         backend.no_padding()
         # A document that speaks of "<|endoftext|>" does not end there. Not part of tokenizer.json, so set here.
@@ -36,6 +40,11 @@ class Tokenizer:
                 f"the end token {eos_token!r} is not in the tokenizer's vocabulary: choose another data.tokenizer"
             )
         self.eos_id: int = eos_id
+        self._bos_token = bos_token
+        self.bos_id: int | None = None if bos_token is None else backend.token_to_id(bos_token)
+        plain, with_special = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
+        self.prefix_ids: list[int] = with_special[: next(starts, 0)]
         # Some published tokenizers leave ids out: the embedding must reach the largest.
         self.vocab_size: int = 1 + max(backend.get_vocab().values())
 
@@ -57,6 +66,8 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         self._backend.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._eos_token}
+        if self._bos_token is not None:
+            settings["bos_token"] = self._bos_token
         (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
 
     @classmethod
@@ -69,7 +80,11 @@ class Tokenizer:
                 "import them again with tokenizer="
             )
         settings = json.loads((folder / "tokenizer_config.json").read_text())
-        return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings["eos_token"])
+        return cls(
+            tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
+            settings["eos_token"],
+            settings.get("bos_token"),
+        )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -118,7 +133,7 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
         raise UserError(
             f"data.tokenizer={name} has no end-of-text token (eos_token): choose another, or data.tokenizer=bpe"
         )
-    return Tokenizer(found.backend_tokenizer, found.eos_token)
+    return Tokenizer(found.backend_tokenizer, found.eos_token, found.bos_token)
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

@@ -77,7 +77,8 @@ def device_of(model: Transformer) -> torch.device:
 def generate(decoder: Decoder, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> Generated:
     """Continue `prompt` until the end-of-text token or `max_new_tokens`."""
     began = time.perf_counter()
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]  # an empty prompt starts a new document
+    prompt_ids = tokenizer.prefix_ids + tokenizer.encode(prompt)
+    prompt_ids = prompt_ids or [tokenizer.eos_id]  # an empty prompt starts a new document
     new: list[int] = []
     for token in decoder.tokens(prompt_ids, max_new_tokens):
         if token == tokenizer.eos_id:

@@ -91,17 +91,20 @@ def export_run(
             shards = _in_shards(pieces, max_shard_bytes)
             _write_shards(temporary, stored, shards)
         kind = str(max(pieces, key=lambda piece: piece.num_bytes).dtype).removeprefix("torch.")
-        eos_id = None if tokenizer is None else tokenizer.eos_id
-        theirs = target.to_config(model, vocab_size, config.data.sequence_length, eos_id)
+        eos_id, bos_id = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
+        theirs = target.to_config(model, vocab_size, config.data.sequence_length, eos_id, bos_id)
         _write_json(temporary / "config.json", theirs | {"dtype": kind})
-        generation = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": eos_id}
+        generation = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
         _write_json(temporary / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save(temporary)
             _check_tokenizer(temporary, tokenizer)
         num_params = sum(piece.num_elements for piece in pieces if not _is_bias(piece.theirs))
         exported = Exported(target.model_type, target.architecture, num_params, kind, len(shards), checkpoint.step)
-        card = model_card(exported, theirs, config, checkpoint, folder, dropped_mtp=config.model.mtp_depth)
+        prefixed = tokenizer is not None and bool(tokenizer.prefix_ids)
+        card = model_card(
+            exported, theirs, config, checkpoint, folder, dropped_mtp=config.model.mtp_depth, prefixed=prefixed
+        )
         (temporary / "README.md").write_text(card)
     return exported
 
@@ -209,8 +212,12 @@ def _check_tokenizer(folder: Path, ours: Tokenizer) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    ids = theirs(_PROBE, add_special_tokens=False)["input_ids"]
-    if ids != ours.encode(_PROBE) or theirs.eos_token_id != ours.eos_id:
+    ids = theirs(_PROBE)["input_ids"]
+    if (
+        ids[: len(ours.prefix_ids)] != ours.prefix_ids
+        or theirs(_PROBE, add_special_tokens=False)["input_ids"] != ours.encode(_PROBE)
+        or theirs.eos_token_id != ours.eos_id
+    ):
         raise UserError(
             "transformers reads the run's tokenizer differently (other ids for the same text), so the export would "
             "not work with it: copy the files of the tokenizer's publisher to the run's tokenizer/"

@@ -91,7 +91,7 @@ class Family:
     # ------------------------------------------------------------------------------------------------ from ours
 
     def to_config(
-        self, model: ModelConfig, vocab_size: int, sequence_length: int, eos_id: int | None
+        self, model: ModelConfig, vocab_size: int, sequence_length: int, eos_id: int | None, bos_id: int | None = None
     ) -> dict[str, Any]:
         """config.json of a model that has no obstacles, but for its dtype."""
         attention = model.attention
@@ -111,7 +111,7 @@ class Family:
             "rope_parameters": rope_parameters.to_theirs(model),
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "bos_token_id": None,  # the families' own defaults would be tokens of other vocabularies
+            "bos_token_id": bos_id,  # the families' own defaults would be tokens of other vocabularies
             "eos_token_id": eos_id,
             "pad_token_id": None,
         }

@@ -28,10 +28,12 @@ def model_card(
     checkpoint: Checkpoint,
     run_folder: Path,
     dropped_mtp: int,
+    prefixed: bool,
 ) -> str:
     """The card of a checkpoint of `config`'s run.
 
-    theirs: the written configuration. dropped_mtp: how many MTP modules the export leaves out.
+    theirs: the written configuration. dropped_mtp: how many MTP modules the export leaves out. prefixed:
+    whether the tokenizer sets a token before every text.
     """
     state, summary = checkpoint.state, _summary_of(run_folder, checkpoint)
     model = config.model.resolved()
@@ -42,9 +44,9 @@ def model_card(
         f"## Architecture\n\n{_table(_architecture(theirs))}",
         f"## Training\n\n{_table(_training(config, state, summary))}",
         f"## Cost\n\n{_cost_note(summary)}{_table(_cost(state, summary, _ledger(run_folder)))}",
-        f"## Use\n\n{_use()}",
-        "## Limits\n\nA base model: it continues text and follows no instructions. It was not evaluated beyond the "
-        "validation loss above, nor checked for bias or harm.",
+        f"## Use\n\n{_use(prefixed)}",
+        "## Limits\n\nA base model: it continues text and follows no instructions. Nothing beyond the figures above is "
+        "known of it; it was not checked for bias or harm.",
         "## Licence\n\nNot recorded: that of the weights depends on the licence of the training text, which the run "
         "does not know.",
     ]
@@ -116,16 +118,16 @@ def _cost_note(summary: Mapping[str, Any]) -> str:
     return "" if summary else "The run has no summary of this very checkpoint.\n\n"
 
 
-def _use() -> str:
+def _use(prefixed: bool) -> str:
+    special = "" if prefixed else "add_special_tokens=False, "
     return (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
-        'ids = tokenizer("Once", add_special_tokens=False, return_tensors="pt")\n'
+        f'ids = tokenizer("Once", {special}return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))\n"
-        "```\n\n"
-        "Texts were trained on without a token before them, only with one after."
+        "```" + ("" if prefixed else "\n\nTexts were trained on without a token before them, only with one after.")
     )
 
 

@@ -100,6 +100,15 @@ def closing_table(summary: dict[str, Any]) -> Table:
     row("train loss", _known(summary["final_train_loss"], "{:.4f}"))
     row("validation loss", _known(summary["val_loss"], "{:.4f}"))
     row("bits per byte", _known(summary["val_bits_per_byte"], "{:.4f}"))
+    if summary["val_mtp_loss"] is not None:
+        row("validation loss of MTP", f"{summary['val_mtp_loss']:.4f}")
+    if summary["final_max_violation"] is not None:
+        dropped = summary["final_dropped_fraction"]
+        row(
+            "expert load",
+            f"the fullest expert {1 + summary['final_max_violation']:.2f} times the mean"
+            + ("" if dropped is None else f", {dropped:.1%} dropped"),
+        )
     row("tokens", f"{summary['tokens']:,}")
     row("tokens/s", _known(summary["tokens_per_second"], "{:,.0f}"))
     utilization = summary["model_flops_utilization"]

@@ -14,7 +14,11 @@ Metrics = dict[str, float | None]
 
 def of_steps(figures: StepFigures, moe: MoEConfig | None) -> Metrics:
     """Of the steps since the last log."""
-    row: Metrics = {"train/loss": figures.loss, "train/grad_norm": figures.grad_norm}
+    row: Metrics = {
+        "train/loss": figures.loss,
+        "train/grad_norm": figures.grad_norm,
+        "train/batch_size": float(figures.batch_size),
+    }
     if moe is not None:
         row |= load_statistics(figures.counts_le)
         row["train/auxiliary_loss"] = figures.auxiliary_loss

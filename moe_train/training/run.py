@@ -35,6 +35,7 @@ from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.schedules import lr_factor
+from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import Stepper
 
 
@@ -99,10 +100,11 @@ class Run:
 
         self.model = Transformer(self.model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
         if checkpoint is not None:
-            self._check_same_text(checkpoint)
+            check_same_text(checkpoint, self.data)
             load_weights(checkpoint, self.model)
         elif start is not None:
-            self._check_same_tokenizer(start)
+            check_same_tokenizer(start, self.data)
+            check_same_shape(start, self.model_config)
             load_weights(start, self.model)
         else:
             self.model.initialise(config.seed)
@@ -114,6 +116,7 @@ class Run:
         notes = [*runtime.notes, *self.account.notes]
         self.steps_done = 0
         self.train_loss: float | None = None
+        self.last_row: metrics.Metrics = {}
         resumed = None
         if checkpoint is not None:
             load_optimizers(checkpoint, self.optimizers)
@@ -123,6 +126,11 @@ class Run:
             notes.append(f"going on from step {self.steps_done:,} of {self.path}")
         elif start is not None:
             notes.append(f"starting from the weights of {start.path}")
+        moe = self.model_config.moe
+        if moe is not None and moe.routing == "expert_choice":
+            notes.append(
+                "experts choose tokens, looking at later ones too: losses are lower than predictions would earn"
+            )
         self.account.take_up(resumed)
         self.saved_step = self.steps_done if resumed else None
         if folder is not None and not folder.fresh and checkpoint is None:
@@ -139,29 +147,6 @@ class Run:
             (self.path / "tokenizer").mkdir(exist_ok=True)
             Tokenizer.load(self.data.path).save(self.path / "tokenizer")
             print_notes([*notes, f"run folder {self.path}"])
-
-    def _check_same_text(self, checkpoint: Checkpoint) -> None:
-        there, here = checkpoint.state["corpus_fingerprint"], self.data.fingerprint
-        if there is None:
-            raise UserError(
-                f"{self.path} is a starting point and no run: start one from it with init_from={self.path} and another "
-                "run_dir="
-            )
-        if there != here:
-            raise UserError(
-                f"{checkpoint.path} was trained on another text or tokenizer (fingerprint {there[:12]}, "
-                f"here {here[:12]}): give the data.* settings it was trained with"
-            )
-
-    def _check_same_tokenizer(self, start: Checkpoint) -> None:
-        theirs = start.path.parent.parent / "tokenizer"
-        if not theirs.exists():  # weights imported without one
-            return
-        if not Tokenizer.load(self.data.path).gives_same_ids_as(Tokenizer.load(theirs)):
-            raise UserError(
-                f"init_from={start.path} was trained with another tokenizer than data.tokenizer="
-                f"{self.config.data.tokenizer} gives: take its own, data.tokenizer={theirs}"
-            )
 
     def _start_tracker(self) -> Tracker:
         has_metrics = (self.path / "metrics.jsonl").exists()
@@ -210,7 +195,7 @@ class Run:
             if self.runtime.device_type == "cuda" and logs:
                 torch.cuda.synchronize()  # what the device still has to do belongs on the train clock
         if logs:
-            row = self._training_metrics(factor)
+            row = self.last_row = self._training_metrics(factor)
             if evaluates:
                 row |= self._evaluate()
             if self.tracker:

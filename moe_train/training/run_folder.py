@@ -170,18 +170,19 @@ def _check_same_run(path: Path, config: RunConfig) -> None:
     before, now = load_run_config(path).identity(), config.identity()
     for key in MAY_CHANGE_ON_RESUME:
         del before[key], now[key]
-    for key, old, new in _differences(before, now):
+    for key, old, new in differences(before, now):
         raise UserError(
             f"the run in {path} was started with {key}={json.dumps(old)}, not {json.dumps(new)}: "
             "give the settings it was started with, or another run_dir="
         )
 
 
-def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, before, now) of every setting in which two configurations differ, keys with dots."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = list(before) + [key for key in now if key not in before]
         return [
-            d for key in keys for d in _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+            d for key in keys for d in differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
         ]
     return [] if before == now else [(prefix, before, now)]
 

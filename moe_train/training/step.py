@@ -38,6 +38,7 @@ class StepTotals:
     grad_norm: Tensor  # of the last step, before clipping
     targets: int = 0  # of all ranks
     inputs: int = 0  # padding included
+    batch_size: int = 0  # of the last step
 
     @classmethod
     def zero(cls, model: Transformer, device: torch.device) -> StepTotals:
@@ -74,6 +75,7 @@ class StepFigures(NamedTuple):
     dropped_fraction: float  # of what capacity left without a place, the mean over MoE layers
     counts_le: Tensor
     grad_norm: float
+    batch_size: int  # sequences of the last step
 
 
 class Stepper:
@@ -137,6 +139,7 @@ class Stepper:
         self.totals.grad_norm = norm
         self.totals.targets += num_targets
         self.totals.inputs += inputs_bt.numel() * self.runtime.world_size
+        self.totals.batch_size = len(inputs_bt) * self.runtime.world_size
         return num_targets
 
     def _seed_dropout(self, step: int, micro: int) -> None:
@@ -163,4 +166,5 @@ class Stepper:
             dropped_fraction=sum(dropped) / max(1, len(dropped) * totals.inputs),
             counts_le=totals.counts_le.cpu(),
             grad_norm=totals.grad_norm.item(),
+            batch_size=totals.batch_size,
         )

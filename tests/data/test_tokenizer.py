@@ -100,7 +100,10 @@ def test_a_hugging_face_tokenizer_adds_no_special_tokens(tmp_path: Path) -> None
         "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [BPE.eos_id], "tokens": [END_OF_TEXT]}},
     }
     file.write_text(json.dumps(content))
-    assert pretrained_tokenizer(str(tmp_path)).encode("lazy") == BPE.encode("lazy")
+    loaded = pretrained_tokenizer(str(tmp_path))
+    assert loaded.encode("lazy") == BPE.encode("lazy")
+    assert loaded.prefix_ids == [BPE.eos_id]  # known, for prompts
+    assert BPE.prefix_ids == []
 
 
 def test_a_tokenizer_without_an_end_token_is_an_error(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ def test_an_arm_learns_and_logs_its_own_figures(arm: str, commands: Commands) ->
     assert summary["usd_total"] > 0
     assert summary["flops_per_token"] > 0
     row = rows[-1]
+    assert row["train/batch_size"] == 4
+    assert summary["final_max_violation"] == row.get("moe/max_violation")
+    assert summary["final_dropped_fraction"] == row.get("moe/dropped_fraction")
+    assert summary["val_mtp_loss"] == row.get("val/mtp_loss")
     assert ("train/mtp_loss" in row) == ("val/mtp_loss" in row) == (arm == "mtp")
     assert ("moe/dropped_fraction" in row) == (arm in ("switch", "gshard", "expert_choice"))
     assert ("moe/max_violation" in row) == (arm != "iso_parameter_twin")

@@ -118,3 +118,24 @@ def test_a_mistake_is_one_line(
     assert says in printed.err
     assert printed.err.count("\n") == 1
     assert not printed.out
+
+
+def test_a_model_to_be_trained_here_is_described_at_the_length_of_a_run(describe: Describe, tmp_path: Path) -> None:
+    for model, length in (("nano", 256), ("mixtral_8x7b", 4096)):
+        content = written(describe(f"model={model}", f"json={model}.json"), tmp_path / f"{model}.json")
+        assert content["sequence_length"] == length
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=deepseek_v3", "model/moe=switch"], "model/moe cannot be chosen here"),
+        (["model=here/mine.yaml"], "--config-dir DIR"),
+        (["model=nano", "model/moe=null"], "takes the name of one of its files"),
+    ],
+)
+def test_what_hydra_says_of_groups_is_put_plainly(arguments: list[str], message: str, describe: Describe) -> None:
+    result = describe(*arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

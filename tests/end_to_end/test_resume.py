@@ -98,6 +98,22 @@ def test_a_new_run_from_a_checkpoint_starts_where_that_ended(commands: Commands)
     assert commands.metrics("new")[0]["train/loss"] < commands.metrics("old")[2]["train/loss"]
 
 
+def test_weights_of_another_model_are_refused_with_the_setting(commands: Commands) -> None:
+    commands.train("run_dir=old")
+    for override, named in (
+        ("model.moe.num_experts=16", "model.moe.num_experts=8, and this one has 16"),
+        ("model/attention=mla_4x32", 'model.attention.kind="gqa"'),
+        ("model/mtp=depth_1", "model.mtp.depth=0, and this one has 1"),
+    ):
+        refused = commands.train("run_dir=new", "init_from=old", override, check=False)
+        assert refused.returncode == 1
+        assert named in refused.stderr
+        assert not (commands.folder / "new").exists()
+    commands.train(
+        "run_dir=new", "init_from=old", "model/moe=switch", "model.moe.top_k=1"
+    )  # the same weights, used otherwise
+
+
 def test_weights_are_not_continued_with_another_tokenizer(commands: Commands) -> None:
     commands.train("run_dir=old")
     refused = commands.train("run_dir=new", "init_from=old", "data.tokenizer=bpe", "data.vocab_size=300", check=False)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import CASES, load_theirs
+from tokenizers import Tokenizer, processors
 from torch import nn
 from transformers import AutoTokenizer
 
-from moe_train.generation import PlainDecoder, load_trained
+from moe_train.generation import PlainDecoder, generate, load_trained
 from moe_train.interop.export import export_run
 from moe_train.interop.importing import import_model
 
@@ -114,3 +115,33 @@ def test_gradients_are_those_of_transformers(theirs: Theirs, tokens: torch.Tenso
             assert parameter.grad is not None
             assert (parameter.grad - expected).norm() < 1e-5 * expected.norm()
     assert not pairs
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token_does_so_in_prompts_and_after_an_export(
+    theirs: Theirs, tmp_path: Path
+) -> None:
+    folder, model = theirs("llama")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", start)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<s>"}))
+
+    import_model(folder, tmp_path / "run", name="begun")
+    export_run(tmp_path / "run", tmp_path / "hf")
+    trained = load_trained(tmp_path / "run")
+    ours = generate(PlainDecoder(trained.model), trained.tokenizer, "import os", 10)
+    for where in (folder, tmp_path / "hf"):
+        auto = AutoTokenizer.from_pretrained(where)
+        ids = auto("import os", return_tensors="pt")["input_ids"]
+        assert ids[0, 0] == start
+        new = model.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
+        new = new[new != trained.tokenizer.eos_id]
+        assert "import os" + trained.tokenizer.decode(new.tolist()) == ours.text
+        assert auto.bos_token_id == start
+    assert json.loads((tmp_path / "hf/config.json").read_text())["bos_token_id"] == start
+    assert "add_special_tokens" not in (tmp_path / "hf/README.md").read_text()

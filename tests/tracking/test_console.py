@@ -24,6 +24,9 @@ SUMMARY = {
     "steps": 366,
     "tokens": 1_500_000,
     "final_train_loss": 3.21,
+    "final_max_violation": None,
+    "final_dropped_fraction": None,
+    "val_mtp_loss": None,
     "val_loss": 3.3456,
     "val_bits_per_byte": 1.2345,
     "tokens_per_second": 12345.6,
@@ -48,6 +51,15 @@ def rendered(summary: dict) -> dict[str, str]:
     out.print(closing_table(summary))
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text(out).splitlines() if "│" in line]
     return {cell[0]: cell[1] for cell in cells}
+
+
+def test_the_closing_table_shows_what_an_arm_is_about_where_it_has_it():
+    rows = rendered({**SUMMARY, "final_max_violation": 0.25, "final_dropped_fraction": 0.031, "val_mtp_loss": 4.5678})
+    assert rows["expert load"] == "the fullest expert 1.25 times the mean, 3.1% dropped"
+    assert rows["validation loss of MTP"] == "4.5678"
+    plain = rendered(SUMMARY)
+    assert "expert load" not in plain
+    assert "validation loss of MTP" not in plain
 
 
 def test_the_closing_table_shows_results_and_both_costs_with_the_price_they_follow_from():
