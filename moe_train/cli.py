@@ -35,6 +35,7 @@ def hydra_main(main: Callable[[], Any]) -> None:
     """Run a function decorated with hydra.main; its errors and ours become one line and an exit status."""
     # hydra prints its own errors over many lines and exits, unless told to raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = _flags_first(sys.argv[1:])
     with reported(wants_traceback()):
         try:
             main()
@@ -43,6 +44,20 @@ def hydra_main(main: Callable[[], Any]) -> None:
             if wants_traceback() or not composing:
                 raise
             raise explain_hydra_error(error) from None
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """hydra's own options before the overrides: its parser takes overrides in one piece only."""
+    flags, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flags.append(argument)
+        if argument in ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"):
+            flags += [value for value in [next(rest, None)] if value is not None]
+    return flags + overrides
 
 
 def _from_our_code(error: BaseException) -> bool:
@@ -83,10 +98,12 @@ def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:
         ) from None
 
 
-def check_json_target(path: Path | None) -> None:
-    """Refuse `json=PATH` before the work is done: where it would overwrite, or has no folder to go to."""
+def check_json_target(path: Path | None, out: Path | None = None) -> None:
+    """Refuse `json=PATH` before the work is done: where it would overwrite, has no folder, or is `out`."""
     if path is None:
         return
+    if out is not None and path.absolute() == out.absolute():
+        raise UserError(f"json={path} is the folder out={out}: choose a file beside it")
     if path.exists():
         raise UserError(f"json={path} exists already: choose another file or remove it")
     if not path.absolute().parent.is_dir():

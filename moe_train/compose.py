@@ -131,9 +131,13 @@ def _key_path(location: tuple[int | str, ...], values: Any) -> list[str]:
     """pydantic's location without the names of union members, which no user typed."""
     path: list[str] = []
     node = values
+    at_union = True
     for part in location:
-        if isinstance(node, dict) and part not in node and part is not location[-1]:
-            continue
+        if isinstance(node, dict) and part is not location[-1]:
+            of_union = part not in node or (at_union and node.get("kind") == part)
+            at_union = not of_union  # the name of a member comes once
+            if of_union:
+                continue
         path.append(str(part))
         if isinstance(node, dict):
             node = node.get(part)
@@ -185,6 +189,8 @@ def explain_hydra_error(error: Exception) -> UserError:
         return UserError(
             f"there is no {found[1].replace('/', '=', 1)}" + (f": choose one of {choices}{own}" if choices else "")
         )
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return UserError(f"{found[1]} has several values: give one, or with train.py -m for a run of each")
     if "Config group override must be a string or a list" in text:
         return UserError(
             "a group takes the name of one of its files, not null (a part is left out with a dot, as in model.moe=null)"
@@ -202,10 +208,13 @@ def _suggestion_from_files(key: str) -> str:
     """The nearest key among all that stand in configs/, since hydra's error does not say which exist."""
     known: set[str] = set()
     for file in CONFIGS.rglob("*.yaml"):
-        group = file.relative_to(CONFIGS).parts[0] if file.parent != CONFIGS else ""
-        if group in ("debug", "experiment"):
+        groups = file.relative_to(CONFIGS).parent.parts
+        if groups[:1] in (("debug",), ("experiment",)):
             continue
-        known |= _dotted(OmegaConf.load(file), group)
+        known |= _dotted(OmegaConf.load(file), ".".join(groups))
+    if key in known:
+        group = "/".join(key.split(".")[:-1])
+        return f" with these choices: it comes with another file of configs/{group}"
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
     return f": did you mean {near[0]}?" if near else ": see configs/ for the keys there are"
 

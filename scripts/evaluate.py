@@ -30,7 +30,7 @@ class Arguments:
     files: str | None = None
     text_field: str | None = None  # column of jsonl and parquet
     max_tokens: Positive | Literal["all"] | None = None  # of the run's data as many as it evaluates, of files all
-    sequence_length: Positive | None = None
+    sequence_length: Annotated[int, Field(gt=0, le=10**6)] | None = None
     harness: str | None = None
     hf: Path | None = None  # an export of the run there is already
     include_path: Path | None = None

@@ -31,7 +31,7 @@ class Arguments:
 
 def main() -> None:
     arguments = parse_arguments(Arguments, sys.argv[1:], usage=(__doc__ or "").strip().splitlines()[-1])
-    check_json_target(arguments.json)
+    check_json_target(arguments.json, arguments.out)
     from moe_train.interop.export import export_run
     from moe_train.training.new_folder import check_free
 

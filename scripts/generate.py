@@ -28,7 +28,7 @@ class Arguments:
     prompt: str = ""
     max_new_tokens: Annotated[int, Field(gt=0)] = 200
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8  # 0: always the likeliest token
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     speculative: bool = False
     compare: bool = False  # with plain greedy decoding
     json: Path | None = None
@@ -37,6 +37,10 @@ class Arguments:
 def main() -> None:
     arguments = parse_arguments(Arguments, sys.argv[1:], usage=USAGE)
     check_json_target(arguments.json)
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("prompt= is not UTF-8 text: write it in that encoding") from None
     if arguments.speculative and arguments.temperature != 0:
         raise UsageError(
             f"speculative=true is greedy decoding and temperature={arguments.temperature:g} draws tokens: "

@@ -25,7 +25,7 @@ class Arguments:
 
 def main() -> None:
     arguments = parse_arguments(Arguments, sys.argv[1:], usage=(__doc__ or "").strip().splitlines()[-1])
-    check_json_target(arguments.json)
+    check_json_target(arguments.json, arguments.out)
     from moe_train.interop.importing import import_model
 
     imported = import_model(arguments.hf, arguments.out, arguments.name, arguments.tokenizer)

@@ -26,7 +26,7 @@ class Arguments:
 def main() -> None:
     overrides, config_dir, others = split_overrides(sys.argv[1:])
     arguments = parse_arguments(Arguments, others, usage=(__doc__ or "").strip().splitlines()[-1])
-    check_json_target(arguments.json)
+    check_json_target(arguments.json, arguments.out)
     mixture = compose_model(overrides, config_dir).model
     from moe_train.training.upcycle import upcycle_run
 

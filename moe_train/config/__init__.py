@@ -24,7 +24,7 @@ from moe_train.config.model import (
     RopeScalingConfig,
     YarnConfig,
 )
-from moe_train.config.run import RunConfig, to_dict
+from moe_train.config.run import RunConfig, model_digest, to_dict
 from moe_train.config.training import (
     AdamWConfig,
     BatchRampConfig,
@@ -69,5 +69,6 @@ __all__ = [
     "TrackingConfig",
     "WarmupDecayConfig",
     "YarnConfig",
+    "model_digest",
     "to_dict",
 ]

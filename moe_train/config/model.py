@@ -246,6 +246,10 @@ class ModelConfig:
             f"moe.first_k_dense_replace={self.moe.first_k_dense_replace} leaves no MoE layer among "
             f"num_hidden_layers={self.num_hidden_layers}: lower it, or set model.moe=null for a dense model",
         )
+        require(
+            self.dense_twin_of_moe is None or self._twin_width(self.moe) <= 10**6,
+            f"dense_twin_of_moe={self.dense_twin_of_moe} makes FFNs wider than a million: lower moe.num_experts",
+        )
 
     @property
     def mtp_depth(self) -> int:
@@ -274,9 +278,10 @@ class ModelConfig:
         """
         if self.dense_twin_of_moe is None or self.moe is None:
             return self
-        moe = self.moe
+        return dataclasses.replace(self, moe=None, dense_twin_of_moe=None, intermediate_size=self._twin_width(self.moe))
+
+    def _twin_width(self, moe: MoEConfig) -> int:
         routed = moe.experts_per_token if self.dense_twin_of_moe == "equal_flops" else moe.num_experts
         width_of_moe = (routed + moe.num_shared_experts) * moe.moe_intermediate_size + moe.num_experts / 3
         total = moe.first_k_dense_replace * self.intermediate_size + self.num_routers * width_of_moe
-        width = max(8, 8 * round(total / (self.num_hidden_layers + self.mtp_depth) / 8))
-        return dataclasses.replace(self, moe=None, dense_twin_of_moe=None, intermediate_size=width)
+        return max(8, 8 * round(total / (self.num_hidden_layers + self.mtp_depth) / 8))

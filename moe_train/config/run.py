@@ -53,6 +53,8 @@ class RunConfig:
     traceback: bool
 
     def __post_init__(self) -> None:
+        for key in ("run_dir", "resume", "init_from"):
+            require(getattr(self, key) != "", f"{key} is empty: give a path or leave it out")
         require("/" not in self.name, f"name={self.name} is part of a folder's name: leave out the /")
         ramp = self.batch_ramp
         require(
@@ -88,6 +90,12 @@ class RunConfig:
         """Twelve hex digits that name the run: the same for the same settings and seed, on any machine."""
         canonical = json.dumps({k: v for k, v in self.identity().items() if k not in without}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def model_digest(model: ModelConfig) -> str:
+    """Twelve hex digits of everything that decides what a model computes from its weights."""
+    settings = {k: v for k, v in to_dict(model.resolved()).items() if k not in ("name", "vocab_size", "dropout")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -79,12 +79,16 @@ class Tokenizer:
                 f"there is no tokenizer in {folder}: weights imported without one cannot read or write text; "
                 "import them again with tokenizer="
             )
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
-        return cls(
-            tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
-            settings["eos_token"],
-            settings.get("bos_token"),
-        )
+        try:
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return cls(backend, settings["eos_token"], settings.get("bos_token"))
+        except UserError:
+            raise
+        except Exception as error:  # the library's own reader raises plain Exception
+            raise UserError(
+                f"the tokenizer in {folder} cannot be read ({one_line(error)}): put back the one it was trained with"
+            ) from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -122,7 +126,7 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
 
     try:
         found = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file ends in whatever its reader stumbles over
         raise UserError(
             f"data.tokenizer={name}: cannot load it ({one_line(error)[:200]}): check the name and the network, "
             "or use data.tokenizer=bpe"

@@ -28,7 +28,7 @@ def own_split(trained: TrainedModel, split: Literal["val", "train"], max_tokens:
 
     Raises UserError if what is there now is not what it was trained on.
     """
-    there = trained.checkpoint.state["corpus_fingerprint"]
+    there = trained.checkpoint.corpus_fingerprint
     if there is None:
         raise UserError(f"{trained.folder} holds weights from elsewhere and no text of its own: give files=GLOB")
     data = prepare(trained.config.data, progress=True)

@@ -6,6 +6,7 @@ import statistics
 from typing import NamedTuple
 
 from moe_train.data.tokenizer import Tokenizer
+from moe_train.errors import UserError
 from moe_train.generation.decoding import Generated, PlainDecoder, generate
 from moe_train.generation.speculative import SpeculativeDecoder
 from moe_train.model.transformer import Transformer
@@ -36,6 +37,8 @@ def compare(model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_token
         speculative = generate(drafting, tokenizer, prompt, max_new_tokens)
         greedy = generate(PlainDecoder(model), tokenizer, prompt, max_new_tokens)
         pairs.append((greedy.seconds / speculative.seconds, speculative, drafting, greedy))
+    if not pairs[0][1].new_tokens:
+        raise UserError("compare=true: the model ends the text at once, nothing is compared: give another prompt")
     pairs.sort(key=lambda pair: pair[0])
     _, speculative, drafting, greedy = pairs[len(pairs) // 2]
     return Comparison(

@@ -66,7 +66,8 @@ class PlainDecoder:
     def _choose(self, logits_v: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits_v.argmax()
-        probabilities = torch.softmax(logits_v.float() / self.temperature, -1)
+        below_best = logits_v.float() - logits_v.max().float()
+        probabilities = torch.softmax(below_best / max(self.temperature, 1e-6), -1)
         return torch.multinomial(probabilities, 1, generator=self.generator)[0]
 
 

@@ -13,6 +13,7 @@ from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import Checkpoint, load_weights
 from moe_train.training.run_folder import find_checkpoint, load_run_config
+from moe_train.training.starting_weights import check_own_config
 
 
 class TrainedModel(NamedTuple):
@@ -28,7 +29,8 @@ def load_trained(run: Path) -> TrainedModel:
     checkpoint = find_checkpoint(run, "run")
     folder = checkpoint.path.parent.parent
     config = load_run_config(folder)
-    model = Transformer(config.model.resolved(), int(checkpoint.state["vocab_size"]))
+    check_own_config(checkpoint, config)
+    model = Transformer(config.model.resolved(), checkpoint.vocab_size)
     load_weights(checkpoint, model)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     device = "cuda" if torch.cuda.is_available() else "cpu"

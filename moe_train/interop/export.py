@@ -30,6 +30,7 @@ from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import WEIGHTS, Checkpoint
 from moe_train.training.new_folder import new_folder
 from moe_train.training.run_folder import find_checkpoint, load_run_config
+from moe_train.training.starting_weights import check_own_config
 
 # One of each kind that tokenizers treat apart.
 _PROBE = "Tokens of\n\tmany kinds: naïve 漢字, 3.14 != 2_718; <|x|> \x00 🙂"
@@ -79,11 +80,12 @@ def export_run(
     checkpoint = find_checkpoint(run, "run")
     folder = checkpoint.path.parent.parent
     config = load_run_config(folder)
+    check_own_config(checkpoint, config)
     tokenizer = _load_tokenizer(folder)
     model = config.model.resolved()
     if mtp == "drop":
         model = dataclasses.replace(model, mtp=None)
-    vocab_size = int(checkpoint.state["vocab_size"])
+    vocab_size = checkpoint.vocab_size
     with new_folder(out.absolute()) as temporary:
         with _opened(checkpoint) as stored:
             target = choose_family(model, family, biased=_biased(stored))

@@ -51,7 +51,15 @@ def import_model(hf: Path, out: Path, name: str | None = None, tokenizer: str | 
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "_", hf.absolute().name)
     check_name(name)
     family, theirs = read_config(hf)
-    model = validated(ModelConfig, family.to_settings(theirs, name, str(hf / "config.json")), str(hf / "config.json"))
+    where = str(hf / "config.json")
+    try:
+        settings = family.to_settings(theirs, name, where)
+        length = int(theirs["max_position_embeddings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} has a value of the wrong kind ({one_line(error)}): fetch it again") from None
+    if not 0 < length <= 10**9:
+        raise UserError(f"{where}: max_position_embeddings={length} is no length: fetch it again")
+    model = validated(ModelConfig, settings, where)
     vocab_size = int(theirs["vocab_size"])
     found = _tokenizer(hf, tokenizer, vocab_size)
     weights, notes = read_weights(hf, model, family.names_of(theirs), vocab_size)
@@ -59,7 +67,7 @@ def import_model(hf: Path, out: Path, name: str | None = None, tokenizer: str | 
         notes.append(
             "there is no tokenizer.json: text is generated only with tokenizer=, and training takes data.tokenizer="
         )
-    config = starting_config(model, out.absolute() / "tokenizer", int(theirs["max_position_embeddings"]))
+    config = starting_config(model, out.absolute() / "tokenizer", length)
     origin = f"imported from {hf.absolute().name} ({family.architecture})"
     command = write_starting_point(out, config, weights, found, origin)
     num_params = sum(t.numel() for key, t in weights.items() if not key.endswith("selection_bias"))
@@ -72,6 +80,7 @@ def read_config(hf: Path) -> tuple[Family, dict[str, Any]]:
     try:
         raw = json.loads(path.read_text())
         architectures = raw.get("architectures") or []
+        architectures = architectures if isinstance(architectures, list) else [architectures]
     except FileNotFoundError:
         raise UserError(f"hf={hf} has no config.json: give the folder of a transformers model") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
@@ -205,6 +214,8 @@ def _fill(ours: Tensor, place: Place, theirs: Tensor, file: Path) -> None:
             f"{file}: {place.theirs} is {tuple(theirs.shape)} and config.json makes it {tuple(expected)}: "
             "fetch the folder again"
         )
+    if not bool(theirs.isfinite().all()):
+        raise UserError(f"{file}: {place.theirs} has values that are not finite: fetch the folder again")
     place.fill(ours, theirs)
 
 
@@ -213,7 +224,8 @@ def _check_left_over(found: Mapping[str, Any], wanted: Mapping[str, Any], model:
     depths = set()
     for name in sorted(set(found) - set(wanted)):
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) >= model.num_hidden_layers:  # where these families keep MTP modules
+        # Where DeepSeek-V3 and GLM keep MTP modules, which are known by how they join hidden state and embedding.
+        if layer and f"{layer[0]}eh_proj.weight" in found and int(layer[1]) >= model.num_hidden_layers:
             depths.add(layer[1])
         elif name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.tie_word_embeddings):
             continue  # both follow from the rest

@@ -37,7 +37,7 @@ def model_card(
     """
     state, summary = checkpoint.state, _summary_of(run_folder, checkpoint)
     model = config.model.resolved()
-    counts = parameter_counts(model, int(state["vocab_size"]))
+    counts = parameter_counts(model, checkpoint.vocab_size)
     sections = [
         _front_matter(),
         f"# {config.name}\n\n{_what_it_is(exported, model, counts.active, state, dropped_mtp)}",

@@ -39,6 +39,21 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self._stated("vocab_size", int))
+
+    @property
+    def corpus_fingerprint(self) -> str | None:
+        """Of the text it was trained on; None of weights from elsewhere."""
+        stated: str | None = self._stated("corpus_fingerprint", str, type(None))
+        return stated
+
+    def _stated(self, key: str, *kinds: type) -> Any:
+        if key not in self.state or not isinstance(self.state[key], kinds):
+            raise _damaged(self.path, f"{STATE} has no {key}")
+        return self.state[key]
+
 
 def checkpoint_paths(run_folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""

@@ -14,6 +14,8 @@ from moe_train.errors import UserError
 
 def check_free(out: Path, key: str = "out") -> None:
     """Refuse a place where something is already, before the work is done. `key` is the setting it was given for."""
+    if out.is_symlink():
+        raise UserError(f"{key}={out} is a symbolic link: give the folder itself")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{key}={out} is not empty: choose another folder or empty it")
     if out.exists() and not out.is_dir():

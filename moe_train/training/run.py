@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from moe_train.config import RunConfig, to_dict
+from moe_train.config import RunConfig, model_digest, to_dict
 from moe_train.cost.flops import training_flops_per_token
 from moe_train.data.batches import Batches
 from moe_train.data.packing import PreparedData, prepare
@@ -87,6 +87,7 @@ class Run:
         self.config, self.runtime = config, runtime
         self.path: Path = runtime.from_main(folder.path if folder else None)
         checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
+        used_otherwise: list[str] = []
         start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
 
         self.data = prepare(config.data, progress=runtime.is_main)
@@ -104,7 +105,7 @@ class Run:
             load_weights(checkpoint, self.model)
         elif start is not None:
             check_same_tokenizer(start, self.data)
-            check_same_shape(start, self.model_config)
+            used_otherwise = check_same_shape(start, self.model_config)
             load_weights(start, self.model)
         else:
             self.model.initialise(config.seed)
@@ -126,6 +127,8 @@ class Run:
             notes.append(f"going on from step {self.steps_done:,} of {self.path}")
         elif start is not None:
             notes.append(f"starting from the weights of {start.path}")
+            if used_otherwise:
+                notes.append(f"not as its model had it: {', '.join(used_otherwise)}")
         moe = self.model_config.moe
         if moe is not None and moe.routing == "expert_choice":
             notes.append(
@@ -293,6 +296,7 @@ class Run:
             "corpus_fingerprint": self.data.fingerprint,
             "vocab_size": self.model.vocab_size,
             "config_hash": self.config.config_hash(),
+            "model_digest": model_digest(self.config.model),
         }
         if self.runtime.is_main:
             save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)

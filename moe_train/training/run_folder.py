@@ -139,7 +139,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path / CONFIG} cannot be read: choose another run_dir=")
+        raise UserError(f"{path / CONFIG} cannot be read: put it back, or choose another run folder")
     return content
 
 

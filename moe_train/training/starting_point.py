@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_train.compose import CONFIGS, to_run_config
-from moe_train.config import ModelConfig, RunConfig, to_dict
+from moe_train.config import ModelConfig, RunConfig, model_digest, to_dict
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.training.checkpoints import OPTIMIZERS, STATE, WEIGHTS
@@ -84,6 +84,7 @@ def write_starting_point(
             "corpus_fingerprint": None,
             "vocab_size": len(weights["embedding.weight"]),
             "config_hash": config.config_hash(),
+            "model_digest": model_digest(config.model),
             "origin": origin,
             "files": {file: (checkpoint / file).stat().st_size for file in (WEIGHTS, OPTIMIZERS)},
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moe_train.config import ModelConfig, to_dict
+from moe_train.config import ModelConfig, RunConfig, model_digest, to_dict
 from moe_train.data.packing import PreparedData
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
@@ -15,7 +15,7 @@ from moe_train.training.run_folder import CONFIG, differences, load_run_config
 
 def check_same_text(checkpoint: Checkpoint, data: PreparedData) -> None:
     """Refuse to go on with a run on another text: its steps would no longer be those of one run."""
-    there, here = checkpoint.state["corpus_fingerprint"], data.fingerprint
+    there, here = checkpoint.corpus_fingerprint, data.fingerprint
     folder = checkpoint.path.parent.parent
     if there is None:
         raise UserError(
@@ -38,17 +38,32 @@ def check_same_tokenizer(start: Checkpoint, data: PreparedData) -> None:
         )
 
 
-def check_same_shape(start: Checkpoint, model: ModelConfig) -> None:
-    """Refuse weights of a model of another shape, naming the setting."""
+def check_own_config(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse to read weights as another model than they were trained as, config.yaml having been changed since."""
+    digest = checkpoint.state.get("model_digest")
+    if digest is not None and digest != model_digest(config.model):
+        raise UserError(
+            f"{checkpoint.path.parent.parent / CONFIG} does not describe the model that {checkpoint.path.name} was "
+            "trained as: put its model settings back"
+        )
+
+
+def check_same_shape(start: Checkpoint, model: ModelConfig) -> list[str]:
+    """Refuse weights of a model of another shape, naming the setting; returns what else is set otherwise."""
     folder = start.path.parent.parent
     if not (folder / CONFIG).exists():
-        return
+        return []
     theirs = load_run_config(folder).model.resolved()
     for key, there, here in differences(_shape(theirs), _shape(model), "model"):
         raise UserError(
             f"init_from={start.path} is of a model with {key}={json.dumps(there)}, and this one has "
             f"{json.dumps(here)}: give the settings of the model it is of"
         )
+    unlike = differences(to_dict(theirs), to_dict(model), "model")
+    return [f"{key}={json.dumps(here)} (there {json.dumps(there)})" for key, there, here in unlike if key not in _NAMES]
+
+
+_NAMES = ("model.name", "model.vocab_size")
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def upcycle_run(run: Path, out: Path, mixture: ModelConfig, name: str, seed: int
     config = load_run_config(folder)
     if config.model.resolved().moe is not None:
         raise UserError(f"run={folder}: {config.model.name} is a mixture of experts already: give a dense run")
-    vocab_size = int(checkpoint.state["vocab_size"])
+    vocab_size = checkpoint.vocab_size
     mixture = dataclasses.replace(mixture.resolved(), name=name, vocab_size=vocab_size)
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in Transformer(mixture, vocab_size).state_dict().items()}

@@ -23,6 +23,12 @@ def one_line(commands: Commands, *command: str, status: int = 1) -> str:
     [
         ("model.moe.nexperts=8", "unknown key model.moe.nexperts: did you mean model.moe.num_experts?", 1),
         ("model=null", "takes the name of one of its files", 1),
+        ("model=nano,tiny", "model=nano,tiny has several values", 1),
+        ("model.mtp.depth=1", "unknown key model.mtp.depth with these choices: it comes with another file", 1),
+        ("schedule.segments=[]", "schedule.segments with these choices: it comes with another file", 1),
+        ("schedule=deepseek_v3 schedule.segments=3", "configuration: schedule.segments=3: ", 1),
+        ("init_from=", "init_from is empty", 1),
+        ("model.dense_twin_of_moe=equal_params model.moe.num_experts=900000", "wider than a million", 1),
         ("name=../evil", "leave out the /", 1),
         ("optimizer.betas=[0.9]", "optimizer.betas", 1),
         ("num_threads=100000", "num_threads=100000 is more than the", 1),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moe_train.config import RunConfig, to_dict
+from moe_train.config import RunConfig, model_digest, to_dict
 from moe_train.data.tokenizer import bytes_tokenizer
 from moe_train.errors import UserError
 from moe_train.generation import load_for_generation, load_trained
 from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import save_checkpoint
+from moe_train.training.run_folder import load_run_config
 
 SMALL = ["model.hidden_size=32", "model.num_hidden_layers=2", "model.moe.num_experts=8", "model.moe.top_k=2"]
 
@@ -44,6 +46,38 @@ def test_the_newest_checkpoint_is_taken_or_the_one_given(
     assert trained.checkpoint.path.name == (checkpoint or "step_2")
     assert trained.model.norm.weight[0] == (1.0 if checkpoint == "step_1" else 2.0)
     assert not trained.model.training
+
+
+def test_weights_are_not_read_as_another_model_than_they_were_trained_as(
+    tmp_path: Path, compose_run: Callable[..., RunConfig]
+) -> None:
+    run = saved_run(tmp_path / "run", compose_run, [])
+    state = run / "checkpoints/step_2/state.json"
+    digest = model_digest(load_run_config(run).model)
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"model_digest": digest}))
+    load_trained(run)
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in (("rope_theta", 77.0), ("rms_norm_eps", 1e-5)):
+        (run / "config.yaml").write_text(yaml.safe_dump(content | {"model": content["model"] | {key: value}}))
+        with pytest.raises(UserError, match="does not describe the model that step_2 was trained as"):
+            load_trained(run)
+
+
+def test_damage_to_the_tokenizer_or_the_state_is_one_line(
+    tmp_path: Path, compose_run: Callable[..., RunConfig]
+) -> None:
+    run = saved_run(tmp_path / "run", compose_run, [])
+    state = run / "checkpoints/step_2/state.json"
+    whole = state.read_text()
+    for damage in ({}, {"vocab_size": "x"}):
+        content = {k: v for k, v in json.loads(whole).items() if k != "vocab_size"} | damage
+        state.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"damaged \(state.json has no vocab_size\)"):
+            load_trained(run)
+    state.write_text(whole)
+    (run / "tokenizer/tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be read"):
+        load_trained(run)
 
 
 def test_a_model_whose_experts_choose_cannot_generate_and_is_told_why(

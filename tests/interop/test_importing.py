@@ -107,6 +107,37 @@ def test_weights_in_another_form_or_damaged_are_refused(theirs: Theirs) -> None:
         import_model(folder / "nowhere", folder.parent / "ours")
 
 
+def test_a_layer_more_than_the_configuration_says_is_no_mtp_module(theirs: Theirs) -> None:
+    folder, _ = theirs("llama")
+    change_config(folder, num_hidden_layers=2)
+    refused(folder, r"the tensor model\.layers\.2\..* has no place here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0 is no length"),
+        ({"architectures": 5}, r"architecture \(5\) is not known"),
+        ({"architectures": "LlamaModel"}, r"architecture \(LlamaModel\) is not known"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "abc"}}, "wrong kind|not one that transformers"),
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_kind_are_one_line(changes: dict[str, Any], message: str, theirs: Theirs) -> None:
+    folder, _ = theirs("llama")
+    change_config(folder, **changes)
+    refused(folder, message)
+
+
+def test_weights_that_are_not_finite_and_tokenizers_that_are_damaged_are_refused(theirs: Theirs) -> None:
+    folder, _ = theirs("llama")
+    (folder / "tokenizer.json").write_text('{"x": 1}')
+    refused(folder, "data.tokenizer=.*: cannot load it")
+    (folder / "tokenizer.json").unlink()
+    change_weights(folder, lambda w: w["model.norm.weight"].fill_(float("nan")))
+    refused(folder, "model.norm.weight has values that are not finite")
+
+
 def test_mtp_layers_behind_the_last_are_left_out_and_said_so(theirs: Theirs, tmp_path: Path) -> None:
     folder, _ = theirs("v3_groups")
     change_weights(folder, lambda weights: weights.update({"model.layers.3.eh_proj.weight": torch.ones(2, 2)}))
