@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moe_train.config.fields import STRICT, Positive, PositiveFloat
+from moe_train.config.fields import STRICT, Positive, PositiveFloat, require
+
+Dollars = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Date = Annotated[
+    str, Field(pattern=r"^\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?$")
+]  # 2026, 2026-03 or 2026-03-31
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,10 +34,19 @@ class HardwareConfig:
     bandwidth_tb_s: PositiveFloat | None
     tdp_w: PositiveFloat | None
     peak_tflops: PeakConfig
-    peak_source: str | None
-    price_usd_per_hour: Annotated[float, Field(ge=0, le=1e9)] | None  # a device; a core where kind is cpu
+    specification_source: str | None  # of memory, bandwidth, power and peaks
+    specification_date: Date | None
+    price_usd_per_hour: Dollars | None  # to rent a device; a core where it is a CPU
+    price_range_usd_per_hour: tuple[Dollars, Dollars] | None  # what others asked for it at the time
     price_source: str | None
-    price_date: str | None
+    price_date: Date | None
+    purchase_usd: Dollars | None  # to buy a device; a core where it is a CPU
+    purchase_source: str | None
+    purchase_date: Date | None
+
+    def __post_init__(self) -> None:
+        low, high = self.price_range_usd_per_hour or (0.0, 0.0)
+        require(low <= high, f"price_range_usd_per_hour={[low, high]}: the lower price comes first")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from moe_train.config import HardwareConfig, PeakConfig
 from moe_train.errors import UserError
 
 GIVEN = "given in the configuration"
+PRICE_VARIABLE = "MOE_TRAIN_PRICE_USD_PER_HOUR"
 
 
 def load_hardware(path: Path) -> HardwareConfig:
@@ -53,6 +57,12 @@ def _find(folder: Path, device_type: str, device_name: str) -> HardwareConfig | 
     return found[0] if found else None
 
 
+def _unknown(device_name: str) -> HardwareConfig:
+    blank: dict[str, Any] = {field.name: None for field in dataclasses.fields(HardwareConfig)}
+    peaks = PeakConfig(bfloat16=None, float8=None, float32=None)
+    return HardwareConfig(**blank | {"name": device_name, "match": (), "peak_tflops": peaks})
+
+
 def _known(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass that are set."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
@@ -69,40 +79,76 @@ def _overlay(base: HardwareConfig, given: HardwareConfig) -> HardwareConfig:
     return dataclasses.replace(base, **figures)
 
 
+# Figures and what says where they are from.
+_SOURCED = {
+    "specification": ("memory_gb", "bandwidth_tb_s", "tdp_w", "peak_tflops"),
+    "price": ("price_usd_per_hour",),
+    "purchase": ("purchase_usd",),
+}
+
+
 def _with_own_sources(chosen: HardwareConfig, file: HardwareConfig) -> HardwareConfig:
     """A figure that is not the file's must not carry the file's source."""
-    if chosen.price_usd_per_hour != file.price_usd_per_hour and chosen.price_source == file.price_source:
-        chosen = dataclasses.replace(chosen, price_source=GIVEN, price_date=None)
-    if chosen.peak_tflops != file.peak_tflops and chosen.peak_source == file.peak_source:
-        chosen = dataclasses.replace(chosen, peak_source=GIVEN)
+    for kind, figures in _SOURCED.items():
+        source = f"{kind}_source"
+        own = any(getattr(chosen, figure) != getattr(file, figure) for figure in figures)
+        if own and getattr(chosen, source) == getattr(file, source):
+            changed: dict[str, Any] = {source: GIVEN, f"{kind}_date": None}
+            if kind == "price":
+                changed["price_range_usd_per_hour"] = None
+            chosen = dataclasses.replace(chosen, **changed)
     return chosen
 
 
+def _paid_by_the_launcher(environment: Mapping[str, str]) -> float | None:
+    """US dollars an hour and device that whoever started the process says it costs."""
+    text = environment.get(PRICE_VARIABLE)
+    if not text:
+        return None
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 <= price <= 1e9:
+        raise UserError(f"the environment's {PRICE_VARIABLE}={text} is no price in dollars: correct or unset it")
+    return price
+
+
 def detect(
-    config: HardwareConfig, configs_dir: Path, device_type: Literal["cpu", "cuda"], device_name: str
+    config: HardwareConfig,
+    configs_dir: Path,
+    device_type: Literal["cpu", "cuda"],
+    device_name: str,
+    environment: Mapping[str, str],
 ) -> tuple[HardwareConfig, list[str]]:
     """The hardware a run is priced by, and one-line notes for the user.
 
     `configs_dir` is the folder `configs`; `device_name` is the driver's (on a CPU any name to show). With
     `config.name == "auto"` the device's own file is taken and the figures set in `config` win over the file's;
-    otherwise `config` is kept, even where it names another device than the one at hand (noted).
+    otherwise `config` is kept, even where it names another device than the one at hand (noted). A price in the
+    environment (MOE_TRAIN_PRICE_USD_PER_HOUR: an hour of a device, on a CPU of a core) wins over that of a file here,
+    and one that the user sets wins over both.
     """
     folder = configs_dir / "hardware"
     notes: list[str] = []
+    file: HardwareConfig | None
     if config.name == "auto":
-        unknown = HardwareConfig(
-            device_name, (), None, None, None, PeakConfig(None, None, None), None, None, None, None
-        )
-        file = _find(folder, device_type, device_name) or unknown
+        file = _find(folder, device_type, device_name) or _unknown(device_name)
         chosen = _with_own_sources(_overlay(file, config), file)
     else:
         named = folder / f"{config.name}.yaml"
-        chosen = _with_own_sources(config, load_hardware(named)) if named.is_file() else config
+        file = load_hardware(named) if named.is_file() else None
+        chosen = _with_own_sources(config, file) if file else config
         if not _stands_for(config, device_type, device_name):
             notes.append(f"the prices of {config.name} are applied to {device_name}")
-    if chosen.price_usd_per_hour is None:
-        notes.append(
-            f"no price known for {device_name}: cost figures are absent; give hardware.price_usd_per_hour=…",
+    paid = _paid_by_the_launcher(environment)
+    if paid is not None and (chosen.price_usd_per_hour is None or (file and chosen.price_source == file.price_source)):
+        chosen = dataclasses.replace(
+            chosen,
+            price_usd_per_hour=paid,
+            price_range_usd_per_hour=None,
+            price_source=f"given by {PRICE_VARIABLE}",
+            price_date=None,
         )
     return chosen, notes
 
@@ -116,3 +162,17 @@ def price_per_device(hardware: HardwareConfig, device_type: Literal["cpu", "cuda
     if price is None:
         return None
     return price * num_threads if device_type == "cpu" and not hardware.match else price
+
+
+def age_note(name: str, price_date: str | None, source: str | None, today: date) -> str | None:
+    """What to say of a price more than a year old, or whose age nobody knows; None where it is recent or the user's."""
+    if source is None or source.startswith("given"):
+        return None
+    if price_date is None:
+        return f"the price of {name} has no date: check it, or give hardware.price_usd_per_hour=…"
+    newest = date.fromisoformat((price_date + "-12-28")[:10] if len(price_date) == 4 else (price_date + "-28")[:10])
+    if (today - newest).days <= 365:
+        return None
+    return (
+        f"the price of {name} is of {price_date}, more than a year old: check it, or give hardware.price_usd_per_hour=…"
+    )

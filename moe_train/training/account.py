@@ -5,6 +5,7 @@ The parts are in `cost/` and know nothing of training; here they are joined for 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Account:
     def __init__(self, config: RunConfig, runtime: Runtime, flops_per_token: float) -> None:
         self.runtime = runtime
         self.flops_per_token = flops_per_token
-        self.hardware, notes = detect(config.hardware, CONFIGS, runtime.device_type, runtime.device_name)
+        self.hardware, notes = detect(config.hardware, CONFIGS, runtime.device_type, runtime.device_name, os.environ)
         self.price = price_per_device(self.hardware, runtime.device_type, runtime.num_threads)
         self.limits = Limits(config.stop, None if self.price is None else self.price * runtime.world_size / 3600)
         self.peak, self.peak_source = self._peak()
@@ -55,7 +56,7 @@ class Account:
         if peak is None and self.runtime.device_type == "cpu":
             peak = measured_matmul_tflops(self.runtime.device, self.runtime.dtype)
             return peak, f"{peak:.3f} TFLOP/s, {dtype} matrix product measured at the start"
-        return peak, None if peak is None else f"{peak:g} TFLOP/s {dtype}, {self.hardware.peak_source}"
+        return peak, None if peak is None else f"{peak:g} TFLOP/s {dtype}, {self.hardware.specification_source}"
 
     def open_ledger(self, run_folder: Path, checkpoint: dict[str, Any] | None) -> None:
         """Rank 0: take up the attempts made in this folder, and the figures of the checkpoint gone on from."""

@@ -1,13 +1,14 @@
 """Devices are known by their driver's full name, carry their sources, and unknown ones stay unknown."""
 
 import dataclasses
+from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
 
 from moe_train.config import HardwareConfig, PeakConfig
-from moe_train.cost.hardware import detect, load_hardware, price_per_device
+from moe_train.cost.hardware import age_note, detect, load_hardware, price_per_device
 from moe_train.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -60,7 +61,7 @@ def test_every_file_is_valid_complete_and_says_where_its_figures_are_from(path: 
     assert set(yaml.safe_load(path.read_text())) == {field.name for field in dataclasses.fields(HardwareConfig)}
     assert (hardware.price_usd_per_hour is None) == (hardware.price_source is None)
     peaks = hardware.peak_tflops
-    assert (hardware.peak_source is None) == (peaks == PeakConfig(None, None, None))
+    assert (hardware.specification_source is None) == (peaks == PeakConfig(None, None, None))
 
 
 def test_the_devices_meant_to_be_known_have_files() -> None:
@@ -70,12 +71,12 @@ def test_the_devices_meant_to_be_known_have_files() -> None:
 
 @pytest.mark.parametrize(("device_name", "expected"), DRIVER_NAMES.items())
 def test_a_driver_name_finds_its_own_device_and_no_look_alike(device_name: str, expected: str | None) -> None:
-    hardware, _ = detect(AUTO, CONFIGS, "cuda", device_name)
+    hardware, _ = detect(AUTO, CONFIGS, "cuda", device_name, {})
     assert hardware.name == (expected or device_name)
 
 
 def test_a_known_device_comes_with_the_figures_of_its_file() -> None:
-    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA H200")
+    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA H200", {})
     assert hardware == load_hardware(CONFIGS / "hardware" / "h200.yaml")
     assert notes == []
 
@@ -87,68 +88,62 @@ def test_dense_and_not_sparse_peaks_are_listed() -> None:
     assert peaks["t4"].bfloat16 is None
 
 
-def test_an_unknown_device_has_no_figures_and_a_note_with_the_remedy() -> None:
-    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA H100 PCIe")
+def test_an_unknown_device_has_no_figures() -> None:
+    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA H100 PCIe", {})
     assert hardware == dataclasses.replace(AUTO, name="NVIDIA H100 PCIe")
-    assert notes == ["no price known for NVIDIA H100 PCIe: cost figures are absent; give hardware.price_usd_per_hour=…"]
-
-
-def test_a_known_device_without_a_price_is_noted_too() -> None:
-    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA A100-SXM4-40GB")
-    assert hardware.peak_tflops.bfloat16 == 312
-    assert [note.startswith("no price known") for note in notes] == [True]
+    assert notes == []
 
 
 @pytest.mark.parametrize("device_name", ["NVIDIA H200", "NVIDIA H100 PCIe"])
 def test_figures_the_user_sets_win_and_are_attributed_to_the_user(device_name: str) -> None:
     given = dataclasses.replace(AUTO, price_usd_per_hour=2.5, peak_tflops=PeakConfig(700.0, None, None))
-    plain, _ = detect(AUTO, CONFIGS, "cuda", device_name)
-    hardware, notes = detect(given, CONFIGS, "cuda", device_name)
+    plain, _ = detect(AUTO, CONFIGS, "cuda", device_name, {})
+    hardware, notes = detect(given, CONFIGS, "cuda", device_name, {})
     assert hardware.price_usd_per_hour == 2.5
     assert (hardware.price_source, hardware.price_date) == ("given in the configuration", None)
     assert hardware.peak_tflops == dataclasses.replace(plain.peak_tflops, bfloat16=700.0)
-    assert hardware.peak_source == "given in the configuration"
+    assert hardware.specification_source == "given in the configuration"
     assert hardware.tdp_w == plain.tdp_w
     assert notes == []
 
 
 def test_a_price_of_zero_is_a_price() -> None:
-    hardware, notes = detect(dataclasses.replace(AUTO, price_usd_per_hour=0.0), CONFIGS, "cuda", "NVIDIA H200")
+    hardware, notes = detect(dataclasses.replace(AUTO, price_usd_per_hour=0.0), CONFIGS, "cuda", "NVIDIA H200", {})
     assert hardware.price_usd_per_hour == 0
     assert notes == []
 
 
 def test_a_source_the_user_gives_is_kept() -> None:
     given = dataclasses.replace(AUTO, price_usd_per_hour=2.5, price_source="our contract", price_date="2026-06")
-    hardware, _ = detect(given, CONFIGS, "cuda", "NVIDIA H200")
+    hardware, _ = detect(given, CONFIGS, "cuda", "NVIDIA H200", {})
     assert (hardware.price_source, hardware.price_date) == ("our contract", "2026-06")
 
 
 def test_named_hardware_on_another_device_is_kept_and_noted() -> None:
     rtx_4090 = load_hardware(CONFIGS / "hardware" / "rtx_4090.yaml")
     for device_type, device_name in [("cuda", "NVIDIA L4"), ("cpu", "AMD EPYC")]:
-        hardware, notes = detect(rtx_4090, CONFIGS, device_type, device_name)
+        hardware, notes = detect(rtx_4090, CONFIGS, device_type, device_name, {})
         assert hardware == rtx_4090
         assert notes == [f"the prices of rtx_4090 are applied to {device_name}"]
     cpu = load_hardware(CONFIGS / "hardware" / "cpu.yaml")
-    assert detect(cpu, CONFIGS, "cuda", "NVIDIA L4")[1] == ["the prices of cpu are applied to NVIDIA L4"]
+    assert detect(cpu, CONFIGS, "cuda", "NVIDIA L4", {})[1] == ["the prices of cpu are applied to NVIDIA L4"]
 
 
 def test_named_hardware_on_its_own_device_is_not_noted_and_an_overridden_price_is_the_users() -> None:
     rtx_4090 = load_hardware(CONFIGS / "hardware" / "rtx_4090.yaml")
-    assert detect(rtx_4090, CONFIGS, "cuda", "NVIDIA GeForce RTX 4090") == (rtx_4090, [])
+    assert detect(rtx_4090, CONFIGS, "cuda", "NVIDIA GeForce RTX 4090", {}) == (rtx_4090, [])
     cheaper = dataclasses.replace(rtx_4090, price_usd_per_hour=0.1)
-    hardware, _ = detect(cheaper, CONFIGS, "cuda", "NVIDIA GeForce RTX 4090")
+    hardware, _ = detect(cheaper, CONFIGS, "cuda", "NVIDIA GeForce RTX 4090", {})
     assert (hardware.price_source, hardware.price_date) == ("given in the configuration", None)
 
 
 def test_hardware_of_the_users_own_needs_no_file() -> None:
     own = dataclasses.replace(AUTO, name="my_box", match=("My GPU [0-9]+",), price_usd_per_hour=1.0, price_source="me")
-    assert detect(own, CONFIGS, "cuda", "My GPU 7") == (own, [])
+    assert detect(own, CONFIGS, "cuda", "My GPU 7", {}) == (own, [])
 
 
 def test_a_cpu_is_priced_by_the_core_hour() -> None:
-    hardware, notes = detect(AUTO, CONFIGS, "cpu", "AMD EPYC")
+    hardware, notes = detect(AUTO, CONFIGS, "cpu", "AMD EPYC", {})
     assert (hardware.name, notes) == ("cpu", [])
     assert price_per_device(hardware, "cpu", 8) == pytest.approx(8 * 0.0513)
 
@@ -185,4 +180,43 @@ def test_two_files_for_one_device_are_refused(tmp_path: Path) -> None:
     (folder / "l4.yaml").write_text(text)
     (folder / "mine.yaml").write_text(text.replace("name: l4", "name: mine"))
     with pytest.raises(UserError, match="hardware=l4"):
-        detect(AUTO, tmp_path, "cuda", "NVIDIA L4")
+        detect(AUTO, tmp_path, "cuda", "NVIDIA L4", {})
+
+
+def test_what_the_launcher_pays_wins_over_the_file_and_the_user_over_both() -> None:
+    paid = {"MOE_TRAIN_PRICE_USD_PER_HOUR": "1.25"}
+    for given, device, price, source in [
+        (AUTO, "NVIDIA H200", 1.25, "given by MOE_TRAIN_PRICE_USD_PER_HOUR"),
+        (AUTO, "Some GPU", 1.25, "given by MOE_TRAIN_PRICE_USD_PER_HOUR"),
+        (load_hardware(CONFIGS / "hardware/h200.yaml"), "NVIDIA H200", 1.25, "given by MOE_TRAIN_PRICE_USD_PER_HOUR"),
+        (dataclasses.replace(AUTO, price_usd_per_hour=2.0), "NVIDIA H200", 2.0, "given in the configuration"),
+        (dataclasses.replace(AUTO, name="mine", price_usd_per_hour=3.0, price_source="me"), "Some GPU", 3.0, "me"),
+    ]:
+        hardware, _ = detect(given, CONFIGS, "cuda", device, paid)
+        assert (hardware.price_usd_per_hour, hardware.price_source, hardware.price_range_usd_per_hour) == (
+            price,
+            source,
+            None,
+        )
+
+
+@pytest.mark.parametrize("text", ["two", "-1", "nan", "inf"])
+def test_a_price_of_the_launcher_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=f"MOE_TRAIN_PRICE_USD_PER_HOUR={text} is no price"):
+        detect(AUTO, CONFIGS, "cuda", "NVIDIA H200", {"MOE_TRAIN_PRICE_USD_PER_HOUR": text})
+
+
+@pytest.mark.parametrize(
+    ("price_date", "source", "note"),
+    [
+        ("2026-03", "RunPod", None),
+        ("2024-12", "a paper", "of 2024-12, more than a year old"),
+        ("2025", "a list", None),  # it may be of its last day
+        (None, "a list", "has no date"),
+        (None, "given in the configuration", None),
+        (None, None, None),
+    ],
+)
+def test_a_price_older_than_a_year_is_said_to_be(price_date: str | None, source: str | None, note: str | None) -> None:
+    said = age_note("l4", price_date, source, date(2026, 11, 25))
+    assert said is None if note is None else note in str(said)
