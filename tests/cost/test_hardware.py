@@ -25,7 +25,8 @@ DRIVER_NAMES = {
     "NVIDIA A100-SXM4-80GB MIG 3g.40gb": None,
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
-    "NVIDIA H100 PCIe": None,
+    "NVIDIA H100 PCIe": "h100_pcie",
+    "NVIDIA H100 PCIe MIG 1g.10gb": None,
     "NVIDIA H100 NVL": None,
     "NVIDIA H800": "h800",
     "NVIDIA H800 PCIe": None,
@@ -51,6 +52,14 @@ DRIVER_NAMES = {
     "NVIDIA GeForce RTX 3090 Ti": None,
     "Tesla T4": "t4",
     "Tesla T40": None,
+    "NVIDIA A10G": "a10g",
+    "NVIDIA A10": None,
+    "NVIDIA RTX A6000": "rtx_a6000",
+    "NVIDIA RTX A6000-48Q": None,
+    "NVIDIA RTX 6000 Ada Generation": "rtx_6000_ada",
+    "NVIDIA RTX 5000 Ada Generation": None,
+    "Quadro RTX 6000": None,
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": None,
 }
 
 
@@ -59,9 +68,17 @@ def test_every_file_is_valid_complete_and_says_where_its_figures_are_from(path: 
     hardware = load_hardware(path)
     assert hardware.name == path.stem
     assert set(yaml.safe_load(path.read_text())) == {field.name for field in dataclasses.fields(HardwareConfig)}
-    assert (hardware.price_usd_per_hour is None) == (hardware.price_source is None)
-    peaks = hardware.peak_tflops
-    assert (hardware.specification_source is None) == (peaks == PeakConfig(None, None, None))
+    figures = (hardware.memory_gb, hardware.bandwidth_tb_s, hardware.tdp_w)
+    no_specification = figures == (None, None, None) and hardware.peak_tflops == PeakConfig(None, None, None)
+    for missing, source, day in [
+        (no_specification, hardware.specification_source, hardware.specification_date),
+        (hardware.price_usd_per_hour is None, hardware.price_source, hardware.price_date),
+        (hardware.purchase_usd is None, hardware.purchase_source, hardware.purchase_date),
+    ]:
+        assert (source is None) == (day is None) == missing
+    price, asked = hardware.price_usd_per_hour, hardware.price_range_usd_per_hour
+    assert asked is None or (price is not None and asked[0] <= price <= asked[1])
+    assert no_specification == (path.stem in {"auto", "cpu"})
 
 
 def test_the_devices_meant_to_be_known_have_files() -> None:
@@ -85,16 +102,17 @@ def test_dense_and_not_sparse_peaks_are_listed() -> None:
     peaks = {path.stem: load_hardware(path).peak_tflops for path in FILES}
     assert (peaks["h100"].bfloat16, peaks["h100"].float8) == (989, 1979)
     assert (peaks["a100_80"].bfloat16, peaks["rtx_4090"].bfloat16) == (312, 165)
+    assert (peaks["h100_pcie"].bfloat16, peaks["rtx_a6000"].bfloat16, peaks["a10g"].bfloat16) == (756, 154.8, 70)
     assert peaks["t4"].bfloat16 is None
 
 
 def test_an_unknown_device_has_no_figures() -> None:
-    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA H100 PCIe", {})
-    assert hardware == dataclasses.replace(AUTO, name="NVIDIA H100 PCIe")
+    hardware, notes = detect(AUTO, CONFIGS, "cuda", "NVIDIA H100 NVL", {})
+    assert hardware == dataclasses.replace(AUTO, name="NVIDIA H100 NVL")
     assert notes == []
 
 
-@pytest.mark.parametrize("device_name", ["NVIDIA H200", "NVIDIA H100 PCIe"])
+@pytest.mark.parametrize("device_name", ["NVIDIA H200", "NVIDIA H100 NVL"])
 def test_figures_the_user_sets_win_and_are_attributed_to_the_user(device_name: str) -> None:
     given = dataclasses.replace(AUTO, price_usd_per_hour=2.5, peak_tflops=PeakConfig(700.0, None, None))
     plain, _ = detect(AUTO, CONFIGS, "cuda", device_name, {})
