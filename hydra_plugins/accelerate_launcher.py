@@ -1,7 +1,8 @@
 """What `python train.py -m key=a,b` does with its grid: one launched job each, one after another.
 
 hydra finds this module by the name of its package and knows it as `hydra/launcher=accelerate`. A job that fails does
-not end the rest; a list at the end says which did, and the command then exits with status 1.
+not end the rest; a list at the end says which did, and the command then exits with status 1. With `budget.usd` the jobs
+share what is left of it, and none is started that it cannot pay for.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from moe_train.cost.budget import Budget
 from moe_train.errors import UsageError, UserError
 from moe_train.launch import launch_job
 
 
 class AccelerateLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """hydra's hook before a sweep; nothing to prepare."""
+        """hydra's hook before a sweep: what all jobs share."""
+        self.budget = Budget.of_a_grid(config.cost, config.budget)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -35,17 +38,22 @@ class AccelerateLauncher(Launcher):
             )
         if not job_overrides:
             raise UsageError("the grid is empty: a key has no value to take")
-        statuses = []
+        statuses: list[int] = []
         for index, overrides in enumerate(job_overrides):
+            if refusal := self.budget.refusal(overrides):
+                sys.stderr.write(f"\n{refusal}: {len(job_overrides) - index} of {len(job_overrides)} not started:\n")
+                sys.stderr.write("".join(f"  {' '.join(left)}\n" for left in job_overrides[index:]))
+                break
             sys.stderr.write(f"\n[{index + 1}/{len(job_overrides)}] {' '.join(overrides) or 'defaults'}\n")
-            statuses.append(launch_job(overrides))
+            statuses.append(launch_job([*overrides, *self.budget.overrides()]))
         failed = [
             f"  exit status {status}: {' '.join(overrides)}"
-            for status, overrides in zip(statuses, job_overrides, strict=True)
+            for status, overrides in zip(statuses, job_overrides)
             if status
         ]
         if failed:
             sys.stderr.write("\n".join([f"{len(failed)} of {len(statuses)} jobs failed:", *failed]) + "\n")
+        if failed or len(statuses) < len(job_overrides):
             sys.exit(1)
         return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=None) for o in job_overrides]
 

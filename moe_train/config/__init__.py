@@ -5,6 +5,7 @@ a DictConfig. A combination that cannot work is refused here, with the key, the 
 is loaded.
 """
 
+from moe_train.config.cost import BudgetConfig, CostConfig, Purpose
 from moe_train.config.data import (
     AnyDataConfig,
     DataConfig,
@@ -43,7 +44,9 @@ __all__ = [
     "AdamWConfig",
     "AnyDataConfig",
     "BatchRampConfig",
+    "BudgetConfig",
     "CheckpointConfig",
+    "CostConfig",
     "DataConfig",
     "EvalConfig",
     "GQAConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "OptimizerConfig",
     "PeakConfig",
     "PrecisionConfig",
+    "Purpose",
     "RopeScalingConfig",
     "RunConfig",
     "ScheduleConfig",

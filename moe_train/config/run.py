@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from moe_train.config.cost import BudgetConfig, CostConfig
 from moe_train.config.data import AnyDataConfig
 from moe_train.config.fields import STRICT, Count, NonNegative, Positive, Size, require
 from moe_train.config.hardware import HardwareConfig, TrackingConfig
@@ -34,6 +35,8 @@ class RunConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     hardware: HardwareConfig
+    cost: CostConfig
+    budget: BudgetConfig
     tracking: TrackingConfig
     stop: StopConfig
     eval: EvalConfig
@@ -76,7 +79,10 @@ class RunConfig:
             f"data.sequence_length={self.data.sequence_length}: lower it",
         )
 
-    _NOT_IDENTITY = ("name", "run_dir", "resume", "tracking", "checkpoint", "hardware", "num_threads", "traceback")
+    _NOT_IDENTITY = (
+        *("name", "run_dir", "resume", "tracking", "checkpoint", "num_threads", "traceback"),
+        *("hardware", "cost", "budget"),
+    )
 
     def identity(self) -> dict[str, Any]:
         """The settings that can change a run's losses: all but where it is, what it is called and what is reported."""

@@ -134,24 +134,46 @@ def forward_flops(model: ModelConfig, sequence_length: int, vocab_size: int) -> 
 
     `vocab_size` is the built model's, padding included. The input embedding is a lookup and costs nothing.
     """
+    parts = main_forward_flops(model, sequence_length, vocab_size)
+    return parts | {MTP: sum(mtp_forward_flops(model, sequence_length, vocab_size).values())}
+
+
+def main_forward_flops(model: ModelConfig, sequence_length: int, vocab_size: int) -> dict[str, float]:
+    """`forward_flops` of the model without its MTP modules."""
     model = model.resolved()
-    hidden, head = model.hidden_size, model.hidden_size * vocab_size
-    macs = {part: 0.0 for part in PARTS if part not in (EMBEDDING, NORMS)}
-    macs[HEAD] = head
+    macs = {part: 0.0 for part in PARTS if part not in (EMBEDDING, NORMS, MTP)}
+    macs[HEAD] = model.hidden_size * vocab_size
     for is_moe, count in layer_kinds(model):
         for part, of_layer in _layer_macs(model, is_moe, sequence_length).items():
             macs[part] += count * of_layer
+    return {part: 2.0 * count for part, count in macs.items()}
+
+
+def mtp_forward_flops(model: ModelConfig, sequence_length: int, vocab_size: int) -> dict[str, float]:
+    """Forward FLOPs per token of all MTP modules by part; the projection that joins the two halves stands as `mtp`."""
+    model = model.resolved()
+    macs: dict[str, float] = {}
     for depth in range(1, model.mtp_depth + 1):
         positions = max(0, sequence_length - depth)
-        join = 2 * hidden * hidden
-        module = join + sum(_layer_macs(model, model.moe is not None, positions).values()) + head
-        macs[MTP] += module * positions / sequence_length
+        of_module = _layer_macs(model, model.moe is not None, positions)
+        of_module |= {MTP: 2.0 * model.hidden_size**2, HEAD: model.hidden_size * vocab_size}
+        for part, count in of_module.items():
+            macs[part] = macs.get(part, 0.0) + count * positions / sequence_length
     return {part: 2.0 * count for part, count in macs.items()}
 
 
 def training_flops_per_token(model: ModelConfig, sequence_length: int, vocab_size: int) -> float:
     """FLOPs of forward and backward for one trained token: 3 x forward."""
     return 3 * sum(forward_flops(model, sequence_length, vocab_size).values())
+
+
+def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, vocab_size: int) -> float:
+    """What activation checkpointing does a second time: the forward pass of every block, not of the heads.
+
+    The hardware does it and the model does not ask for it, so it is never part of `training_flops_per_token`.
+    """
+    once = (f(model, sequence_length, vocab_size) for f in (main_forward_flops, mtp_forward_flops))
+    return sum(count for parts in once for part, count in parts.items() if part != HEAD)
 
 
 def main_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:

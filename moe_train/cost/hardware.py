@@ -153,26 +153,16 @@ def detect(
     return chosen, notes
 
 
-def price_per_device(hardware: HardwareConfig, device_type: Literal["cpu", "cuda"], num_threads: int) -> float | None:
-    """US dollars an hour for one device of the run; on a CPU a device is a process with its `num_threads` cores.
+def age_note(name: str, price_date: str | None, source: str | None, today: date, key: str) -> str | None:
+    """What to say of a price more than a year old, or whose age nobody knows; None where it is recent or the user's.
 
-    The price of a CPU is a core's. A GPU's price that the user applies to a CPU stays the price of the whole device.
+    `key` is the setting that would replace it.
     """
-    price = hardware.price_usd_per_hour
-    if price is None:
-        return None
-    return price * num_threads if device_type == "cpu" and not hardware.match else price
-
-
-def age_note(name: str, price_date: str | None, source: str | None, today: date) -> str | None:
-    """What to say of a price more than a year old, or whose age nobody knows; None where it is recent or the user's."""
     if source is None or source.startswith("given"):
         return None
     if price_date is None:
-        return f"the price of {name} has no date: check it, or give hardware.price_usd_per_hour=…"
+        return f"the price of {name} has no date: check it, or give {key}=…"
     newest = date.fromisoformat((price_date + "-12-28")[:10] if len(price_date) == 4 else (price_date + "-28")[:10])
     if (today - newest).days <= 365:
         return None
-    return (
-        f"the price of {name} is of {price_date}, more than a year old: check it, or give hardware.price_usd_per_hour=…"
-    )
+    return f"the price of {name} is of {price_date}, more than a year old: check it, or give {key}=…"

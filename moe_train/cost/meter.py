@@ -8,10 +8,14 @@ known (no price, no peak rate, no token yet) is None.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_train.cost.price import Price
 
 
 def _is_launcher(command_line: Sequence[str]) -> bool:
@@ -36,43 +40,59 @@ def process_start_seconds_ago() -> float:
     return max(0.0, time.time() - created)
 
 
-class Meter:
-    """Counts tokens, FLOPs, seconds and dollars of a run over all its devices and attempts.
+@dataclass(frozen=True)
+class Work:
+    """What training one token takes, and how fast one device could do it at best. None is unknown."""
 
-    `price_usd_per_hour` and `peak_tflops_per_device` are for one device, of which the run holds `num_devices`.
-    `flops_per_token` is for training, see `flops.py`. `already_elapsed` is the age of the process in seconds,
-    `earlier_wall_seconds` the wall time of earlier attempts, see `ledger.py`. `clock` tells seconds.
+    flops: float  # of the model, see flops.py
+    recomputed_flops: float  # done a second time by activation checkpointing
+    ideal_seconds: float | None  # on one device, each product at the peak of its own format, see utilization.py
+    peak_tflops: float | None  # of one device, in the format of the linear layers
+
+
+class Meter:
+    """Counts tokens, FLOPs, seconds, joules and dollars of a run over all its devices and attempts.
+
+    `price` is of one device, of which the run holds `num_devices`. `already_elapsed` is the age of the process in
+    seconds; `earlier_wall_seconds` and `earlier_usd` are what earlier attempts took, see `ledger.py`. `clock` tells
+    seconds.
     """
 
     def __init__(
         self,
         *,
-        price_usd_per_hour: float | None,
+        price: Price,
         num_devices: int,
-        flops_per_token: float,
-        peak_tflops_per_device: float | None,
+        work: Work | None = None,
         clock: Callable[[], float] = time.monotonic,
         already_elapsed: float = 0.0,
         earlier_wall_seconds: float = 0.0,
+        earlier_usd: float | None = 0.0,
     ) -> None:
         self.tokens = 0
-        self.flops = 0.0
         self.train_seconds = 0.0  # of the steps that made this model: those lost to a crash are in the wall clock only
         self.attempt_train_seconds = 0.0  # of this process
-        self._price = price_usd_per_hour
+        self.steps_of_attempt = 0
+        self.work = work or Work(0.0, 0.0, None, None)
+        self._flops_before = 0.0  # taken up from a checkpoint
+        self._tokens_before = 0
+        self._usd_train_before: float | None = 0.0
+        self._price = price
         self._num_devices = num_devices
-        self._flops_per_token = flops_per_token
-        self._peak = peak_tflops_per_device
         self._clock = clock
         self._began = clock() - already_elapsed
         self._earlier_wall_seconds = earlier_wall_seconds
+        self._earlier_usd = earlier_usd
+        self._joules: float | None = None
+        self._train_joules: float | None = None
+        self._joules_read_at = self._began
+        self._train_seconds_read = 0.0
         self._training = False
         self._open_window()
 
     def _open_window(self) -> None:
         self._window_steps = 0
         self._window_tokens = 0
-        self._window_flops = 0.0
         self._window_seconds = 0.0
         self._window_data_wait = 0.0
 
@@ -96,18 +116,28 @@ class Meter:
             self.attempt_train_seconds += seconds
             self._window_seconds += seconds
             self._window_steps += 1
+            self.steps_of_attempt += 1
 
     def add_tokens(self, count: int) -> None:
         """Trained tokens, over all devices."""
-        flops = count * self._flops_per_token
         self.tokens += count
-        self.flops += flops
         self._window_tokens += count
-        self._window_flops += flops
+
+    @property
+    def flops(self) -> float:
+        """Of the model, over all trained tokens."""
+        return self._flops_before + (self.tokens - self._tokens_before) * self.work.flops
 
     def data_wait(self, seconds: float) -> None:
         """Seconds of the train clock that a step spent waiting for its batch."""
         self._window_data_wait += seconds
+
+    def stopped(self) -> Meter:
+        """A copy whose clock stands still, so that all figures read from it are of one moment."""
+        at = self._clock()
+        still = copy.copy(self)
+        still._clock = lambda: at
+        return still
 
     @property
     def attempt_wall_seconds(self) -> float:
@@ -119,17 +149,53 @@ class Meter:
         """Of all attempts."""
         return self._earlier_wall_seconds + self.attempt_wall_seconds
 
-    def usd(self, seconds: float) -> float | None:
-        """What all devices of the run cost for as long."""
-        return None if self._price is None else self._price * self._num_devices * seconds / 3600
+    def read_energy(self, joules: float | None, train_joules: float | None) -> None:
+        """Energy of all devices in this attempt so far, as just read: in all, and while training."""
+        self._joules, self._train_joules = joules, train_joules
+        self._joules_read_at = self._clock()
+        self._train_seconds_read = self.attempt_train_seconds
+
+    def joules_until_now(self) -> float | None:
+        """The last reading, carried on at its mean power."""
+        if self._joules is None:
+            return None
+        known_for = self._joules_read_at - self._began
+        return self._joules * (self.attempt_wall_seconds / known_for if known_for > 0 else 1.0)
+
+    def usd(self, seconds: float, joules: float | None) -> float | None:
+        """What all devices of the run cost for as long, having drawn as much."""
+        return self._price.usd(seconds * self._num_devices, joules)
+
+    def usd_ahead(self, seconds: float) -> float:
+        """What the next `seconds` will cost, at the mean power so far; 0 where there is no price."""
+        known_for = self._joules_read_at - self._began
+        joules = None if self._joules is None else self._joules / known_for * seconds if known_for > 0 else 0.0
+        return self.usd(seconds, joules) or 0.0
+
+    @property
+    def attempt_usd(self) -> float | None:
+        """What this attempt costs so far."""
+        return self.usd(self.attempt_wall_seconds, self.joules_until_now())
+
+    @property
+    def attempt_usd_train(self) -> float | None:
+        """What its training steps cost."""
+        joules = self._train_joules
+        if joules is not None and self._train_seconds_read:  # steps since the last reading drew as the ones before
+            joules *= self.attempt_train_seconds / self._train_seconds_read
+        return self.usd(self.attempt_train_seconds, joules)
+
+    @property
+    def attempt_usd_of_energy(self) -> float | None:
+        return self._price.usd_of_energy(self.joules_until_now())
 
     @property
     def usd_train(self) -> float | None:
-        return self.usd(self.train_seconds)
+        return _sum(self._usd_train_before, self.attempt_usd_train)
 
     @property
     def usd_total(self) -> float | None:
-        return self.usd(self.wall_seconds)
+        return _sum(self._earlier_usd, self.attempt_usd)
 
     @property
     def usd_per_million_tokens(self) -> float | None:
@@ -150,8 +216,20 @@ class Meter:
         """Share of the devices' peak rate that the model's own FLOPs took, over the training steps."""
         return self._utilization(self.flops, self.train_seconds)
 
+    @property
+    def hardware_flops_utilization(self) -> float | None:
+        """The same with what activation checkpointing did a second time."""
+        return self._utilization(self.flops + self.tokens * self.work.recomputed_flops, self.train_seconds)
+
+    @property
+    def mixed_precision_utilization(self) -> float | None:
+        """Time the model's products would take at the peaks of their own formats, over the time the steps took."""
+        ideal = self.work.ideal_seconds
+        return None if ideal is None else _ratio(self.tokens * ideal, self.train_seconds * self._num_devices)
+
     def _utilization(self, flops: float, seconds: float) -> float | None:
-        return None if self._peak is None else _ratio(flops, seconds * self._peak * 1e12 * self._num_devices)
+        peak = self.work.peak_tflops
+        return None if peak is None else _ratio(flops, seconds * peak * 1e12 * self._num_devices)
 
     def window(self) -> dict[str, float | None]:
         """Metrics for the log: throughput of the steps since the last call; progress and costs since the beginning."""
@@ -159,7 +237,9 @@ class Meter:
         metrics = {
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tokens_per_second_per_device": _ratio(tokens_per_second, self._num_devices),
-            "throughput/model_flops_utilization": self._utilization(self._window_flops, self._window_seconds),
+            "throughput/model_flops_utilization": self._utilization(
+                self._window_tokens * self.work.flops, self._window_seconds
+            ),
             "throughput/step_seconds": _ratio(self._window_seconds, self._window_steps),
             "throughput/data_wait_fraction": _ratio(self._window_data_wait, self._window_seconds),
             "cost/usd_train": self.usd_train,
@@ -171,16 +251,27 @@ class Meter:
         self._open_window()
         return metrics
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | None]:
         """What a checkpoint keeps: plain numbers."""
-        return {"tokens": self.tokens, "flops": self.flops, "train_seconds": self.train_seconds}
+        return {
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "train_seconds": self.train_seconds,
+            "usd_train": self.usd_train,
+        }
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Go on from a checkpoint: seconds that an earlier attempt trained beyond it are in its wall time only."""
-        self.tokens = int(state["tokens"])
-        self.flops = float(state["flops"])
-        self.train_seconds = float(state["train_seconds"])
+        self.tokens = self._tokens_before = int(state["tokens"] or 0)
+        self._flops_before = float(state["flops"] or 0.0)
+        self.train_seconds = float(state["train_seconds"] or 0.0)
+        self._usd_train_before = state.get("usd_train")
 
 
 def _ratio(value: float | None, per: float) -> float | None:
     return None if value is None or per == 0 else value / per
+
+
+def _sum(*values: float | None) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

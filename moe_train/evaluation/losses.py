@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from moe_train.errors import UsageError
+from moe_train.errors import UsageError, UserError
 from moe_train.evaluation import texts
 from moe_train.generation.loading import TrainedModel, load_trained
 from moe_train.training.evaluation import evaluate
@@ -55,6 +55,8 @@ def evaluate_run(
             batch_size=_batch_size(trained, length),
             max_tokens=limit,
         )
+        if measured is None:
+            raise UserError(f"{files or split} holds no token to predict: give a text of two tokens or more")
         return {
             "run": str(trained.folder),
             "checkpoint": str(trained.checkpoint.path),

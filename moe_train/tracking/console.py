@@ -62,7 +62,7 @@ class TrainingProgress:
             f"step {step:,}",
             "loss not known" if loss is None else f"loss {loss:.4f}",
             "tokens/s not known" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s",
-            "cost not known" if usd is None else _usd(usd),
+            "cost not known" if usd is None else as_usd(usd),
         ]
         done = fraction - self._start[1]
         if done > 0:
@@ -127,14 +127,17 @@ def closing_table(summary: dict[str, Any]) -> Table:
         hourly, devices = summary["price_usd_per_hour"], str(summary["num_devices"])
         if summary["hardware"] == "cpu":  # priced a core
             hourly, devices = hourly / summary["num_threads"], f"{devices} × {summary['num_threads']} cores"
-        price = f"{devices} × {_usd(hourly)} an hour, {summary['price_source']}"
-        row("cost", f"{_usd(summary['usd_train'])} training, {_usd(summary['usd_total'])} in all ({price})")
+        price = f"{devices} × {as_usd(hourly)} an hour, {summary['price_source']}, {summary['price_date'] or 'undated'}"
+        if summary["cost_basis"] == "owned":
+            price += f"; energy at {as_usd(summary['usd_per_kwh'])} a kWh"
+        row("cost", f"{_known_usd(summary['usd_train'])} training, {_known_usd(summary['usd_total'])} in all ({price})")
         row(
             "cost per million tokens",
             f"{_known_usd(summary['usd_per_million_tokens'])} training, "
             f"{_known_usd(summary['usd_per_million_tokens_all_in'])} all-in",
         )
-    row("energy", _known(summary["energy_kwh"], "{:.4g} kWh", "not known: no energy counter could be read"))
+    energy = _known(summary["energy_kwh"], "{:.4g} kWh", "not known: no energy counter could be read")
+    row("energy", energy + (f" ({summary['energy_source']})" if summary["energy_kwh"] is not None else ""))
     return table
 
 
@@ -154,10 +157,10 @@ def _known(value: float | None, form: str, otherwise: str = "not known") -> str:
 
 
 def _known_usd(value: float | None) -> str:
-    return "not known" if value is None else _usd(value)
+    return "not known" if value is None else as_usd(value)
 
 
-def _usd(value: float) -> str:
+def as_usd(value: float) -> str:
     """Cents from a dollar up, three significant digits below: a CPU's run costs thousandths."""
     if value >= 1:
         return f"${value:,.2f}"

@@ -6,18 +6,26 @@ The parts are in `cost/` and know nothing of training; here they are joined for 
 from __future__ import annotations
 
 import os
+import sys
+import threading
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_train.compose import CONFIGS
-from moe_train.config import RunConfig
+from moe_train.config import PeakConfig, RunConfig
+from moe_train.cost.attempt import RUNNING, Attempt
 from moe_train.cost.energy import EnergyMeter
-from moe_train.cost.hardware import detect, price_per_device
+from moe_train.cost.flops import recomputed_flops_per_token, training_flops_per_token
+from moe_train.cost.hardware import detect
 from moe_train.cost.ledger import Ledger
-from moe_train.cost.meter import Meter, process_start_seconds_ago
+from moe_train.cost.meter import Meter, Work, process_start_seconds_ago
 from moe_train.cost.peak import measured_matmul_tflops
+from moe_train.cost.price import JOULES_PER_KWH, price_notes, price_of
+from moe_train.cost.shared_ledger import SharedLedger
+from moe_train.cost.utilization import Format, flops_by_format, ideal_seconds
 from moe_train.training.limits import Limits, Spent
 from moe_train.training.runtime import Runtime
 
@@ -25,68 +33,190 @@ from moe_train.training.runtime import Runtime
 class Account:
     """The figures of one run. Only rank 0 has a ledger; the other ranks' clocks decide nothing."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, flops_per_token: float) -> None:
-        self.runtime = runtime
-        self.flops_per_token = flops_per_token
-        self.hardware, notes = detect(config.hardware, CONFIGS, runtime.device_type, runtime.device_name, os.environ)
-        self.price = price_per_device(self.hardware, runtime.device_type, runtime.num_threads)
-        self.limits = Limits(config.stop, None if self.price is None else self.price * runtime.world_size / 3600)
-        self.peak, self.peak_source = self._peak()
-        self.energy = EnergyMeter(runtime.device_type, runtime.device.index or 0)
-        self.notes = [*notes, *([self.energy.note] if self.energy.note and runtime.device_type == "cuda" else [])]
-        self.earlier_joules = 0.0
+    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        kind, name = runtime.device_type, runtime.device_name
+        self.hardware, self.notes = detect(config.hardware, CONFIGS, kind, name, os.environ)
+        self.price = price_of(self.hardware, config.cost, kind, runtime.num_threads)
+        self.energy = EnergyMeter(
+            kind,
+            runtime.device.index or 0,
+            watts=config.cost.watts,
+            first_on_machine=os.environ.get("LOCAL_RANK", "0") == "0",
+        )
+        measured = self.energy.source is not None
+        self.price_notes = price_notes(self.price, self.hardware.name, measured, date.today())
+        self.notes += self.price_notes
+        if self.energy.note and kind == "cuda" and not measured:
+            self.notes.append(self.energy.note)
+        priced = bool(self.price.usd_per_hour) and (measured or self.price.usd_per_kwh is None)
+        self.limits = Limits(config.stop, config.budget.usd, priced)
+        self.peak: float | None = None
+        self.peak_source: str | None = None
+        self.earlier_joules: float | None = 0.0
         self.lost_seconds = 0.0
         self.ledger: Ledger | None = None
-        self._open_meter(earlier_wall_seconds=0.0)
+        self._train_joules: float | None = 0.0  # of this process's device
+        self._window_opened_at: float | None = None  # joules when the training in progress began
+        self._closed = threading.Event()
+        self.meter = self._new_meter(0.0, 0.0)
 
-    def _open_meter(self, earlier_wall_seconds: float) -> None:
-        self.meter = Meter(
-            price_usd_per_hour=self.price,
+    def _new_meter(self, earlier_wall_seconds: float, earlier_usd: float | None) -> Meter:
+        meter = Meter(
+            price=self.price,
             num_devices=self.runtime.world_size,
-            flops_per_token=self.flops_per_token,
-            peak_tflops_per_device=self.peak,
             already_elapsed=process_start_seconds_ago(),
             earlier_wall_seconds=earlier_wall_seconds,
+            earlier_usd=earlier_usd,
         )
+        if self.energy.source is not None:  # what was drawn before is nobody's to know
+            meter.read_energy(0.0, 0.0)
+        return meter
 
-    def _peak(self) -> tuple[float | None, str | None]:
-        """The rate utilisation is measured against: the hardware file's; a CPU's is measured, since none is printed."""
-        dtype = "bfloat16" if self.runtime.dtype is torch.bfloat16 else "float32"
-        peak: float | None = getattr(self.hardware.peak_tflops, dtype)
-        if peak is None and self.runtime.device_type == "cpu":
-            peak = measured_matmul_tflops(self.runtime.device, self.runtime.dtype)
-            return peak, f"{peak:.3f} TFLOP/s, {dtype} matrix product measured at the start"
-        return peak, None if peak is None else f"{peak:g} TFLOP/s {dtype}, {self.hardware.specification_source}"
+    # ------------------------------------------------------------------------------------------------ the ledgers
 
     def open_ledger(self, run_folder: Path, checkpoint: dict[str, Any] | None) -> None:
-        """Rank 0: take up the attempts made in this folder, and the figures of the checkpoint gone on from."""
-        self.ledger = Ledger(run_folder / "ledger.json", already_elapsed=process_start_seconds_ago())
-        self._open_meter(self.ledger.earlier_wall_seconds)
-        at_checkpoint = self.take_up(checkpoint)
-        self.lost_seconds = self.ledger.lost_seconds(at_checkpoint)
+        """Rank 0: take up the attempts made in this folder, and begin this one's line in both ledgers."""
+        cost, tracking = self.config.cost, self.config.tracking
+        shared = None if cost.ledger is None else SharedLedger(Path(cost.ledger))
+        elapsed = process_start_seconds_ago()
+        device_seconds = elapsed * self.runtime.world_size
+        joules = None if self.energy.source is None else 0.0  # nobody counted before this
+        attempt = Attempt(
+            usd=self.price.usd(device_seconds, joules),
+            usd_train=self.price.usd(0.0, joules),
+            usd_energy=self.price.usd_of_energy(joules),
+            run=str(run_folder),
+            name=self.config.name,
+            project=tracking.project,
+            sweep=cost.sweep,
+            claim=cost.claim,
+            purpose=cost.purpose,
+            config_hash=self.config.config_hash(),
+            seed=self.config.seed,
+            hardware=self.hardware.name,
+            num_devices=self.runtime.world_size,
+            basis=self.price.basis,
+            price_usd_per_hour=self.price.usd_per_hour,
+            price_source=self.price.source,
+        )
+        self.ledger = Ledger(run_folder / "ledger.json", attempt, shared, elapsed)
+        self.meter = self._new_meter(self.ledger.earlier_wall_seconds, self.ledger.earlier_usd)
+        kwh = self.ledger.earlier_kwh
+        self.earlier_joules = None if kwh is None else kwh * JOULES_PER_KWH
+        self.lost_seconds = self.ledger.lost_seconds(self.take_up(checkpoint))
+        threading.Thread(target=self._beat, name="ledger", daemon=True).start()
+
+    def _beat(self) -> None:
+        """Every second, so that a killed process is known to a second: a step or an evaluation can take minutes."""
+        while not self._closed.wait(Ledger.HEARTBEAT_SECONDS):
+            try:
+                self.heartbeat()
+            except OSError as error:  # a full disk ends the run where it saves, not here
+                sys.stderr.write(f"note: the ledger could not be written ({error.strerror}); trying again\n")
+                self._closed.wait(60)
+
+    def heartbeat(self, force: bool = False) -> None:
+        if self.ledger:
+            meter, joules = self.meter, self.meter.joules_until_now()
+            self.ledger.heartbeat(
+                meter.attempt_wall_seconds,
+                meter.attempt_train_seconds,
+                force=force,
+                tokens=meter.tokens,
+                energy_kwh=None if joules is None else joules / JOULES_PER_KWH,
+                usd=meter.attempt_usd,
+                usd_train=meter.attempt_usd_train,
+                usd_energy=meter.attempt_usd_of_energy,
+            )
+
+    def close(self, status: str) -> None:
+        """End this attempt in the ledgers with the clocks as they stand, which stand still from here on."""
+        if not self._closed.is_set():
+            self.meter = self.meter.stopped()
+            self._closed.set()
+        if self.ledger and self.ledger.attempt.status == RUNNING:
+            self.heartbeat(force=True)
+            self.ledger.finish(status)
+
+    # --------------------------------------------------------------------------------------- work, state and energy
+
+    def set_work(self, vocab_size: int) -> None:
+        """What a token takes, known once the vocabulary is."""
+        config, model = self.config, self.config.model.resolved()
+        shape = (model, config.data.sequence_length, vocab_size)
+        linear: Format = "bfloat16" if self.runtime.dtype is torch.bfloat16 else "float32"
+        peaks = self._peaks(linear, needs_float32=model.moe is not None)
+        self.meter.work = Work(
+            flops=training_flops_per_token(*shape),
+            recomputed_flops=recomputed_flops_per_token(*shape) if config.activation_checkpointing else 0.0,
+            ideal_seconds=ideal_seconds(flops_by_format(*shape, linear), peaks),
+            peak_tflops=self.peak,
+        )
+
+    def _peaks(self, linear: Format, needs_float32: bool) -> PeakConfig:
+        """The rates utilisation is measured against: the hardware file's; a CPU's are measured, as none is printed."""
+        peaks = self.hardware.peak_tflops
+        self.peak = getattr(peaks, linear)
+        if self.peak is None and self.runtime.device_type == "cpu":
+            device = self.runtime.device
+            self.peak = measured_matmul_tflops(device, self.runtime.dtype)
+            self.peak_source = f"{self.peak:.3f} TFLOP/s, {linear} matrix product measured at the start"
+            if linear == "float32":
+                return PeakConfig(bfloat16=None, float8=None, float32=self.peak)
+            wide = measured_matmul_tflops(device, torch.float32, seconds=0.1) if needs_float32 else None
+            return PeakConfig(bfloat16=self.peak, float8=None, float32=wide)
+        if self.peak is not None:
+            self.peak_source = f"{self.peak:g} TFLOP/s {linear}, {self.hardware.specification_source}"
+        return peaks
 
     def take_up(self, checkpoint: dict[str, Any] | None) -> float:
         """Go on counting from a checkpoint's state, or from nothing; returns the train seconds it holds."""
         if checkpoint is None:
             return 0.0
         self.meter.load_state_dict(checkpoint["meter"])
-        self.earlier_joules = float(checkpoint["joules"] or 0.0)
         return self.meter.train_seconds
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps. All ranks call it: energy is summed over them."""
-        return {"meter": self.meter.state_dict(), "joules": self.joules()}
+        """What a checkpoint keeps."""
+        return {"meter": self.meter.state_dict()}
+
+    def training_begins(self) -> None:
+        """Before a step: energy drawn from here to `training_pauses` is training's."""
+        if self._window_opened_at is None:
+            self._window_opened_at = self.energy.joules() or 0.0
+
+    def training_pauses(self) -> None:
+        """After the last step before something else, the device synchronised. All ranks call it."""
+        joules = self.energy.joules()
+        if joules is None or self._train_joules is None:
+            self._train_joules = None
+        elif self._window_opened_at is not None:
+            self._train_joules += joules - self._window_opened_at
+        self._window_opened_at = None
+        self.read_energy()
+
+    def read_energy(self) -> None:
+        """Sum the counters of all devices. All ranks call it."""
+        mine = (self.energy.joules(), self._train_joules)
+        unknown = float(any(joules is None for joules in mine))
+        known = torch.tensor([*(joules or 0.0 for joules in mine), unknown], dtype=torch.float64)
+        total, training, missing = self.runtime.summed(known.to(self.runtime.device)).tolist()
+        self.meter.read_energy(None if missing else total, None if missing else training)
 
     def joules(self) -> float | None:
-        """Energy of all devices and of the attempts whose checkpoints were taken up; None if one cannot be read."""
-        joules = self.energy.joules()
-        known = torch.tensor([joules or 0.0, float(joules is None)], dtype=torch.float32, device=self.runtime.device)
-        total, unknown = self.runtime.summed(known).tolist()
-        return None if unknown else total + self.earlier_joules
+        """Energy of all devices and attempts until now; None if one of them was not measured."""
+        joules = self.meter.joules_until_now()
+        return None if joules is None or self.earlier_joules is None else joules + self.earlier_joules
+
+    # ----------------------------------------------------------------------------------------------------- limits
 
     def spent(self, steps: int, reserve_seconds: float) -> Spent:
         meter = self.meter
-        return Spent(steps, meter.tokens, meter.flops, meter.wall_seconds, meter.usd_total, reserve_seconds)
+        reserve_usd = meter.usd_ahead(reserve_seconds)
+        return Spent(
+            steps, meter.tokens, meter.flops, meter.wall_seconds, meter.usd_total, reserve_seconds, reserve_usd
+        )
 
     def progress(self, steps: int, reserve_seconds: float) -> float:
         """How far the run is, from 0 to 1 at its end."""
@@ -101,20 +231,18 @@ class Account:
         after = Spent(
             steps=steps + 1,
             tokens=now.tokens + tokens,
-            flops=now.flops + tokens * self.flops_per_token,
+            flops=now.flops + tokens * self.meter.work.flops,
             seconds=now.seconds + seconds,
-            usd=None if now.usd is None else now.usd + (self.meter.usd(seconds) or 0.0),
+            usd=None if now.usd is None else now.usd + self.meter.usd_ahead(seconds),
             reserve_seconds=reserve_seconds,
+            reserve_usd=now.reserve_usd,
         )
         fraction = self.limits.progress(after) - self.limits.progress(now)
         return float(self.runtime.from_main(fraction)) if self.limits.uses_clock else fraction
 
-    def heartbeat(self, force: bool = False) -> None:
-        if self.ledger:
-            self.ledger.heartbeat(self.meter.attempt_wall_seconds, self.meter.attempt_train_seconds, force=force)
-
-    def close(self, status: str) -> None:
-        """End this attempt in the ledger with the clocks as they stand."""
-        if self.ledger:
-            self.heartbeat(force=True)
-            self.ledger.finish(status)
+    def seconds_left(self, reserve_seconds: float) -> float | None:
+        """Until a limit of seconds or dollars, less a reserve; None where there is none. Rank 0's, on every rank."""
+        if not self.limits.uses_clock:
+            return None
+        left = self.limits.seconds_left(self.spent(0, reserve_seconds), self.meter.usd_ahead(1.0))
+        return float(self.runtime.from_main(left))

@@ -22,15 +22,19 @@ class Spent:
     seconds: float  # wall clock of the process
     usd: float | None  # of all devices
     reserve_seconds: float = 0.0  # wall clock that the end of the run is expected to take
+    reserve_usd: float = 0.0  # and what that will cost
+
+
+_CLOCKS = ("stop.seconds", "stop.usd", "budget.usd")
 
 
 class Limits:
-    """The limits of `stop`; `usd_per_second` is the price of all devices together, None where it is unknown.
+    """The limits of `stop` and `budget_usd`; `priced` says whether dollars are known.
 
     Raises UserError where a limit in dollars is asked for without a price to measure it by.
     """
 
-    def __init__(self, stop: StopConfig, usd_per_second: float | None) -> None:
+    def __init__(self, stop: StopConfig, budget_usd: float | None, priced: bool) -> None:
         given = {
             "stop.steps": stop.steps,
             "stop.tokens": stop.tokens,
@@ -41,17 +45,19 @@ class Limits:
         self._limits: dict[str, float] = {name: limit for name, limit in given.items() if limit is not None}
         if not self._limits:
             self._limits = {"stop.default_tokens": stop.default_tokens}
-        if stop.usd is not None and not usd_per_second:
-            raise UserError(
-                f"stop.usd={stop.usd} needs a price above zero for this hardware: "
-                "give hardware.price_usd_per_hour=…, or stop by another limit"
-            )
-        self._usd_per_second = usd_per_second or 0.0
+        if budget_usd is not None:
+            self._limits["budget.usd"] = budget_usd
+        for name in ("stop.usd", "budget.usd"):
+            if name in self._limits and not priced:
+                raise UserError(
+                    f"{name}={self._limits[name]:g} needs a price above zero for this hardware: "
+                    "give hardware.price_usd_per_hour=…, or stop by another limit"
+                )
 
     @property
     def uses_clock(self) -> bool:
         """Whether the end depends on time: processes then differ, and rank 0's answer must be taken by all."""
-        return not self._limits.keys().isdisjoint({"stop.seconds", "stop.usd"})
+        return not self._limits.keys().isdisjoint(_CLOCKS)
 
     def progress(self, spent: Spent) -> float:
         """The largest used part of a limit, from 0; a step may start only while this is below 1."""
@@ -62,6 +68,17 @@ class Limits:
         name, part = max(self._parts(spent).items(), key=lambda item: item[1])
         return f"{name}={self._limits[name]:,}" if part >= 1 else None
 
+    def seconds_left(self, spent: Spent, usd_per_second: float) -> float:
+        """Until the nearest limit of seconds or dollars, less the reserve; below 0 beyond it, infinite without one."""
+        left = [float("inf")]
+        if "stop.seconds" in self._limits:
+            left.append(self._limits["stop.seconds"] - spent.seconds - spent.reserve_seconds)
+        for name in ("stop.usd", "budget.usd"):
+            if name in self._limits and usd_per_second > 0:
+                usd = self._limits[name] - (spent.usd or 0.0) - spent.reserve_usd
+                left.append(usd / usd_per_second)
+        return min(left)
+
     def _parts(self, spent: Spent) -> dict[str, float]:
         used = {
             "stop.steps": spent.steps,
@@ -70,11 +87,13 @@ class Limits:
             "stop.flops": spent.flops,
             "stop.seconds": spent.seconds,
             "stop.usd": spent.usd,
+            "budget.usd": spent.usd,
         }
         # The reserve shortens the limit instead of adding to what is used, so that a run begins near progress 0.
         reserve = {
             "stop.seconds": spent.reserve_seconds,
-            "stop.usd": spent.reserve_seconds * self._usd_per_second,
+            "stop.usd": spent.reserve_usd,
+            "budget.usd": spent.reserve_usd,
         }
         parts = {}
         for name, limit in self._limits.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from moe_train.config import RunConfig, model_digest, to_dict
-from moe_train.cost.flops import training_flops_per_token
+from moe_train.cost.attempt import FAILED, FINISHED
 from moe_train.data.batches import Batches
 from moe_train.data.packing import PreparedData, prepare
 from moe_train.data.tokenizer import Tokenizer
@@ -49,9 +49,13 @@ def train(config: RunConfig) -> None:
             summaries.show(folder.finished_summary, folder.path, None)
         if runtime.from_main(folder is not None and folder.finished_summary is not None):
             return
+        account = Account(config, runtime)
+        if folder is not None:
+            account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
         try:
-            run = Run(config, runtime, folder)
+            run = Run(config, runtime, folder, account)
         except BaseException:
+            account.close(FAILED)
             if folder is not None:
                 folder.discard()
             raise
@@ -83,8 +87,8 @@ def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
 class Run:
     """A run in progress. `folder` is rank 0's; the other ranks have none and write nothing."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None) -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account) -> None:
+        self.config, self.runtime, self.account = config, runtime, account
         self.path: Path = runtime.from_main(folder.path if folder else None)
         checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
         used_otherwise: list[str] = []
@@ -96,8 +100,7 @@ class Run:
         )
         self.model_config = config.model.resolved()
         vocab_size = vocabulary(config, self.data)
-        flops_per_token = training_flops_per_token(self.model_config, config.data.sequence_length, vocab_size)
-        self.account = Account(config, runtime, flops_per_token)
+        account.set_work(vocab_size)
 
         self.model = Transformer(self.model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
         if checkpoint is not None:
@@ -134,19 +137,22 @@ class Run:
             notes.append(
                 "experts choose tokens, looking at later ones too: losses are lower than predictions would earn"
             )
-        self.account.take_up(resumed)
+        if folder is None:  # rank 0 has done so with its ledger
+            account.take_up(resumed)
         self.saved_step = self.steps_done if resumed else None
         if folder is not None and not folder.fresh and checkpoint is None:
             notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
 
         self.evaluation: Evaluation | None = None
-        self.evaluation_seconds: float | None = None
+        self.evaluation_seconds_per_token: float | None = None
         self.checkpoint_seconds = 0.0
+        self.closing_seconds = 0.0  # of the tracker, which takes about as long to end as to begin
         self.interrupted: int | None = None  # the signal that ended the run
         self.tracker: Tracker | None = None
         if runtime.is_main:
-            self.account.open_ledger(self.path, resumed)
+            began = time.monotonic()
             self.tracker = self._start_tracker()
+            self.closing_seconds = time.monotonic() - began
             (self.path / "tokenizer").mkdir(exist_ok=True)
             Tokenizer.load(self.data.path).save(self.path / "tokenizer")
             print_notes([*notes, f"run folder {self.path}"])
@@ -168,6 +174,8 @@ class Run:
         bar = TrainingProgress() if self.runtime.is_main else None
         with self._signals_end_the_run(), bar or contextlib.nullcontext():
             progress = self._progress()
+            if progress >= 1 and not self.steps_done and self.account.limits.uses_clock:
+                raise UserError(f"{self._limit_reached()} was used up before the first step: raise it")
             while progress < 1 and self.interrupted is None:
                 progress = self._step(progress, bar)
             if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
@@ -178,6 +186,7 @@ class Run:
         """One optimizer step and what is due after it; returns the run's progress."""
         config, meter = self.config, self.account.meter
         tokens_before = meter.tokens
+        self.account.training_begins()
         with meter.training():
             fraction = self.account.step_fraction(
                 self.steps_done, self.batches.num_targets(self.steps_done), self._reserve_seconds()
@@ -190,20 +199,21 @@ class Run:
             self.steps_done += 1
             progress = self._progress()
             ends = progress >= 1 or self.interrupted is not None
-            evaluates = (ends and self.interrupted is None) or self._crossed(config.eval.every_tokens, tokens_before)
+            evaluates = (ends and self.interrupted is None) or self._evaluates_after(tokens_before)
             every = config.checkpoint.every_steps
-            saves = ends or (every is not None and self.steps_done % every == 0)
+            rehearses = not ends and self._rehearses()
+            saves = ends or rehearses or (every is not None and self.steps_done % every == 0)
             # Every checkpoint is logged: its loss is known to be finite, and a resumed run's averages begin with it.
             logs = saves or evaluates or self.steps_done % config.tracking.log_every_steps == 0
             if self.runtime.device_type == "cuda" and logs:
                 torch.cuda.synchronize()  # what the device still has to do belongs on the train clock
         if logs:
+            self.account.training_pauses()
             row = self.last_row = self._training_metrics(factor)
             if evaluates:
                 row |= self._evaluate()
             if self.tracker:
                 self.tracker.log(self.steps_done, row)
-            self.account.heartbeat()
             if bar is not None:
                 bar.update(
                     min(progress, 1.0),
@@ -214,24 +224,46 @@ class Run:
                 )
         if saves:
             self._save()
+        if rehearses:
+            self._rehearse()
         return progress
 
     def _progress(self) -> float:
         return self.account.progress(self.steps_done, self._reserve_seconds())
 
     def _reserve_seconds(self) -> float:
-        """Wall clock that the closing evaluation and checkpoint will take, as far as can be told."""
-        if self.evaluation_seconds is not None:
-            return self.evaluation_seconds + self.checkpoint_seconds
-        meter = self.account.meter
-        if not meter.tokens:
-            return 0.0
-        tokens = min(len(self.data.val), self.config.eval.max_tokens or len(self.data.val))
-        # A forward pass is a third of a step's work.
-        return tokens * meter.train_seconds / meter.tokens / 3 + self.checkpoint_seconds
+        """Wall clock that the closing evaluation, checkpoint and tracker will take."""
+        rate, meter = self.evaluation_seconds_per_token, self.account.meter
+        if rate is None:  # until it is measured: a forward pass is a third of a step's work
+            rate = meter.train_seconds / meter.tokens / 3 if meter.tokens else 0.0
+        return rate * self._evaluation_tokens() + self.checkpoint_seconds + self.closing_seconds
 
-    def _crossed(self, every_tokens: int | None, tokens_before: int) -> bool:
-        return every_tokens is not None and self.account.meter.tokens // every_tokens > tokens_before // every_tokens
+    def _evaluation_tokens(self) -> int:
+        return min(len(self.data.val), self.config.eval.max_tokens or len(self.data.val))
+
+    def _rehearses(self) -> bool:
+        """Once, after a step that no longer warms up, where the clock ends the run."""
+        return (
+            self.account.limits.uses_clock
+            and self.evaluation_seconds_per_token is None
+            and self.account.meter.steps_of_attempt >= 2
+        )
+
+    def _rehearse(self) -> None:
+        """Time some of what follows the last step. An estimate was three times off beside other work on the cores."""
+        for _ in range(2):  # the first warms up
+            self._measure_evaluation(2 * self.stepper.micro_batch_size * self.config.data.sequence_length)
+
+    def _evaluates_after(self, tokens_before: int) -> bool:
+        """Whether an evaluation in the middle of the run is due, and leaves time to go on."""
+        every = self.config.eval.every_tokens
+        if every is None or self.account.meter.tokens // every == tokens_before // every:
+            return False
+        left = self.account.seconds_left(self._reserve_seconds())
+        return left is None or left > 2 * self._reserve_seconds()
+
+    def _limit_reached(self) -> str | None:
+        return self.account.limits.reason(self.account.spent(self.steps_done, self._reserve_seconds()))
 
     @contextlib.contextmanager
     def _signals_end_the_run(self) -> Iterator[None]:
@@ -264,7 +296,7 @@ class Run:
                 f"the loss is {figures.loss} and the gradient norm {figures.grad_norm} at step {self.steps_done} "
                 f"({saved}): lower optimizer.lr or raise schedule.warmup_fraction"
             )
-        joules = self.account.joules()
+        joules = self.account.joules()  # read when training paused
         return {
             **metrics.of_steps(figures, self.model_config.moe),
             "train/lr": self.config.optimizer.lr * factor,
@@ -274,18 +306,36 @@ class Run:
             **self.account.meter.window(),
         }
 
-    def _evaluate(self) -> dict[str, float | None]:
+    def _evaluate(self) -> metrics.Metrics:
+        """The whole validation split, or as much of it as a limit in seconds or dollars leaves time for."""
+        self.evaluation = self._measure_evaluation(self.config.eval.max_tokens)
+        if self.evaluation is not None and self.evaluation.complete:
+            return metrics.of_evaluation(self.evaluation)
+        if self.tracker:
+            seen = "nothing" if self.evaluation is None else f"the first {self.evaluation.tokens:,} tokens"
+            print_notes([f"the limit left time to evaluate {seen} of the validation split"])
+        return {} if self.evaluation is None else metrics.of_evaluation(self.evaluation)
+
+    def _measure_evaluation(self, max_tokens: int | None) -> Evaluation | None:
+        after = self.checkpoint_seconds + self.closing_seconds
+
+        def out_of_time() -> bool:
+            left = self.account.seconds_left(after)
+            return left is not None and left <= 0
+
         began = time.monotonic()
-        self.evaluation = evaluate(
+        evaluation = evaluate(
             self.model,
             self.data,
             self.runtime,
             sequence_length=self.config.data.sequence_length,
             batch_size=self.stepper.micro_batch_size,
-            max_tokens=self.config.eval.max_tokens,
+            max_tokens=max_tokens,
+            out_of_time=out_of_time if self.account.limits.uses_clock else None,
         )
-        self.evaluation_seconds = time.monotonic() - began
-        return metrics.of_evaluation(self.evaluation)
+        if evaluation is not None:
+            self.evaluation_seconds_per_token = (time.monotonic() - began) / evaluation.tokens
+        return evaluation
 
     def _save(self) -> None:
         began = time.monotonic()
@@ -308,21 +358,23 @@ class Run:
         """Close the books of a run that failed; its checkpoints stay."""
         if self.tracker:
             self.tracker.finish({"status": "failed"})
-        self.account.close("failed")
+        self.account.close(FAILED)
 
     def _finish(self) -> None:
         if self.interrupted is None and self.evaluation is None:
             self._evaluate()  # resumed at its very end: there was no step to evaluate after
-        status = "finished" if self.interrupted is None else "interrupted"
-        stopped_by = self.account.limits.reason(self.account.spent(self.steps_done, self._reserve_seconds()))
-        joules = self.account.joules()
+        stopped_by = self._limit_reached()
+        status = FINISHED if self.interrupted is None else "interrupted"
+        if status == FINISHED and stopped_by and stopped_by.startswith("budget.usd"):
+            status = "out_of_budget"
+        self.account.read_energy()
         if self.tracker is None:
             return
         location = self.tracker.wandb_location
-        self.tracker.finish(summaries.build(self, status, stopped_by, joules))
-        summary = summaries.build(self, status, stopped_by, joules)  # the time wandb took is paid too
-        summaries.write(self.path, summary)
+        self.tracker.finish(summaries.build(self, status, stopped_by))
         self.account.close(status)
+        summary = summaries.build(self, status, stopped_by)  # the time wandb took is paid too
+        summaries.write(self.path, summary)
         summaries.show(summary, self.path, location)
 
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from moe_train.cost.flops import parameter_counts
+from moe_train.cost.price import JOULES_PER_KWH
 from moe_train.errors import UserError
 from moe_train.tracking.console import closing_table, where_to_look
 from moe_train.training.run_folder import SUMMARY
@@ -53,12 +54,11 @@ def peak_memory_bytes(runtime: Runtime) -> int:
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
-def build(run: Run, status: str, stopped_by: str | None, joules: float | None) -> dict[str, Any]:
+def build(run: Run, status: str, stopped_by: str | None) -> dict[str, Any]:
     """The figures of a run as they stand."""
     account, evaluation = run.account, run.evaluation
-    meter, hardware = account.meter, account.hardware
-    wall_seconds = meter.wall_seconds  # read once, so that the dollars follow from it exactly
-    usd_total = meter.usd(wall_seconds)
+    meter, hardware, price = account.meter.stopped(), account.hardware, account.price
+    usd_total, joules = meter.usd_total, account.joules()
     counts = parameter_counts(run.model_config, run.model.vocab_size)
     return {
         "status": status,
@@ -67,12 +67,15 @@ def build(run: Run, status: str, stopped_by: str | None, joules: float | None) -
         "tokens": meter.tokens,
         "total_params": counts.total,
         "active_params": counts.active,
-        "flops_per_token": account.flops_per_token,
+        "flops_per_token": meter.work.flops,
+        "recomputed_flops_per_token": meter.work.recomputed_flops,
         "train_seconds": meter.train_seconds,
-        "wall_seconds": wall_seconds,
+        "wall_seconds": meter.wall_seconds,
         "lost_seconds": account.lost_seconds,
         "tokens_per_second": meter.tokens_per_second,
         "model_flops_utilization": meter.model_flops_utilization,
+        "hardware_flops_utilization": meter.hardware_flops_utilization,
+        "mixed_precision_utilization": meter.mixed_precision_utilization,
         "peak_tflops": account.peak,
         "peak_source": account.peak_source,
         "final_train_loss": run.train_loss,
@@ -82,17 +85,20 @@ def build(run: Run, status: str, stopped_by: str | None, joules: float | None) -
         "val_loss": evaluation.loss if evaluation else None,
         "val_bits_per_byte": evaluation.bits_per_byte if evaluation else None,
         "val_tokens": evaluation.tokens if evaluation else None,
+        "val_complete": evaluation.complete if evaluation else None,
         "unigram_bits_per_byte": run.data.meta["val_unigram_bits_per_byte"],
         "usd_train": meter.usd_train,
         "usd_total": usd_total,
         "usd_per_million_tokens": meter.usd_per_million_tokens,
-        "usd_per_million_tokens_all_in": usd_total / meter.tokens * 1e6
-        if usd_total is not None and meter.tokens
-        else None,
-        "price_usd_per_hour": account.price,
-        "price_source": hardware.price_source,
-        "price_date": hardware.price_date,
-        "energy_kwh": None if joules is None else joules / 3.6e6,
+        "usd_per_million_tokens_all_in": meter.usd_per_million_tokens_all_in,
+        "cost_basis": price.basis,
+        "price_usd_per_hour": price.usd_per_hour,
+        "price_source": price.source,
+        "price_date": price.date,
+        "price_notes": account.price_notes,  # e.g. that it is more than a year old
+        "usd_per_kwh": price.usd_per_kwh,
+        "energy_kwh": None if joules is None else joules / JOULES_PER_KWH,
+        "energy_source": account.energy.source,
         "hardware": hardware.name,
         "device_name": run.runtime.device_name,
         "num_devices": run.runtime.world_size,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from moe_train.config import HardwareConfig, PeakConfig
-from moe_train.cost.hardware import age_note, detect, load_hardware, price_per_device
+from moe_train.cost.hardware import age_note, detect, load_hardware
 from moe_train.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -160,21 +160,6 @@ def test_hardware_of_the_users_own_needs_no_file() -> None:
     assert detect(own, CONFIGS, "cuda", "My GPU 7", {}) == (own, [])
 
 
-def test_a_cpu_is_priced_by_the_core_hour() -> None:
-    hardware, notes = detect(AUTO, CONFIGS, "cpu", "AMD EPYC", {})
-    assert (hardware.name, notes) == ("cpu", [])
-    assert price_per_device(hardware, "cpu", 8) == pytest.approx(8 * 0.0513)
-
-
-def test_a_gpu_is_priced_as_a_whole_even_where_a_cpu_stands_in_for_it() -> None:
-    h100 = load_hardware(CONFIGS / "hardware" / "h100.yaml")
-    assert price_per_device(h100, "cuda", 8) == price_per_device(h100, "cpu", 8) == 2.69
-
-
-def test_without_a_price_a_device_has_none() -> None:
-    assert price_per_device(AUTO, "cpu", 8) is None
-
-
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
@@ -236,5 +221,5 @@ def test_a_price_of_the_launcher_that_is_none_is_refused(text: str) -> None:
     ],
 )
 def test_a_price_older_than_a_year_is_said_to_be(price_date: str | None, source: str | None, note: str | None) -> None:
-    said = age_note("l4", price_date, source, date(2026, 11, 25))
+    said = age_note("l4", price_date, source, date(2026, 11, 25), "hardware.price_usd_per_hour")
     assert said is None if note is None else note in str(said)

@@ -98,7 +98,7 @@ def test_no_attempt_is_ever_forgotten(tmp_path_factory, clocks: list[tuple[float
         "[]",
         '{"attempts": [{"started_at": "x", "wall_seconds": -1, "train_seconds": 0, "status": "killed"}]}',
         '{"attempts": [{"started_at": "x", "wall_seconds": NaN, "train_seconds": 0, "status": "killed"}]}',
-        '{"attempts": [{"started_at": "x", "wall_seconds": 1, "status": "killed"}]}',
+        '{"attempts": [{"started_at": "x", "wall_seconds": 1, "status": 3}]}',
     ],
 )
 def test_a_damaged_ledger_is_named_and_left_as_it_is(path: Path, damaged: str) -> None:

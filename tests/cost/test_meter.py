@@ -1,6 +1,7 @@
 """The arithmetic of the two clocks and two costs, on a clock that the test turns."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.cost.meter import Meter, process_start_seconds_ago
+from moe_train.cost.meter import Meter, Work, process_start_seconds_ago
+from moe_train.cost.price import Price
 
 SECONDS = st.floats(0, 1e5)
 # (seconds outside training, seconds of a step, tokens of the step)
@@ -29,14 +31,16 @@ class Clock:
 
 
 def meter(clock: Clock, **changes: object) -> Meter:
-    settings = {
-        "price_usd_per_hour": 3.6,
-        "num_devices": 2,
-        "flops_per_token": 1e9,
-        "peak_tflops_per_device": 0.5,
-        "clock": clock,
-    }
+    settings = {"price": rented(3.6), "num_devices": 2, "work": WORK, "clock": clock}
     return Meter(**(settings | changes))
+
+
+def rented(usd_per_hour: float | None) -> Price:
+    return Price("rental", usd_per_hour, None, "a list", "2026-11")
+
+
+WORK = Work(flops=1e9, recomputed_flops=0.25e9, ideal_seconds=1e-3, peak_tflops=0.5)
+OWNED = Price("owned", 1.8, 0.36, "bought", "2026-11")
 
 
 def step(run: Meter, clock: Clock, seconds: float, tokens: int) -> None:
@@ -52,10 +56,11 @@ def test_dollars_are_price_times_devices_times_hours(
     clock = Clock()
     run = meter(
         clock,
-        price_usd_per_hour=price,
+        price=rented(price),
         num_devices=devices,
         already_elapsed=already,
         earlier_wall_seconds=earlier,
+        earlier_usd=price * devices * earlier / 3600,
     )
     for outside, inside, tokens in steps:
         clock.now += outside
@@ -81,6 +86,8 @@ def test_throughput_and_utilization_come_from_the_train_clock() -> None:
     clock.now += 100  # an evaluation
     assert run.tokens_per_second == pytest.approx(500)
     assert run.model_flops_utilization == pytest.approx(1000 * 1e9 / (2.0 * 2 * 0.5e12))
+    assert run.hardware_flops_utilization == pytest.approx(1.25 * run.model_flops_utilization)
+    assert run.mixed_precision_utilization == pytest.approx(1000 * 1e-3 / (2.0 * 2))
 
 
 def test_a_step_counts_even_if_it_fails() -> None:
@@ -107,7 +114,7 @@ def test_nested_steps_are_counted_once() -> None:
 
 def test_without_a_price_every_cost_is_absent_and_the_rest_is_there() -> None:
     clock = Clock()
-    run = meter(clock, price_usd_per_hour=None)
+    run = meter(clock, price=rented(None))
     step(run, clock, 2.0, 1000)
     costs = (run.usd_train, run.usd_total, run.usd_per_million_tokens, run.usd_per_million_tokens_all_in)
     window = run.window()
@@ -117,16 +124,16 @@ def test_without_a_price_every_cost_is_absent_and_the_rest_is_there() -> None:
 
 def test_a_price_of_zero_costs_nothing() -> None:
     clock = Clock()
-    run = meter(clock, price_usd_per_hour=0.0)
+    run = meter(clock, price=rented(0.0))
     step(run, clock, 2.0, 1000)
     assert (run.usd_total, run.usd_per_million_tokens) == (0, 0)
 
 
 def test_without_a_peak_utilization_is_absent() -> None:
     clock = Clock()
-    run = meter(clock, peak_tflops_per_device=None)
+    run = meter(clock, work=dataclasses.replace(WORK, peak_tflops=None, ideal_seconds=None))
     step(run, clock, 2.0, 1000)
-    assert run.model_flops_utilization is None
+    assert run.model_flops_utilization is run.hardware_flops_utilization is run.mixed_precision_utilization is None
     assert run.window()["throughput/model_flops_utilization"] is None
 
 
@@ -188,6 +195,72 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_pays_for_what_was_lost(
     assert second.wall_seconds == pytest.approx(train + 7.0 + outside_training, abs=1e-6)
     assert second.attempt_train_seconds == pytest.approx(sum(inside for _, inside, _ in after), abs=1e-6)
     assert second.attempt_wall_seconds == pytest.approx(second.attempt_train_seconds, abs=1e-6)
+
+
+def test_owned_devices_cost_their_wear_and_the_energy_they_drew() -> None:
+    clock = Clock()
+    run = meter(clock, price=OWNED)
+    clock.now += 1800  # start-up
+    step(run, clock, 1800.0, 1000)
+    run.read_energy(joules=3.6e6, train_joules=2.7e6)
+    assert run.usd_total == pytest.approx(1.8 * 2 * 1.0 + 1.0 * 0.36)
+    assert run.usd_train == pytest.approx(1.8 * 2 * 0.5 + 0.75 * 0.36)
+    assert run.attempt_usd_of_energy == pytest.approx(0.36)
+
+
+def test_between_readings_energy_goes_on_at_its_mean_power() -> None:
+    clock = Clock()
+    run = meter(clock, price=OWNED)
+    step(run, clock, 100.0, 1000)
+    run.read_energy(joules=1000.0, train_joules=1000.0)
+    step(run, clock, 50.0, 1000)
+    assert run.joules_until_now() == pytest.approx(1500)
+    assert run.usd_train == pytest.approx(1.8 * 2 * 150 / 3600 + 1500 / 3.6e6 * 0.36)
+    assert run.usd_ahead(20.0) == pytest.approx(1.8 * 2 * 20 / 3600 + 200 / 3.6e6 * 0.36)
+
+
+def test_owned_devices_whose_energy_nobody_measures_have_no_cost() -> None:
+    clock = Clock()
+    run = meter(clock, price=OWNED)
+    step(run, clock, 100.0, 1000)
+    run.read_energy(None, None)
+    assert run.usd_total is run.usd_train is run.attempt_usd_of_energy is run.joules_until_now() is None
+
+
+def test_rented_devices_cost_the_same_whether_their_energy_is_known_or_not() -> None:
+    clock = Clock()
+    run = meter(clock)
+    step(run, clock, 3600.0, 1000)
+    without = run.usd_total
+    run.read_energy(1e9, 1e9)
+    assert run.usd_total == without == pytest.approx(7.2)
+    assert run.attempt_usd_of_energy == 0
+
+
+def test_attempts_at_different_prices_are_each_paid_at_their_own() -> None:
+    clock = Clock()
+    first = meter(clock)
+    step(first, clock, 3600.0, 1000)
+    checkpoint = first.state_dict()
+    second = meter(
+        clock,
+        price=rented(1.0),
+        num_devices=1,
+        earlier_wall_seconds=first.wall_seconds,
+        earlier_usd=first.usd_total,
+    )
+    second.load_state_dict(checkpoint)
+    step(second, clock, 1800.0, 1000)
+    assert second.usd_total == second.usd_train == pytest.approx(7.2 + 0.5)
+
+
+def test_figures_of_a_stopped_meter_are_of_one_moment() -> None:
+    clock = Clock()
+    run = meter(clock)
+    step(run, clock, 10.0, 10)
+    still = run.stopped()
+    clock.now += 100
+    assert (still.wall_seconds, run.wall_seconds) == (10, 110)
 
 
 class Process:

@@ -40,6 +40,10 @@ SUMMARY = {
     "usd_per_million_tokens_all_in": 0.5,
     "price_usd_per_hour": 2.69,
     "price_source": "RunPod",
+    "price_date": "2026-03",
+    "cost_basis": "rental",
+    "usd_per_kwh": None,
+    "energy_source": "NVML counter",
     "num_devices": 8,
     "energy_kwh": 0.25,
 }
@@ -71,9 +75,9 @@ def test_the_closing_table_shows_results_and_both_costs_with_the_price_they_foll
         "tokens/s": "12,346",
         "model FLOPs utilisation": "43.2% of the peak (vendor data sheet, dense)",
         "time": "0:12:03 training, 1:01:01 in all",
-        "cost": "$0.0123 training, $1,234.50 in all (8 × $2.69 an hour, RunPod)",
+        "cost": "$0.0123 training, $1,234.50 in all (8 × $2.69 an hour, RunPod, 2026-03)",
         "cost per million tokens": "$0.00823 training, $0.5 all-in",
-        "energy": "0.25 kWh",
+        "energy": "0.25 kWh (NVML counter)",
     }
 
 
