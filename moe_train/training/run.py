@@ -148,6 +148,7 @@ class Run:
         self.checkpoint_seconds = 0.0
         self.closing_seconds = 0.0  # of the tracker, which takes about as long to end as to begin
         self.interrupted: int | None = None  # the signal that ended the run
+        self.stopped_by: str | None = None  # the limit that did
         self.tracker: Tracker | None = None
         if runtime.is_main:
             began = time.monotonic()
@@ -176,6 +177,7 @@ class Run:
             progress = self._progress()
             if progress >= 1 and not self.steps_done and self.account.limits.uses_clock:
                 raise UserError(f"{self._limit_reached()} was used up before the first step: raise it")
+            self.stopped_by = self._limit_reached()
             while progress < 1 and self.interrupted is None:
                 progress = self._step(progress, bar)
             if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
@@ -198,6 +200,7 @@ class Run:
             meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor, progress))
             self.steps_done += 1
             progress = self._progress()
+            self.stopped_by = self._limit_reached()  # now: the reserve changes once the evaluation is timed
             ends = progress >= 1 or self.interrupted is not None
             evaluates = (ends and self.interrupted is None) or self._evaluates_after(tokens_before)
             every = config.checkpoint.every_steps
@@ -363,17 +366,16 @@ class Run:
     def _finish(self) -> None:
         if self.interrupted is None and self.evaluation is None:
             self._evaluate()  # resumed at its very end: there was no step to evaluate after
-        stopped_by = self._limit_reached()
         status = FINISHED if self.interrupted is None else "interrupted"
-        if status == FINISHED and stopped_by and stopped_by.startswith("budget.usd"):
+        if status == FINISHED and (self.stopped_by or "").startswith("budget.usd"):
             status = "out_of_budget"
         self.account.read_energy()
         if self.tracker is None:
             return
         location = self.tracker.wandb_location
-        self.tracker.finish(summaries.build(self, status, stopped_by))
+        self.tracker.finish(summaries.build(self, status))
         self.account.close(status)
-        summary = summaries.build(self, status, stopped_by)  # the time wandb took is paid too
+        summary = summaries.build(self, status)  # the time wandb took is paid too
         summaries.write(self.path, summary)
         summaries.show(summary, self.path, location)
 

@@ -54,7 +54,7 @@ def peak_memory_bytes(runtime: Runtime) -> int:
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
-def build(run: Run, status: str, stopped_by: str | None) -> dict[str, Any]:
+def build(run: Run, status: str) -> dict[str, Any]:
     """The figures of a run as they stand."""
     account, evaluation = run.account, run.evaluation
     meter, hardware, price = account.meter.stopped(), account.hardware, account.price
@@ -62,7 +62,7 @@ def build(run: Run, status: str, stopped_by: str | None) -> dict[str, Any]:
     counts = parameter_counts(run.model_config, run.model.vocab_size)
     return {
         "status": status,
-        "stopped_by": stopped_by,
+        "stopped_by": run.stopped_by,
         "steps": run.steps_done,
         "tokens": meter.tokens,
         "total_params": counts.total,

@@ -1,0 +1,150 @@
+"""Dollars of real runs: against a stopwatch outside, after kills, within limits, and summed up by the ledger."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+from command_line import ROOT, Commands
+
+PRICE = 3600.0  # dollars an hour of the one core: a second costs a dollar
+PRICED = [f"hardware.price_usd_per_hour={PRICE:g}"]
+CLOCK = 0.5  # seconds: interpreter's end and scheduling, which nobody inside can see
+
+
+def ledger_of(commands: Commands, *arguments: str) -> dict:
+    commands.run("python", str(ROOT / "scripts/ledger.py"), "json=bill.json", *arguments)
+    content = json.loads((commands.folder / "bill.json").read_text())
+    (commands.folder / "bill.json").unlink()
+    return content
+
+
+def test_the_bill_is_the_stopwatch_times_the_price_and_stands_in_the_ledger(commands: Commands) -> None:
+    began = time.monotonic()
+    commands.train("run_dir=run", *PRICED)
+    seen = time.monotonic() - began
+    summary = commands.summary("run")
+    assert summary["usd_total"] == pytest.approx(seen, abs=CLOCK)
+    assert summary["usd_total"] == pytest.approx(summary["wall_seconds"] * PRICE / 3600, rel=1e-9)
+    (row,) = ledger_of(commands)["rows"]
+    assert row["usd_total"] == pytest.approx(summary["usd_total"], rel=1e-9)
+    assert (row["group"], row["runs"], row["usd"]["other"]) == ("moe_train", 1, row["usd_total"])
+
+
+def test_a_killed_attempt_is_paid_for_to_a_second_and_again_when_it_goes_on(commands: Commands) -> None:
+    settings = ["run_dir=run", "resume=auto", "checkpoint.every_steps=5", "stop.steps=100000", *PRICED]
+    began = time.monotonic()
+    process = commands.start(commands.train_command(*settings))
+    metrics = commands.folder / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 50):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    seen = time.monotonic() - began
+    lines = [json.loads(line) for line in (commands.folder / "outputs/ledger.jsonl").read_text().splitlines()]
+    heartbeat, slack = 1.0, 0.5
+    assert seen - heartbeat - slack < lines[-1]["usd"] <= seen  # from the shared file alone
+    commands.train(*settings, "stop.steps=1")  # beyond it already: closes the run
+    first, second = ledger_attempts(commands)
+    assert (first["status"], second["status"]) == ("killed", "finished")
+    assert commands.summary("run")["usd_total"] == pytest.approx(first["usd"] + second["usd"], rel=1e-6)
+    assert second["lost_seconds"] == pytest.approx(commands.summary("run")["lost_seconds"])
+
+
+def ledger_attempts(commands: Commands) -> list[dict]:
+    lines = [json.loads(line) for line in (commands.folder / "outputs/ledger.jsonl").read_text().splitlines()]
+    return list({line["id"]: line for line in lines}.values())
+
+
+def test_owned_devices_cost_wear_and_energy_and_the_price_of_a_launcher_is_taken(commands: Commands) -> None:
+    owned = ["cost.basis=owned", "cost.usd_per_kwh=0.5", "cost.life_hours=1000", "hardware.purchase_usd=500"]
+    commands.train("run_dir=owned", *owned, "cost.watts=2000", "cost.purpose=final")
+    summary = commands.summary("owned")
+    wear = 500 / 1000 * summary["wall_seconds"] / 3600
+    assert summary["cost_basis"] == "owned"
+    assert summary["energy_source"] is not None  # stated, or a counter where there is one
+    assert summary["usd_total"] == pytest.approx(wear + summary["energy_kwh"] * 0.5, rel=1e-3)
+    assert summary["usd_train"] < summary["usd_total"]
+    commands.environment["MOE_TRAIN_PRICE_USD_PER_HOUR"] = "7.5"
+    commands.train("run_dir=rented", "cost.purpose=seed")
+    assert commands.summary("rented")["price_usd_per_hour"] == 7.5
+    total = ledger_of(commands, "by=run")["total"]
+    assert total["usd_ownership"] == pytest.approx(wear, rel=1e-3)
+    assert total["usd_energy"] == pytest.approx(summary["energy_kwh"] * 0.5, rel=1e-3)
+    assert total["usd_rent"] == pytest.approx(commands.summary("rented")["usd_total"], rel=1e-3)
+    assert total["usd"]["final"] == pytest.approx(summary["usd_total"], rel=1e-3)
+
+
+def test_a_limit_in_dollars_is_overshot_by_a_step_at_most_with_the_rate_annealed(commands: Commands) -> None:
+    commands.train("run_dir=run", "stop.steps=null", "stop.usd=9", "tracking.log_every_steps=20", *PRICED)
+    summary, rows = commands.summary("run"), commands.metrics("run")
+    step = max(row["throughput/step_seconds"] for row in rows) * PRICE / 3600
+    assert summary["stopped_by"] == "stop.usd=9.0"
+    assert summary["usd_total"] <= 9 + step + CLOCK
+    assert rows[-1]["train/lr"] < 0.1 * max(row["train/lr"] for row in rows)
+
+
+def test_a_limit_that_start_up_uses_up_is_an_error_and_the_seconds_are_paid_for(commands: Commands) -> None:
+    result = commands.train("stop.usd=0.001", *PRICED, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: stop.usd=0.001 was used up before the first step")
+    (row,) = ledger_of(commands)["rows"]
+    assert row["attempts_by_status"] == {"failed": 1}
+    assert row["usd"]["unfinished"] > 1
+
+
+def test_a_grid_starts_no_job_that_its_budget_cannot_pay_for(commands: Commands) -> None:
+    grid = commands.train_command("-m", "seed=0,1,2,3,4,5", *PRICED)
+    first = commands.run(*grid, "seed=0", "cost.sweep=mine", check=False)
+    assert first.returncode == 0, first.stderr
+    one = ledger_attempts(commands)[0]["usd"]
+    result = commands.run(*grid, "cost.sweep=mine", f"budget.usd={3.5 * one}", check=False)
+    assert result.returncode == 1
+    assert "not started" in result.stderr
+    attempts = ledger_attempts(commands)
+    assert {attempt["sweep"] for attempt in attempts} == {"mine"}
+    assert 2 <= len(attempts) <= 4
+    assert sum(attempt["usd"] for attempt in attempts) <= 3.5 * one + CLOCK
+
+
+def test_a_run_that_its_budget_ends_is_annealed_but_not_finished(commands: Commands) -> None:
+    commands.train("run_dir=run", "stop.steps=1000000", "budget.usd=8", "tracking.log_every_steps=50", *PRICED)
+    summary = commands.summary("run")
+    assert (summary["status"], summary["stopped_by"]) == ("out_of_budget", "budget.usd=8.0")
+    assert ledger_of(commands)["total"]["usd"]["unfinished"] == pytest.approx(summary["usd_total"])
+    goes_on = commands.train("run_dir=run", "resume=auto", "stop.steps=1000000", "budget.usd=14", *PRICED)
+    assert "going on from step" in goes_on.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cost.basis=owned"], "give cost.usd_per_kwh="),
+        (["cost.ledger=/proc/nothing/ledger.jsonl"], "cannot be written"),
+        (["budget.usd=1", "hardware=a100_40", "hardware.price_usd_per_hour=null"], "budget.usd=1 needs a price"),
+        (["cost.purpose=fun"], "cost.purpose"),
+        (["cost.watts=-5"], "cost.watts=-5"),
+        (["cost.life_hours=0"], "cost.life_hours=0"),
+    ],
+    ids=str,
+)
+def test_settings_of_cost_that_make_no_sense_are_one_line(
+    arguments: list[str], message: str, commands: Commands
+) -> None:
+    result = commands.train(*arguments, check=False)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_missing_ledger_and_an_unknown_final_run_are_one_line(commands: Commands) -> None:
+    script = ["python", str(ROOT / "scripts/ledger.py")]
+    for arguments, message in ((["ledger=nowhere"], "there is no ledger"), (["by=week"], "by=week")):
+        result = commands.run(*script, *arguments, check=False)
+        assert result.returncode in (1, 2)
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
