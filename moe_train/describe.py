@@ -73,6 +73,17 @@ def describe(
         compute_bytes=2 if compute_dtype == "bfloat16" else 4,
         activation_checkpointing=activation_checkpointing,
     )
+    length = min(sequence_length, batch)
+    peak = memory.peak_training_memory(
+        model,
+        vocabulary,
+        sequences=max(1, batch // length),
+        sequence_length=length,
+        optimizer=composed.optimizer,
+        compute_bytes=2 if compute_dtype == "bfloat16" else 4,
+        activation_checkpointing=activation_checkpointing,
+        accumulates=False,
+    )
     return {
         "model": model.name,
         "sequence_length": sequence_length,
@@ -93,6 +104,8 @@ def describe(
             "activation_checkpointing": activation_checkpointing,
             "parts": [{"part": part, "bytes": count} for part, count in in_training.items()],
             "bytes": sum(in_training.values()),
+            "peak_bytes": peak.bytes,
+            "peak_moment": peak.moment,
             "assumptions": list(memory.ASSUMPTIONS),
         },
         "notes": notes,
@@ -211,7 +224,8 @@ def _memory_table(description: dict[str, Any]) -> RenderableType:
         table.add_row(part["part"].replace("_", " "), f"{part['bytes'] / 1e9:,.3f}")
     table.add_section()
     table.add_row("together", f"{content['bytes'] / 1e9:,.3f}")
-    lines = ["weights, gradients and optimizer states are exact, the rest is an estimate that assumes:"]
+    lines = [f"peak of a step: {content['peak_bytes'] / 1e9:,.3f} GB ({content['peak_moment']}); not all lives at once"]
+    lines += ["weights, gradients and optimizer states are exact, the rest is an estimate that assumes:"]
     lines += [f"- {assumption}" for assumption in content["assumptions"]]
     return Group(table, *(Text(line) for line in lines))
 

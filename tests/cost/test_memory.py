@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_train.config import AdamWConfig, MuonConfig, OptimizerConfig
-from moe_train.cost.memory import LOGITS_CHUNK_ELEMENTS, cache_elements_per_token, training_memory
+from moe_train.cost.memory import cache_elements_per_token, training_memory
+from moe_train.cost.step_tape import LOGITS_CHUNK_ELEMENTS
 from moe_train.model import loss
 from moe_train.model.attention import LayerCache
 from moe_train.model.transformer import Transformer

@@ -1,0 +1,184 @@
+"""Which tensors attention makes, keeps and lets go, forward and backward, as `model/attention.py` runs it.
+
+The fused kernel keeps queries, keys, values, its result and a log-sum-exp a row; no score matrix exists.
+"""
+
+from __future__ import annotations
+
+from moe_train.config import GQAConfig, MLAConfig
+from moe_train.cost.layer_tape import FP32, LayerTape
+from moe_train.cost.tape import ACTIVATIONS, WORKSPACE
+
+
+def attention_forward(layer: LayerTape) -> None:
+    """Ends with the projection's output in the workspace."""
+    tape, tokens, c, hidden = layer.tape, layer.tokens, layer.c, layer.model.hidden_size
+    a = layer.model.attention
+    heads = a.num_attention_heads
+    if isinstance(a, MLAConfig):
+        queries = c * tokens * heads * a.qk_head_dim
+        passing = queries + c * tokens * heads * a.qk_rope_head_dim
+        _query_forward(layer, a)
+        tape.make(WORKSPACE, passing)
+        layer.cast_in(hidden)
+        layer.weight_cast(hidden * (a.kv_lora_rank + a.qk_rope_head_dim))
+        if not layer.given.narrow:  # a view of it is the norm's input
+            tape.make(ACTIVATIONS, c * tokens * (a.kv_lora_rank + a.qk_rope_head_dim))
+        layer.norm_forward(a.kv_lora_rank, copied=layer.given.narrow)
+        layer.cast_in(a.kv_lora_rank)
+        layer.weight_cast(a.kv_lora_rank * heads * (a.qk_nope_head_dim + a.v_head_dim))
+        tape.make(ACTIVATIONS, c * tokens * heads * (a.qk_nope_head_dim + a.v_head_dim))
+        tape.make(ACTIVATIONS, 2 * queries)  # keys and queries joined
+        mixed = c * tokens * heads * a.v_head_dim
+    else:
+        passing = 0
+        queries, keys = (c * tokens * n * a.head_dim for n in (heads, a.num_key_value_heads))
+        for features in (heads, a.num_key_value_heads, a.num_key_value_heads):
+            layer.cast_in(hidden)
+            layer.weight_cast(hidden * features * a.head_dim)
+        if a.qk_norm is not None:
+            for features in (heads * a.head_dim, a.num_key_value_heads * a.head_dim):
+                layer.norm_forward(features, copied=True)  # in FP32 not copied, but kept
+                tape.drop(ACTIVATIONS, FP32 * tokens * features)  # turned by position, then no longer needed
+        tape.make(ACTIVATIONS, queries + 2 * keys)
+        mixed = queries
+    tape.make(ACTIVATIONS, mixed * (2 if _by_heads(layer) else 1) + FP32 * tokens * heads)  # and log-sum-exps
+    layer.weight_cast(hidden * _mixed_features(a))
+    tape.make(WORKSPACE, layer.narrowed)
+    if isinstance(a, MLAConfig):
+        tape.drop(WORKSPACE, passing)
+        if layer.given.narrow:
+            tape.drop(ACTIVATIONS, FP32 * tokens * a.kv_lora_rank)  # the norm's result
+
+
+def _by_heads(layer: LayerTape) -> bool:
+    """Whether the kernel's result is stored by heads, as joined queries are, and copied for the projection."""
+    return isinstance(layer.model.attention, MLAConfig) and not layer.given.on_cuda
+
+
+def _mixed_features(a: MLAConfig | GQAConfig) -> int:
+    """Of the values of all heads, which the last projection reads."""
+    return a.num_attention_heads * (a.v_head_dim if isinstance(a, MLAConfig) else a.head_dim)
+
+
+def _query_forward(layer: LayerTape, a: MLAConfig) -> None:
+    hidden, wide = layer.model.hidden_size, a.num_attention_heads * a.qk_head_dim
+    layer.cast_in(hidden)
+    if a.q_lora_rank is None:
+        layer.weight_cast(hidden * wide)
+        return
+    layer.weight_cast(hidden * a.q_lora_rank)
+    layer.norm_forward(a.q_lora_rank, copied=True)
+    layer.cast_in(a.q_lora_rank)
+    if layer.given.narrow:
+        layer.tape.drop(ACTIVATIONS, FP32 * layer.tokens * a.q_lora_rank)
+    layer.weight_cast(a.q_lora_rank * wide)
+
+
+def attention_backward(layer: LayerTape) -> None:
+    """Leaves the gradient of the norm's result beside that of the residual stream."""
+    tape, tokens, c, hidden = layer.tape, layer.tokens, layer.c, layer.model.hidden_size
+    a = layer.model.attention
+    heads = a.num_attention_heads
+    if isinstance(a, MLAConfig):
+        queries = keys = c * tokens * heads * a.qk_head_dim
+        mixed = values = c * tokens * heads * a.v_head_dim
+        kept = queries + keys + c * tokens * heads * (a.qk_nope_head_dim + a.v_head_dim)
+    else:
+        queries, keys = (c * tokens * n * a.head_dim for n in (heads, a.num_key_value_heads))
+        mixed, values, kept = queries, keys, queries + 2 * keys
+    if layer.given.narrow:
+        tape.make(WORKSPACE, layer.narrowed)
+    tape.make(WORKSPACE, mixed)
+    if layer.given.narrow:
+        tape.drop(WORKSPACE, layer.narrowed)
+    layer.weight_gradient(hidden * _mixed_features(a))
+    if _by_heads(layer):
+        tape.drop(ACTIVATIONS, mixed)
+    tape.make(WORKSPACE, queries + keys + values)
+    tape.drop(WORKSPACE, mixed)
+    tape.drop(ACTIVATIONS, kept + mixed + FP32 * tokens * heads)
+    if isinstance(a, MLAConfig):
+        _latent_backward(layer, a, keys + values)
+        _query_backward(layer, a, queries)
+        layer.summed()
+    else:
+        _projections_backward(layer, a, queries, keys)
+
+
+def _latent_backward(layer: LayerTape, a: MLAConfig, gradients: int) -> None:
+    tape, tokens, c, hidden = layer.tape, layer.tokens, layer.c, layer.model.hidden_size
+    both = a.num_attention_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    latent = a.kv_lora_rank
+    tape.make(WORKSPACE, c * tokens * both)
+    tape.drop(WORKSPACE, gradients)
+    tape.passing(WORKSPACE, c * tokens * both)  # by tokens
+    tape.make(WORKSPACE, c * tokens * latent)
+    layer.weight_gradient(latent * both)
+    tape.drop(WORKSPACE, c * tokens * both)
+    _normed_product_backward(layer, latent, own_input=layer.given.narrow)  # else part of the projection's result
+    entering = c * tokens * (latent + a.qk_rope_head_dim)
+    tape.make(WORKSPACE, entering)
+    tape.drop(WORKSPACE, c * tokens * latent)
+    tape.make(WORKSPACE, layer.narrowed)
+    layer.weight_gradient(hidden * (latent + a.qk_rope_head_dim))
+    tape.drop(WORKSPACE, entering)
+    if layer.given.narrow:
+        tape.drop(ACTIVATIONS, layer.narrowed)
+    else:
+        tape.drop(ACTIVATIONS, c * tokens * (latent + a.qk_rope_head_dim))
+    layer.cast_back()
+
+
+def _normed_product_backward(layer: LayerTape, features: int, *, own_input: bool) -> None:
+    """From the gradient of a norm's result, as the product has it, to that of the norm's input, as it came."""
+    tape, wide, own = layer.tape, FP32 * layer.tokens * features, layer.c * layer.tokens * features
+    tape.drop(ACTIVATIONS, own)  # what the product read
+    if layer.given.narrow:
+        tape.make(WORKSPACE, wide)
+        tape.drop(WORKSPACE, own)
+    layer.norm_backward(features, own_input=own_input)
+    if layer.given.narrow:
+        tape.make(WORKSPACE, own)
+        tape.drop(WORKSPACE, wide)
+
+
+def _query_backward(layer: LayerTape, a: MLAConfig, queries: int) -> None:
+    tape, tokens, c, hidden = layer.tape, layer.tokens, layer.c, layer.model.hidden_size
+    wide = a.num_attention_heads * a.qk_head_dim
+    layer.rotate_backward(a.num_attention_heads * a.qk_rope_head_dim, freed=0)
+    tape.passing(WORKSPACE, queries)  # joined with the rest
+    tape.drop(WORKSPACE, c * tokens * a.num_attention_heads * a.qk_rope_head_dim)
+    tape.passing(WORKSPACE, queries)  # by tokens
+    if a.q_lora_rank is not None:
+        tape.make(WORKSPACE, c * tokens * a.q_lora_rank)
+        layer.weight_gradient(a.q_lora_rank * wide)
+        tape.drop(WORKSPACE, queries)
+        _normed_product_backward(layer, a.q_lora_rank, own_input=True)
+        queries, wide = c * tokens * a.q_lora_rank, a.q_lora_rank
+    tape.make(WORKSPACE, layer.narrowed)
+    layer.weight_gradient(hidden * wide)
+    tape.drop(WORKSPACE, queries)
+    if layer.given.narrow:
+        tape.drop(ACTIVATIONS, layer.narrowed)
+    layer.cast_back()
+
+
+def _projections_backward(layer: LayerTape, a: GQAConfig, queries: int, keys: int) -> None:
+    hidden, groups = layer.model.hidden_size, a.num_key_value_heads
+    for size, heads in ((keys, groups), (queries, a.num_attention_heads)):
+        layer.rotate_backward(heads * a.head_dim, freed=size)
+        if a.qk_norm is not None:
+            wide = FP32 * layer.tokens * heads * a.head_dim
+            layer.tape.make(WORKSPACE, wide)
+            layer.norm_backward(heads * a.head_dim)
+            layer.tape.drop(WORKSPACE, wide)
+    for nth, (size, heads) in enumerate(((keys, groups), (keys, groups), (queries, a.num_attention_heads))):
+        layer.tape.make(WORKSPACE, layer.narrowed)
+        layer.weight_gradient(hidden * heads * a.head_dim)
+        layer.tape.drop(WORKSPACE, size)
+        if layer.given.narrow:
+            layer.tape.drop(ACTIVATIONS, layer.narrowed)
+        layer.cast_back()
+        if nth:
+            layer.summed()

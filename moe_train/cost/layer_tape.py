@@ -1,0 +1,175 @@
+"""Which tensors norms, products and SwiGLUs make and let go, forward and backward, as `model/layers.py` runs them.
+
+The order is that of autograd: what was computed last is differentiated first, and what an operation had kept is let go
+when its backward is done. Names in a Python frame live until the function returns. Left out is what is below a
+percent: masks, scales, indices where rows are, a token's scores where it has experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_train.config import ModelConfig
+from moe_train.cost.layout import Layout
+from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Tape
+
+FP32, INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a step's tensors depend on beside the model."""
+
+    compute_bytes: int  # of a number in matrix products
+    gradients_exist: bool  # from micro-batches before, or in DDP's buckets: a new one is added to them and let go
+    on_cuda: bool  # a norm is one kernel there, keeping its input alone; attention's result is stored by tokens
+    layout: Layout
+
+    @property
+    def narrow(self) -> bool:
+        return self.compute_bytes < FP32
+
+
+class LayerTape:
+    """Writes the passes of `tokens` tokens through the parts of one layer.
+
+    In the backward pass the gradient of the residual stream stands in the workspace throughout.
+    """
+
+    def __init__(self, tape: Tape, model: ModelConfig, tokens: int, given: Circumstances) -> None:
+        self.tape, self.model, self.tokens, self.given = tape, model, tokens, given
+        self.c = given.compute_bytes
+        self.residual = FP32 * tokens * model.hidden_size  # bytes of the stream between blocks
+        self.narrowed = self.c * tokens * model.hidden_size  # the same in the compute format
+        self.gathered = 0.0  # gradients of this layer that are not yet sharded
+
+    def norm_forward(self, features: int, *, copied: bool = False) -> None:
+        """`copied`: an input in the compute format is kept in FP32. The result stands among the activations."""
+        size = FP32 * self.tokens * features
+        if copied:
+            self.tape.make(ACTIVATIONS, size)
+        if not self.given.on_cuda:
+            self.tape.passing(WORKSPACE, size)  # squares
+            self.tape.make(ACTIVATIONS, size)  # the result before the weight
+        self.tape.make(ACTIVATIONS, size)
+
+    def norm_backward(self, features: int, *, added: bool = False, own_input: bool = True) -> None:
+        """From the gradient of the result to that of the input; `added`: to that of the residual stream.
+
+        `own_input`: the input is kept for this alone and goes with it.
+        """
+        tape, size = self.tape, FP32 * self.tokens * features
+        tape.make(WORKSPACE, size)
+        if not self.given.on_cuda:
+            tape.passing(WORKSPACE, size)  # times the result before the weight, for the weight's gradient
+            tape.drop(WORKSPACE, size)
+            tape.drop(ACTIVATIONS, size)
+            tape.make(WORKSPACE, size)  # by way of the product with the scale
+            tape.passing(WORKSPACE, size)
+        tape.drop(WORKSPACE, size)
+        if added:
+            tape.make(WORKSPACE, size)
+            tape.drop(WORKSPACE, 2 * size)
+        if not self.given.on_cuda:  # by way of the scale: d mean(x²), x, 2x, their product
+            tape.passing(WORKSPACE, 4 * size)
+        if own_input:
+            tape.drop(ACTIVATIONS, size)
+
+    def cast_in(self, features: int) -> None:
+        """A product's own cast of its input, where it needs one."""
+        if self.given.narrow:
+            self.tape.make(ACTIVATIONS, self.c * self.tokens * features)
+
+    def weight_cast(self, weights: int) -> None:
+        if self.given.narrow and self.given.layout.shard == 1:  # a gathered one is in the compute format already
+            self.tape.make(COPIES, self.c * weights)
+
+    def weight_gradient(self, weights: int, *, share: int | None = None, cast: bool = True, freed: float = 0.0) -> None:
+        """A product's gradient of its weight: made in the compute format, kept in FP32.
+
+        `share`: the parts it is cut into, those of the layout if not given. `cast`: the product read a cast of the
+        weight. `freed`: bytes of the result's gradient, of no use from here on.
+        """
+        tape, narrow = self.tape, self.given.narrow and cast
+        share = share or self.given.layout.shard
+        own = (self.c if cast else FP32) * weights
+        if share > 1 or narrow:
+            tape.make(WORKSPACE, own)
+        if share > 1:  # whole until the layer is done, then summed over devices and cut
+            self.gathered += round(own)
+        if narrow:
+            tape.drop(WORKSPACE, freed)
+        if not self.given.gradients_exist:
+            tape.make(GRADIENTS, FP32 * weights / share)
+        elif share == 1:
+            tape.passing(WORKSPACE, FP32 * weights)
+        if not narrow:
+            tape.drop(WORKSPACE, freed)
+        elif share == 1:
+            tape.drop(WORKSPACE, own)
+        if narrow and self.given.layout.shard == 1:
+            tape.drop(COPIES, own)
+
+    def cast_back(self) -> None:
+        """The gradient of a product's cast input, in FP32 again; FP32 inputs need none."""
+        if self.given.narrow:
+            self.tape.make(WORKSPACE, self.residual)
+            self.tape.drop(WORKSPACE, self.narrowed)
+
+    def summed(self) -> None:
+        """The gradients of two uses of a norm's result are added."""
+        self.tape.make(WORKSPACE, self.residual)
+        self.tape.drop(WORKSPACE, 2 * self.residual)
+
+    def rotate_backward(self, size: float, *, freed: float) -> None:
+        """Of `size` elements a token; `freed` bytes of gradient are then no longer needed."""
+        wide, own = FP32 * self.tokens * size, self.c * self.tokens * size
+        if self.given.narrow:
+            self.tape.make(WORKSPACE, wide)
+        self.tape.passing(WORKSPACE, wide + own if self.given.narrow else 0)
+        self.tape.make(WORKSPACE, 2 * own)
+        if self.given.narrow:
+            self.tape.drop(WORKSPACE, wide)
+        self.tape.drop(WORKSPACE, freed)
+        self.tape.make(WORKSPACE, 1.5 * own)  # negated half, and the two halves joined
+        self.tape.drop(WORKSPACE, 1.5 * own)
+        self.tape.passing(WORKSPACE, own)
+        self.tape.drop(WORKSPACE, own)
+
+    def swiglu_forward(self, width: int) -> None:
+        """Ends with its output in the workspace."""
+        hidden = self.model.hidden_size
+        self.cast_in(hidden)
+        self.weight_cast(2 * width * hidden)
+        self.tape.make(ACTIVATIONS, 4 * self.c * self.tokens * width)  # gate and up, silu(gate), their product
+        self.weight_cast(width * hidden)
+        self.tape.make(WORKSPACE, self.narrowed)
+
+    def swiglu_backward(self, width: int) -> None:
+        """From the gradient of the residual stream; leaves that of the input in the compute format."""
+        tape, hidden, part = self.tape, self.model.hidden_size, self.c * self.tokens * width
+        if self.given.narrow:
+            tape.make(WORKSPACE, self.narrowed)
+        tape.make(WORKSPACE, part)
+        if self.given.narrow:
+            tape.drop(WORKSPACE, self.narrowed)
+        self.weight_gradient(width * hidden)
+        tape.drop(ACTIVATIONS, part)
+        self.gated_backward(part)
+        tape.make(WORKSPACE, self.narrowed)
+        self.weight_gradient(2 * width * hidden)
+        tape.drop(WORKSPACE, 2 * part)
+        if self.given.narrow:
+            tape.drop(ACTIVATIONS, self.narrowed)
+
+    def gated_backward(self, part: float) -> None:
+        """silu(gate) · up: from its gradient to that of gate and up, joined."""
+        tape = self.tape
+        tape.make(WORKSPACE, 2 * part)
+        tape.drop(WORKSPACE, part)
+        tape.drop(ACTIVATIONS, part)  # silu(gate)
+        tape.make(WORKSPACE, part)
+        tape.drop(WORKSPACE, part)
+        tape.drop(ACTIVATIONS, 2 * part)  # gate and up
+        tape.make(WORKSPACE, 2 * part)
+        tape.drop(WORKSPACE, 2 * part)

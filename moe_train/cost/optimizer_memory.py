@@ -1,0 +1,95 @@
+"""What an optimizer holds: its states between steps, and its working copies while it takes one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from moe_train.config import GQAConfig, MLAConfig, ModelConfig, MuonConfig, OptimizerConfig
+from moe_train.cost.flops import (
+    ATTENTION_PROJECTIONS,
+    DENSE_FFN,
+    MTP,
+    ROUTED_EXPERTS,
+    SHARED_EXPERTS,
+    layer_kinds,
+)
+
+# What Muon moves, where it is the optimizer (training/optimizers.py), and what is cast before a product.
+HIDDEN_MATRICES = (ATTENTION_PROJECTIONS, DENSE_FFN, ROUTED_EXPERTS, SHARED_EXPERTS, MTP)
+# Elements that go through Muon's iteration together, at most, but for a single tensor (training/muon.py).
+MUON_BATCH_ELEMENTS = 2**26
+
+_FP32 = 4
+
+
+def state_elements(main: dict[str, int], mtp: dict[str, int], optimizer: OptimizerConfig) -> int:
+    """Two moments a parameter with AdamW; with Muon one momentum for hidden matrices, AdamW's two for the rest."""
+    parameters = sum(main.values()) + sum(mtp.values())
+    if not isinstance(optimizer, MuonConfig):
+        return 2 * parameters
+    return 2 * parameters - sum(parts.get(part, 0) for parts in (main, mtp) for part in HIDDEN_MATRICES)
+
+
+def muon_workspace(model: ModelConfig, optimizer: OptimizerConfig, *, muon_bytes: int, expert_parallel: int = 1) -> int:
+    """Bytes of Muon's working copies at their most; AdamW, one fused operation in place, has none.
+
+    `muon_bytes`: of a number in the iteration, 2 where the device multiplies BF16 natively (training/muon.py). Of a
+    batch of matrices exist its directions, the iterate before and after, and a Gram matrix and its polynomial.
+    """
+    if not isinstance(optimizer, MuonConfig):
+        return 0
+    batches: dict[tuple[int, int], list[int]] = {}
+    most = 0
+    for count, rows, columns in hidden_matrices(model, expert_parallel):
+        batch = batches.setdefault((rows, columns), [])
+        size = count * rows * columns
+        if batch and sum(batch) + size > MUON_BATCH_ELEMENTS:
+            batch.clear()
+        batch.append(size)
+        elements = sum(batch)
+        gram = 2 * elements * min(rows, columns) // max(rows, columns)
+        # While directions are made, the last one exists in FP32 as well.
+        making = muon_bytes * elements + (_FP32 * batch[-1] if muon_bytes < _FP32 else 0)
+        most = max(most, making, muon_bytes * (3 * elements + gram))
+    return most
+
+
+def hidden_matrices(model: ModelConfig, expert_parallel: int = 1) -> Iterator[tuple[int, int, int]]:
+    """(how many matrices, rows, columns) of each of Muon's tensors, in the order of the model's parameters."""
+    kinds = chain(layer_kinds(model), [(model.moe is not None, model.mtp_depth)])
+    for nth, (is_moe, count) in enumerate(kinds):
+        for _ in range(count):
+            if nth == len(layer_kinds(model)):
+                yield 1, model.hidden_size, 2 * model.hidden_size
+            yield from _of_layer(model, is_moe, expert_parallel)
+
+
+def _of_layer(model: ModelConfig, is_moe: bool, expert_parallel: int) -> Iterator[tuple[int, int, int]]:
+    hidden, a = model.hidden_size, model.attention
+    heads = a.num_attention_heads
+    if isinstance(a, MLAConfig):
+        if a.q_lora_rank is None:
+            yield 1, heads * a.qk_head_dim, hidden
+        else:
+            yield 1, a.q_lora_rank, hidden
+            yield 1, heads * a.qk_head_dim, a.q_lora_rank
+        yield 1, a.kv_lora_rank + a.qk_rope_head_dim, hidden
+        yield 1, heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank
+        yield 1, hidden, heads * a.v_head_dim
+    else:
+        assert isinstance(a, GQAConfig)
+        for rows in (heads, a.num_key_value_heads, a.num_key_value_heads):
+            yield 1, rows * a.head_dim, hidden
+        yield 1, hidden, heads * a.head_dim
+    if not is_moe or model.moe is None:
+        yield from _swiglu(1, model.intermediate_size, hidden)
+        return
+    yield from _swiglu(model.moe.num_experts // expert_parallel, model.moe.moe_intermediate_size, hidden)
+    if model.moe.num_shared_experts:
+        yield from _swiglu(1, model.moe.num_shared_experts * model.moe.moe_intermediate_size, hidden)
+
+
+def _swiglu(count: int, width: int, hidden: int) -> Iterator[tuple[int, int, int]]:
+    yield count, 2 * width, hidden
+    yield count, hidden, width

@@ -1,0 +1,218 @@
+"""Which tensors a training step makes and lets go: embedding, blocks, head, MTP modules, as the model runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moe_train.config import ModelConfig
+from moe_train.cost.block_tape import block_backward, block_forward
+from moe_train.cost.layer_tape import FP32, Circumstances, LayerTape
+from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, HEAD_GRADIENTS, LOSS, WORKSPACE, Tape
+
+# Elements of the logits that are alive at a time (model/loss.py).
+LOGITS_CHUNK_ELEMENTS = 2**21
+
+
+@dataclass(frozen=True)
+class StepTape:
+    """Writes the passes of one micro-batch of `sequences` of `length` tokens."""
+
+    tape: Tape
+    model: ModelConfig
+    vocab_size: int
+    sequences: int
+    length: int
+    given: Circumstances
+    activation_checkpointing: bool
+
+    def layer(self, depth: int = 0) -> LayerTape:
+        """Of a block of the main model, or of the MTP module `depth`, which has a token less for each one before it."""
+        return LayerTape(self.tape, self.model, self.sequences * max(0, self.length - depth), self.given)
+
+    @property
+    def head(self) -> int:
+        """Elements of the output head."""
+        return self.vocab_size * self.model.hidden_size
+
+    def forward(self) -> None:
+        """Ends with the losses of the last head, when what only Python names held is let go."""
+        main = self.layer()
+        self.tape.make(ACTIVATIONS, main.residual)  # embedded tokens
+        for index in range(self.model.num_hidden_layers):
+            self._block_forward(main, self.model.is_moe_layer(index))
+        main.norm_forward(self.model.hidden_size)
+        self._loss(main)
+        last = main
+        for depth in range(1, self.model.mtp_depth + 1):
+            last = self.layer(depth)
+            self._module_forward(last)
+            self._loss(last)
+        self.tape.drop(ACTIVATIONS, last.residual)
+        if self.activation_checkpointing:  # autocast's casts live as long as the forward pass
+            self.tape.drop(COPIES, self.tape.held().get(COPIES, 0))
+
+    def backward(self) -> None:
+        main = self.layer()
+        for depth in range(self.model.mtp_depth, 0, -1):
+            module = self.layer(depth)
+            self._loss_backward(module, first=depth == self.model.mtp_depth)
+            self._module_backward(module, self.layer(depth - 1), last=depth == self.model.mtp_depth)
+        self._loss_backward(main, first=not self.model.mtp_depth)
+        if self.model.mtp_depth:  # what the first module gave to the hidden states
+            main.summed()
+        main.norm_backward(self.model.hidden_size)
+        for index in reversed(range(self.model.num_hidden_layers)):
+            self._block_backward(main, self.model.is_moe_layer(index))
+        self._lookup_backward(main.residual, added=self.model.tie_word_embeddings or self.model.mtp_depth > 0)
+        self._settle()
+
+    # -------------------------------------------------------------------------------------------------- blocks
+
+    def _block_forward(self, layer: LayerTape, is_moe: bool) -> None:
+        if not self.activation_checkpointing:
+            block_forward(layer, self.model.moe if is_moe else None)
+            return
+        self._checkpointed(layer, is_moe)
+        self.tape.make(ACTIVATIONS, layer.residual)
+
+    def _checkpointed(self, layer: LayerTape, is_moe: bool) -> None:
+        """Only the casts of plain weights outlive a block whose activations are let go."""
+        casts = LayerTape(Tape(), self.model, 0, self.given)
+        block_forward(casts, self.model.moe if is_moe else None)
+        copies = casts.tape.held().get(COPIES, 0)
+        if is_moe and self.model.moe is not None and copies:
+            moe, layout = self.model.moe, self.given.layout
+            experts = moe.num_experts * moe.moe_intermediate_size * self.model.hidden_size // layout.expert_parallel
+            copies -= 3 * layer.c * experts
+        self.tape.make(COPIES, copies)
+
+    def largest_recomputed(self) -> int:
+        """Bytes of activations of the largest block or module, which exist again in its backward pass."""
+        most = 0
+        for is_moe in (False, True):
+            if (is_moe and self.model.moe is not None) or (not is_moe and not self.model.is_moe_layer(0)):
+                alone = replace(self, tape=Tape())
+                block_forward(alone.layer(), self.model.moe if is_moe else None, again=True)
+                most = max(most, alone.tape.held()[ACTIVATIONS])
+        if self.model.mtp_depth:
+            alone = replace(self, tape=Tape())
+            alone._within_module(alone.layer(1), again=True)
+            most = max(most, alone.tape.held()[ACTIVATIONS])
+        return most
+
+    def _block_backward(self, layer: LayerTape, is_moe: bool) -> None:
+        moe = self.model.moe if is_moe else None
+        if self.activation_checkpointing:
+            block_forward(layer, moe, again=True)
+        block_backward(layer, moe)
+
+    # ---------------------------------------------------------------------------------------------------- heads
+
+    def _loss(self, layer: LayerTape) -> None:
+        """Logits a chunk at a time and both gradients in the same visit; the names of one chunk live into the next."""
+        tape, c, tokens = self.tape, self.given.compute_bytes, layer.tokens
+        rows = min(tokens, max(1, LOGITS_CHUNK_ELEMENTS // self.vocab_size))
+        own, wide = c * rows * self.vocab_size, FP32 * rows * self.vocab_size
+        casts = layer.narrowed + c * self.head if self.given.narrow else 0
+        tape.make(LOSS, casts)
+        tape.make(LOSS, layer.narrowed)
+        tape.make(HEAD_GRADIENTS, FP32 * self.head)
+        before = (wide + own if self.given.narrow else wide) if tokens > rows else 0
+        tape.make(LOSS, before)
+        if self.given.narrow:
+            tape.passing(LOSS, own + wide)
+            tape.make(LOSS, wide)
+            tape.drop(LOSS, wide if before else 0)
+            tape.passing(LOSS, wide)  # exponentials, within the log-sum-exp
+            tape.drop(LOSS, own if before else 0)
+            tape.make(LOSS, own)  # the gradient
+        else:
+            tape.make(LOSS, wide)
+            tape.passing(LOSS, wide)
+            tape.drop(LOSS, before)
+        tape.passing(LOSS, c * self.head)  # the product that is added to the head's gradient
+        tape.make(ACTIVATIONS, layer.residual)  # the gradient of the hidden states
+        tape.drop(LOSS, wide + casts + layer.narrowed + (own if self.given.narrow else 0))
+
+    def _loss_backward(self, layer: LayerTape, *, first: bool) -> None:
+        tape, head = self.tape, FP32 * self.head
+        tape.make(WORKSPACE, layer.residual)
+        tape.make(WORKSPACE, head)
+        tape.drop(ACTIVATIONS, layer.residual)
+        tape.drop(HEAD_GRADIENTS, head)
+        if self.model.tie_word_embeddings:
+            if not first:
+                tape.make(WORKSPACE, head)
+                tape.drop(WORKSPACE, 2 * head)
+        else:
+            self._settle(added=not first)
+
+    def _settle(self, *, added: bool = False) -> None:
+        """The gradient of the embedding or the head, whole in the workspace, becomes or joins the parameter's."""
+        self.tape.drop(WORKSPACE, FP32 * self.head)
+        if not (added or self.given.gradients_exist):
+            self.tape.make(GRADIENTS, FP32 * self.head / self.given.layout.shard)
+
+    def _lookup_backward(self, gradient: float, *, added: bool) -> None:
+        """The embedding's gradient is dense, whatever tokens there were; let go with it is that of its result."""
+        tape, table = self.tape, FP32 * self.head
+        tape.make(WORKSPACE, table)
+        tape.drop(WORKSPACE, gradient)
+        if added:
+            tape.make(WORKSPACE, table)
+            tape.drop(WORKSPACE, 2 * table)
+
+    # -------------------------------------------------------------------------------------------------- modules
+
+    def _module_forward(self, layer: LayerTape) -> None:
+        self.tape.make(ACTIVATIONS, layer.residual)  # the embeddings of later tokens
+        if self.activation_checkpointing:
+            self._checkpointed(layer, self.model.moe is not None)
+            layer.weight_cast(2 * self.model.hidden_size**2)
+            self.tape.make(ACTIVATIONS, layer.residual)
+            return
+        self._within_module(layer)
+
+    def _within_module(self, layer: LayerTape, *, again: bool = False) -> None:
+        tape, hidden = self.tape, self.model.hidden_size
+        layer.norm_forward(hidden)
+        layer.norm_forward(hidden)
+        tape.make(WORKSPACE, 2 * layer.residual)  # joined
+        layer.cast_in(2 * hidden)
+        layer.weight_cast(2 * hidden**2)
+        tape.drop(ACTIVATIONS, 2 * layer.residual)  # the norms' results
+        tape.make(ACTIVATIONS, layer.residual)
+        block_forward(layer, self.model.moe)
+        if not self.given.narrow:  # the product reads it as it is
+            tape.make(ACTIVATIONS, 2 * layer.residual)
+        tape.drop(WORKSPACE, 2 * layer.residual)
+        layer.norm_forward(hidden)
+        if again:
+            tape.drop(ACTIVATIONS, layer.residual)
+
+    def _module_backward(self, layer: LayerTape, before: LayerTape, *, last: bool) -> None:
+        """Leaves the gradient of the hidden states it was given, in place of that of its own."""
+        tape, hidden = self.tape, self.model.hidden_size
+        if not last:  # what the next module gave to these hidden states
+            layer.summed()
+        if self.activation_checkpointing:
+            self._within_module(layer, again=True)
+        layer.norm_backward(hidden)
+        block_backward(layer, self.model.moe)
+        if self.given.narrow:
+            tape.make(WORKSPACE, layer.narrowed)
+            tape.drop(WORKSPACE, layer.residual)
+        tape.make(WORKSPACE, 2 * layer.narrowed)
+        layer.weight_gradient(2 * hidden**2)
+        tape.drop(WORKSPACE, layer.narrowed)
+        tape.drop(ACTIVATIONS, 2 * layer.narrowed)
+        if self.given.narrow:
+            tape.make(WORKSPACE, 2 * layer.residual)
+            tape.drop(WORKSPACE, 2 * layer.narrowed)
+        layer.norm_backward(hidden)
+        layer.norm_backward(hidden)  # of the hidden states: the result of the norm before, but for its last position
+        tape.drop(ACTIVATIONS, before.residual - layer.residual)
+        tape.drop(WORKSPACE, layer.gathered)
+        self._lookup_backward(layer.residual, added=self.model.tie_word_embeddings or not last)
+        tape.make(WORKSPACE, before.residual)  # padded
+        tape.drop(WORKSPACE, layer.residual)
