@@ -114,9 +114,7 @@ def export_run(
         num_params = sum(piece.num_elements for piece in pieces if not (piece.is_copy or _is_bias(piece.theirs)))
         exported = Exported(target.model_type, target.architecture, num_params, kind, len(shards), checkpoint.step)
         prefixed = tokenizer is not None and bool(tokenizer.prefix_ids)
-        card = model_card(
-            exported, theirs, config, checkpoint, folder, kept_mtp=model.mtp_depth, prefixed=prefixed
-        )
+        card = model_card(exported, theirs, config, checkpoint, folder, kept_mtp=model.mtp_depth, prefixed=prefixed)
         (temporary / "README.md").write_text(card)
     return exported
 

@@ -274,7 +274,11 @@ def _check_left_over(found: Mapping[str, Any], wanted: Mapping[str, Any], model:
     for name in sorted(set(found) - set(wanted) - set(mtp_copies(model))):
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         # Where DeepSeek-V3 and GLM keep MTP modules, which are known by how they join hidden state and embedding.
-        if layer and f"{layer[0]}eh_proj.weight" in found and int(layer[1]) >= model.num_hidden_layers + model.mtp_depth:
+        if (
+            layer
+            and f"{layer[0]}eh_proj.weight" in found
+            and int(layer[1]) >= model.num_hidden_layers + model.mtp_depth
+        ):
             depths.add(layer[1])
         elif name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.tie_word_embeddings):
             continue  # both follow from the rest
