@@ -90,8 +90,8 @@ def export_run(
     model = config.model.resolved()
     if mtp is None and model.mtp is not None:
         raise UserError(
-            f"model.mtp.depth={model.mtp.depth} has no place in what transformers loads by default: mtp=drop writes the "
-            "main model, whose predictions are the same without it, mtp=keep the modules as well, as published"
+            f"model.mtp.depth={model.mtp.depth} has no place in what transformers loads by default: mtp=drop writes "
+            "the main model, whose predictions are the same without it, mtp=keep the modules as well, as published"
         )
     if mtp == "drop":
         model = dataclasses.replace(model, mtp=None)
@@ -127,13 +127,7 @@ def _load_tokenizer(folder: Path) -> Tokenizer | None:
     """The run's; None of weights that were imported without one."""
     if not (folder / "tokenizer").exists() and (folder / "configs").exists():
         return None
-    try:
-        return Tokenizer.load(folder / "tokenizer")
-    except Exception as error:  # the library's own reader raises plain Exception
-        raise UserError(
-            f"the tokenizer of the run {folder} cannot be read ({one_line(error)}): copy the one it was trained with "
-            "to tokenizer/"
-        ) from None
+    return Tokenizer.load(folder / "tokenizer")
 
 
 def _opened(checkpoint: Checkpoint) -> Any:

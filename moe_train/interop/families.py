@@ -121,7 +121,8 @@ def choose_family(model: ModelConfig, asked: str, *, biased: bool) -> Family:
     if asked == "auto":
         if fitting:
             return fitting[0]
-        alike = [family for family in FAMILIES if family.attention == model.attention.kind]
+        other_ffn = "cannot" if model.moe is not None else "must"
+        alike = [f for f in FAMILIES if f.attention == model.attention.kind and f.moe != other_ffn]
         nearest = min(alike, key=lambda family: len(list(family.obstacles(model, biased=biased))))
         without = " and ".join(nearest.obstacles(model, biased=biased))
         raise UserError(f"no family takes this model: the nearest, {nearest.model_type}, has no place for {without}")

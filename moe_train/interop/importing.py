@@ -109,7 +109,10 @@ def _tokenizer(hf: Path, given: str | None, vocab_size: int) -> Tokenizer | None
     """The folder's or the one given (a name, a folder, or `bytes`); None if there is neither."""
     if given is None and not (hf / "tokenizer.json").exists():
         return None
-    tokenizer = bytes_tokenizer() if given == "bytes" else pretrained_tokenizer(given or str(hf))
+    if given == "bytes":
+        tokenizer = bytes_tokenizer()
+    else:
+        tokenizer = pretrained_tokenizer(given or str(hf), "tokenizer", "give tokenizer=FOLDER or tokenizer=bytes")
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: give tokenizer= with its own"
@@ -227,7 +230,7 @@ _MTP_WEIGHTS = {"loss_weight": 0.3, "late_loss_weight": 0.1, "late_from": 0.676}
 def _are_copies(copies: Mapping[str, str], model: ModelConfig, files: list[Path]) -> bool:
     """Whether every one of `copies` that is there is equal to what it is a copy of."""
     originals = {"embedding.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
-    where = {}
+    where: dict[str, Path] = {}
     for file in files:
         with _opened(file) as shard:
             where |= dict.fromkeys(shard.keys(), file)

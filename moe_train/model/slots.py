@@ -2,9 +2,9 @@
 
 The layout of GShard and Switch (arXiv 2006.16668, 2101.03961) and of expert choice (2202.09368). An empty place holds
 token 0 with gate 0; since the gate multiplies the activation before the down-projection, its output is exactly zero.
-Places are shared out among the tokens of one device's micro-batch, as in Switch and GShard: cut into other micro-batches,
-a batch drops other tokens. Padding takes no place, though places are reckoned from all positions, since no shape may
-depend on the data. Arms to be measured against the dropless `dispatch`, so written plainly.
+Places are shared out among the tokens of one device's micro-batch, as in Switch and GShard: cut otherwise, a batch
+drops other tokens. Padding takes no place, though places are reckoned from all positions, since no shape may depend on
+the data. Arms to be measured against the dropless `dispatch`, so written plainly.
 """
 
 from __future__ import annotations
