@@ -87,6 +87,23 @@ def test_the_bias_rests_after_its_part_of_the_run(commands: Commands) -> None:
     assert not torch.equal(whole, steps[1])
 
 
+def test_the_recipe_runs_as_one_command_with_all_its_parts(commands: Commands) -> None:
+    first = (ROOT / "configs/experiment/deepseek_v3_recipe.yaml").read_text().splitlines()[1]
+    assert first == "# accelerate launch train.py experiment=deepseek_v3_recipe"
+    # On a narrower model, over an eightieth of its tokens.
+    kept = [o for o in commands.tiny if not o.startswith(("model", "batch_size", "optimizer", "stop"))]
+    small = ["model.hidden_size=48", "model.num_hidden_layers=2", "model.intermediate_size=64", "stop.tokens=24000"]
+    ramp = ["batch_ramp.tokens=760", "run_dir=run"]
+    words = first.removeprefix("# accelerate launch train.py ").split()
+    commands.run("python", str(ROOT / "train.py"), *words, *kept, *small, *ramp)
+    rows = commands.metrics("run")
+    assert [rows[0]["train/batch_size"], rows[-1]["train/batch_size"]] == [4, 20]
+    assert [rows[0]["train/mtp_weight"], rows[-1]["train/mtp_weight"]] == [0.3, 0.1]
+    assert rows[-1]["train/lr"] == pytest.approx(0.0332 * max(row["train/lr"] for row in rows))
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 0.5
+    assert rows[-1]["train/auxiliary_loss"] > 0
+
+
 def test_a_context_extension_goes_on_from_a_shorter_phase(commands: Commands) -> None:
     mla = ["model/attention=mla_4x32", "optimizer.lr=1e-2"]
     commands.train("run_dir=short", "stop.steps=60", "eval.max_tokens=null", *mla)
