@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from moe_train.compose import explain_hydra_error
 from moe_train.errors import UsageError, UserError, reported
@@ -43,7 +44,7 @@ def hydra_main(main: Callable[[], Any]) -> None:
             composing = isinstance(error, (HydraException, OmegaConfBaseException)) or not _from_our_code(error)
             if wants_traceback() or not composing:
                 raise
-            raise explain_hydra_error(error) from None
+            raise explain_hydra_error(error, _config_dir(sys.argv[1:])) from None
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
@@ -58,6 +59,16 @@ def _flags_first(arguments: list[str]) -> list[str]:
         if argument in ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"):
             flags += [value for value in [next(rest, None)] if value is not None]
     return flags + overrides
+
+
+def _config_dir(arguments: list[str]) -> Path | None:
+    """The folder of --config-dir, if it was given."""
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            return Path(value if equals else next(rest, ""))
+    return None
 
 
 def _from_our_code(error: BaseException) -> bool:
@@ -92,10 +103,31 @@ def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:
     try:
         return TypeAdapter(schema).validate_python(given)
     except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        raise UsageError(
-            f"{mistake['loc'][0]}={mistake['input']}: {mistake['msg'].removeprefix('Value error, ')}"
-        ) from None
+        mistakes = error.errors(include_url=False)
+        argument = str(mistakes[0]["loc"][0])
+        # Where a value may be of several kinds, there is a mistake for each.
+        remedies = dict.fromkeys(_remedy(mistake) for mistake in mistakes if mistake["loc"][0] == argument)
+        raise UsageError(f"{argument}={mistakes[0]['input']}: {', or '.join(remedies)}") from None
+
+
+def _remedy(mistake: ErrorDetails) -> str:
+    """What to give instead, for pydantic's kinds of mistakes."""
+    kind, limits = mistake["type"], mistake.get("ctx", {})
+    if kind == "literal_error":
+        choices = limits["expected"].replace("'", "").replace(" or ", ", ")
+        return f"choose one of {choices}" if "," in choices else f"give {choices}"
+    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+    if kind in bounds:
+        words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
+        return f"give a number {words[bounds[kind]]} {limits[bounds[kind]]:,}"
+    wanted = {
+        "int_parsing": "give a whole number",
+        "int_from_float": "give a whole number",
+        "float_parsing": "give a number",
+        "finite_number": "give a finite number",
+        "bool_parsing": "choose true or false",
+    }
+    return wanted.get(kind, mistake["msg"].removeprefix("Value error, "))
 
 
 def check_json_target(path: Path | None, out: Path | None = None) -> None:

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -90,7 +91,7 @@ def compose_model(overrides: list[str], config_dir: Path | None = None) -> Compo
         plain["default_vocab_size"] = composed.data.vocab_size
         plain["default_sequence_length"] = composed.data.sequence_length
     except Exception as error:  # hydra raises errors of its own, of omegaconf, of its parsers and plain ValueErrors
-        raise explain_hydra_error(error) from None
+        raise explain_hydra_error(error, config_dir) from None
     return validated(ComposedModel, plain, "configuration")
 
 
@@ -166,8 +167,13 @@ def _suggestion(key: str, candidates: list[Any]) -> str:
     return f": did you mean {near[0]}?" if near else ": see configs/ for the keys there are"
 
 
-def explain_hydra_error(error: Exception) -> UserError:
-    """hydra's and omegaconf's own complaints, in one line with the remedy."""
+def explain_hydra_error(error: Exception, config_dir: Path | None = None) -> UserError:
+    """hydra's and omegaconf's own complaints, in one line with the remedy. config_dir: a folder of the user's own."""
+    if isinstance(error, UnicodeDecodeError | yaml.YAMLError):
+        for folder in (config_dir, CONFIGS):
+            for file in sorted(folder.rglob("*.yaml")) if folder is not None else ():
+                if reason := _unreadable(file):
+                    return UserError(f"{file} cannot be read ({reason}): put it right, or choose another file")
     text = one_line(error)
     cause = one_line(error.__cause__) if error.__cause__ else ""
     if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
@@ -202,6 +208,20 @@ def explain_hydra_error(error: Exception) -> UserError:
             f"cannot read the command line: {text} (write key=value; quote values with special characters)"
         )
     return UserError(f"configuration: {text}")
+
+
+def _unreadable(file: Path) -> str | None:
+    """What is wrong with a file that is no YAML text, None if nothing is; hydra's error does not name the file."""
+    try:
+        yaml.safe_load(file.read_text())
+    except UnicodeDecodeError:
+        return "it is no UTF-8 text"
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        return f"it is no YAML: {one_line(error.problem)}{line}"
+    except yaml.YAMLError as error:
+        return f"it is no YAML: {one_line(error)}"
+    return None
 
 
 def _suggestion_from_files(key: str) -> str:

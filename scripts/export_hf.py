@@ -24,7 +24,7 @@ class Arguments:
     out: Path  # new or empty
     family: str = "auto"  # auto, or a model_type of transformers
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    mtp: Literal["keep", "drop"] = "keep"
+    mtp: Literal["keep", "drop"] | None = None  # what becomes of MTP modules; to be said where there are some
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
     json: Path | None = None
 

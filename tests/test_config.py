@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from moe_train.compose import CONFIGS, validated
-from moe_train.config import GQAConfig, ModelConfig, RunConfig
+from moe_train.config import AdamWConfig, GQAConfig, ModelConfig, RunConfig
 from moe_train.cost.flops import forward_flops, parameter_counts, training_flops_per_token
 from moe_train.errors import UserError
 
@@ -151,6 +151,27 @@ def test_a_dense_twin_has_the_flops_or_the_parameters_of_its_moe(compose_run: Co
         dense = compose_run("model=tiny", "model/mtp=depth_1", f"model.dense_twin_of_moe={twin}").model.resolved()
         assert dense.moe is None
         assert figure(dense) == pytest.approx(figure(mixture), rel=5e-3), twin
+
+
+def test_the_recipe_has_the_reports_figures_as_fractions_of_its_run(compose_run: Compose) -> None:
+    """arXiv 2412.19437, section 4.2: tokens out of 14.8T, and what does not depend on size."""
+    run = compose_run("experiment=deepseek_v3_recipe")
+    tokens, ramp, moe, mtp, optimizer = run.stop.tokens, run.batch_ramp, run.model.moe, run.model.mtp, run.optimizer
+    assert tokens is not None
+    assert ramp is not None
+    assert moe is not None
+    assert mtp is not None
+    assert isinstance(optimizer, AdamWConfig)
+    assert run.batch_size / ramp.start == 15360 / 3072
+    assert ramp.tokens / tokens == pytest.approx(0.469 / 14.8, rel=2e-3)
+    assert (mtp.depth, mtp.loss_weight, mtp.late_loss_weight) == (1, 0.3, 0.1)
+    assert mtp.late_from == pytest.approx(10 / 14.8, rel=2e-3)
+    assert (moe.bias_update_speed, moe.sequence_loss_weight, moe.routed_scaling_factor) == (1e-3, 1e-4, 2.5)
+    assert moe.bias_update_fraction == pytest.approx(14.3 / 14.8, rel=2e-3)
+    assert (moe.n_group, moe.topk_group, moe.group_score_top_k, moe.scoring_func) == (8, 4, 2, "sigmoid")
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.max_grad_norm) == ((0.9, 0.95), 0.1, 1.0)
+    assert run.model.initializer_range == 0.006
+    assert run.schedule == compose_run("schedule=deepseek_v3").schedule
 
 
 def test_whole_numbers_may_be_written_as_powers_of_ten(compose_run: Compose) -> None:

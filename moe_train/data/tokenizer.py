@@ -75,10 +75,7 @@ class Tokenizer:
         """From the folder it was saved in, or the tokenizer.json there. Raises UserError if there is none."""
         folder = path.parent if path.name == "tokenizer.json" else path
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(
-                f"there is no tokenizer in {folder}: weights imported without one cannot read or write text; "
-                "import them again with tokenizer="
-            )
+            raise UserError(f"there is no tokenizer in {folder}: put back the one the weights were trained with")
         try:
             settings = json.loads((folder / "tokenizer_config.json").read_text())
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -120,24 +117,48 @@ def bytes_tokenizer() -> Tokenizer:
     return Tokenizer(backend, END_OF_TEXT)
 
 
-def pretrained_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer of the hub by its name, or of a local folder. No remote code is run."""
+def pretrained_tokenizer(
+    name: str, key: str = "data.tokenizer", otherwise: str = "give data.tokenizer=bpe"
+) -> Tokenizer:
+    """A tokenizer of the hub by its name, or of a local folder. No remote code is run.
+
+    key: the setting it was given as; otherwise: what else can be given, for the messages.
+    """
+    path = os.path.expanduser(name)
+    # The hub's own client tries six times for each of a tokenizer's files before it gives up.
+    known_here_only = not os.path.isdir(path) and not _hub_answers(name)
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=known_here_only)
     except Exception as error:  # a damaged file ends in whatever its reader stumbles over
+        if known_here_only:
+            raise UserError(
+                f"{key}={name} is no folder here and not in the hub's cache, and the hub cannot be reached: "
+                f"check the name and the network, or {otherwise}"
+            ) from error
         raise UserError(
-            f"data.tokenizer={name}: cannot load it ({one_line(error)[:200]}): check the name and the network, "
-            "or use data.tokenizer=bpe"
+            f"{key}={name}: cannot load it ({one_line(error)[:200]}): check the name, or {otherwise}"
         ) from error
     if not found.is_fast:
-        raise UserError(f"data.tokenizer={name} has no tokenizer.json (only a slow Python version): choose another")
+        raise UserError(f"{key}={name} has no tokenizer.json (only a slow Python version): {otherwise}, or another")
     if found.eos_token is None:
-        raise UserError(
-            f"data.tokenizer={name} has no end-of-text token (eos_token): choose another, or data.tokenizer=bpe"
-        )
+        raise UserError(f"{key}={name} has no end-of-text token (eos_token): {otherwise}, or another")
     return Tokenizer(found.backend_tokenizer, found.eos_token, found.bos_token)
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub says anything of `name`, be it that there is no such thing. Asked once."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "tokenizer_config.json"), timeout=10)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # no network, offline by a setting, no name the hub could have: types of three libraries
+        return False
+    return True
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

@@ -13,7 +13,7 @@ from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import Checkpoint, load_weights
 from moe_train.training.run_folder import find_checkpoint, load_run_config
-from moe_train.training.starting_weights import check_own_config
+from moe_train.training.starting_weights import check_own_config, tokenizer_of
 
 
 class TrainedModel(NamedTuple):
@@ -32,7 +32,7 @@ def load_trained(run: Path) -> TrainedModel:
     check_own_config(checkpoint, config)
     model = Transformer(config.model.resolved(), checkpoint.vocab_size)
     load_weights(checkpoint, model)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokenizer = tokenizer_of(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TrainedModel(model.to(device).eval(), tokenizer, config, checkpoint, folder)
 

@@ -25,7 +25,7 @@ from moe_train.interop.families import choose_family
 from moe_train.interop.family import Family
 from moe_train.interop.importing import DTYPES
 from moe_train.interop.model_card import model_card
-from moe_train.interop.names import Place, empty_tensors, places
+from moe_train.interop.names import Place, empty_tensors, mtp_copies, places
 from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import WEIGHTS, Checkpoint
 from moe_train.training.new_folder import new_folder
@@ -57,6 +57,7 @@ class _Piece:
     place: Place | None
     shape: tuple[int, ...]
     dtype: torch.dtype
+    is_copy: bool = False  # of a tensor that is written under another name too
 
     @property
     def num_bytes(self) -> int:
@@ -73,22 +74,31 @@ def export_run(
     *,
     family: str = "auto",
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
-    mtp: Literal["keep", "drop"] = "keep",
+    mtp: Literal["keep", "drop"] | None = None,
     max_shard_bytes: float = 5e9,
 ) -> Exported:
-    """Write `out` from a run folder's newest checkpoint, or the `checkpoints/step_N` given. Raises UserError."""
+    """Write `out` from a run folder's newest checkpoint, or the `checkpoints/step_N` given. Raises UserError.
+
+    mtp: what becomes of MTP modules. transformers' loader knows where they are at published depths only and finds them
+    unexpected elsewhere, so a model that has some is written on a clear word alone.
+    """
     checkpoint = find_checkpoint(run, "run")
     folder = checkpoint.path.parent.parent
     config = load_run_config(folder)
     check_own_config(checkpoint, config)
     tokenizer = _load_tokenizer(folder)
     model = config.model.resolved()
+    if mtp is None and model.mtp is not None:
+        raise UserError(
+            f"model.mtp.depth={model.mtp.depth} has no place in what transformers loads by default: mtp=drop writes "
+            "the main model, whose predictions are the same without it, mtp=keep the modules as well, as published"
+        )
     if mtp == "drop":
         model = dataclasses.replace(model, mtp=None)
     vocab_size = checkpoint.vocab_size
     with new_folder(out.absolute()) as temporary:
         with _opened(checkpoint) as stored:
-            target = choose_family(model, family, biased=_biased(stored))
+            target = choose_family(model, family, biased=_biased(stored, model))
             pieces = _pieces(stored, checkpoint, model, target, vocab_size, dtype)
             shards = _in_shards(pieces, max_shard_bytes)
             _write_shards(temporary, stored, shards)
@@ -101,12 +111,10 @@ def export_run(
         if tokenizer is not None:
             tokenizer.save(temporary)
             _check_tokenizer(temporary, tokenizer)
-        num_params = sum(piece.num_elements for piece in pieces if not _is_bias(piece.theirs))
+        num_params = sum(piece.num_elements for piece in pieces if not (piece.is_copy or _is_bias(piece.theirs)))
         exported = Exported(target.model_type, target.architecture, num_params, kind, len(shards), checkpoint.step)
         prefixed = tokenizer is not None and bool(tokenizer.prefix_ids)
-        card = model_card(
-            exported, theirs, config, checkpoint, folder, dropped_mtp=config.model.mtp_depth, prefixed=prefixed
-        )
+        card = model_card(exported, theirs, config, checkpoint, folder, kept_mtp=model.mtp_depth, prefixed=prefixed)
         (temporary / "README.md").write_text(card)
     return exported
 
@@ -119,13 +127,7 @@ def _load_tokenizer(folder: Path) -> Tokenizer | None:
     """The run's; None of weights that were imported without one."""
     if not (folder / "tokenizer").exists() and (folder / "configs").exists():
         return None
-    try:
-        return Tokenizer.load(folder / "tokenizer")
-    except Exception as error:  # the library's own reader raises plain Exception
-        raise UserError(
-            f"the tokenizer of the run {folder} cannot be read ({one_line(error)}): copy the one it was trained with "
-            "to tokenizer/"
-        ) from None
+    return Tokenizer.load(folder / "tokenizer")
 
 
 def _opened(checkpoint: Checkpoint) -> Any:
@@ -137,11 +139,11 @@ def _opened(checkpoint: Checkpoint) -> Any:
         ) from None
 
 
-def _biased(stored: Any) -> bool:
+def _biased(stored: Any, model: ModelConfig) -> bool:
     return any(
         bool(stored.get_tensor(key).any())
         for key in stored.keys()  # noqa: SIM118 (no mapping)
-        if key.endswith("router.selection_bias") and not key.startswith("mtp.")
+        if key.endswith("router.selection_bias") and (model.mtp is not None or not key.startswith("mtp."))
     )
 
 
@@ -164,6 +166,9 @@ def _pieces(
             wanted = kept if dtype == "stored" or _is_bias(place.theirs) else getattr(torch, dtype)
             cut = torch.empty(shape, device="meta")[place.part]
             pieces.append(_Piece(place.theirs, ours, place, tuple(cut.shape), wanted))
+    whole = {piece.ours: piece for piece in pieces}
+    for theirs, ours in mtp_copies(model).items():
+        pieces.append(dataclasses.replace(whole[ours], theirs=theirs, is_copy=True))
     for theirs, empty in empty_tensors(model, family.names):
         pieces.append(_Piece(theirs, None, None, empty, pieces[0].dtype))
     return pieces
@@ -201,7 +206,8 @@ def _cut(stored: Any, shard: list[_Piece]) -> dict[str, Tensor]:
             continue
         if piece.ours not in held:
             held = {piece.ours: stored.get_tensor(piece.ours)}  # mapped, not read
-        found[piece.theirs] = piece.place.cut(held[piece.ours]).to(piece.dtype)
+        cut = piece.place.cut(held[piece.ours]).to(piece.dtype)
+        found[piece.theirs] = cut.clone() if piece.is_copy else cut  # safetensors wants no memory twice
     return found
 
 

@@ -21,6 +21,7 @@ FAMILIES = (
         groups=2,
         routed_scaling_factor=True,
         dense_layers="first_k_dense_replace",
+        mtp=True,
     ),
     Family(
         "deepseek_v2",
@@ -96,6 +97,7 @@ FAMILIES = (
         groups=2,
         routed_scaling_factor=True,
         dense_layers="first_k_dense_replace",
+        mtp=True,
     ),
 )
 
@@ -115,16 +117,13 @@ def choose_family(model: ModelConfig, asked: str, *, biased: bool) -> Family:
             "model.moe.routing=expert_choice has no place in any family, since its experts look at later tokens too: "
             "train a model with another model/moe"
         )
-    if model.mtp is not None:
-        raise UserError(
-            f"model.mtp.depth={model.mtp.depth} has no place in any family: mtp=drop writes the main model, whose "
-            "predictions are the same without it"
-        )
     fitting = [family for family in FAMILIES if not list(family.obstacles(model, biased=biased))]
     if asked == "auto":
         if fitting:
             return fitting[0]
-        nearest = min(FAMILIES, key=lambda family: len(list(family.obstacles(model, biased=biased))))
+        other_ffn = "cannot" if model.moe is not None else "must"
+        alike = [f for f in FAMILIES if f.attention == model.attention.kind and f.moe != other_ffn]
+        nearest = min(alike, key=lambda family: len(list(family.obstacles(model, biased=biased))))
         without = " and ".join(nearest.obstacles(model, biased=biased))
         raise UserError(f"no family takes this model: the nearest, {nearest.model_type}, has no place for {without}")
     family = family_named(asked)

@@ -39,6 +39,7 @@ class Family:
     expert_width_key: str = "moe_intermediate_size"
     heads_fill_hidden: bool = False  # head_dim is hidden_size / num_attention_heads
     heads_divide_hidden: bool = False  # their configuration insists, though nothing rests on it
+    mtp: bool = False  # whether MTP modules are published with it, as mixtures behind the last layer
 
     # ------------------------------------------------------------------------------------------- what has no place
 
@@ -66,6 +67,10 @@ class Family:
             yield f"model.moe.num_experts={model.moe.num_experts}"
         else:
             yield from self._moe_obstacles(model.moe, biased)
+        if model.mtp is not None and not self.mtp:
+            yield f"model.mtp.depth={model.mtp.depth} (mtp=drop leaves it out)"
+        elif model.mtp is not None and model.moe is None:
+            yield "model.mtp with model.moe=null (its MTP modules have experts; mtp=drop leaves them out)"
 
     def _moe_obstacles(self, moe: MoEConfig, biased: bool) -> Iterator[str]:
         if moe.scoring_func != self.scoring_func:
@@ -124,8 +129,8 @@ class Family:
             config["head_dim"] = attention.head_dim
         if self.moe != "cannot":
             config |= self._moe_config(model)
-        if self.model_type in ("deepseek_v3", "glm4_moe"):
-            config["num_mtp_layers"] = 0  # their default of 1 promises a module that is not there
+        if self.mtp:
+            config["num_nextn_predict_layers"] = model.mtp_depth  # their default of 1 promises a module
         if self.model_type == "deepseek_v3":
             config["rope_interleave"] = True
         if self.model_type == "glm4_moe":
@@ -164,7 +169,10 @@ class Family:
     # ------------------------------------------------------------------------------------------------- to ours
 
     def to_settings(self, theirs: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-        """The settings of configs/model/ that a configuration stands for. Raises UserError for what has no place."""
+        """The settings of configs/model/ that a configuration stands for. Raises UserError for what has no place.
+
+        Without MTP: whether its modules are there, the weights say.
+        """
         self._check_importable(theirs, where)
         mla = self.attention == "mla"
         return {
@@ -232,7 +240,8 @@ class Family:
         if self.moe == "cannot" or dense >= theirs["num_hidden_layers"]:
             return None
         sigmoid = self.scoring_func == "sigmoid"
-        groups = theirs.get("n_group") or 1
+        groups = 1 if theirs.get("n_group") is None else theirs["n_group"]
+        open_groups = groups if theirs.get("topk_group") is None else theirs["topk_group"]
         limited = self.groups is not None and theirs.get("topk_method") != "greedy"
         return {
             "num_experts": theirs[self.experts_key],
@@ -243,7 +252,7 @@ class Family:
             "routing": "token_choice",
             "scoring_func": self.scoring_func,
             "n_group": groups if limited else 1,
-            "topk_group": (theirs.get("topk_group") or groups) if limited else 1,
+            "topk_group": open_groups if limited else 1,
             "group_score_top_k": self.groups or 1,
             "norm_topk_prob": bool(theirs["norm_topk_prob"]) if self.norm_topk_prob is None else self.norm_topk_prob,
             "routed_scaling_factor": float(theirs["routed_scaling_factor"]) if self.routed_scaling_factor else 1.0,

@@ -7,6 +7,7 @@ Nothing is guessed: a setting that has no place here, a tensor missing or left o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -19,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_train.compose import validated
-from moe_train.config import ModelConfig
+from moe_train.config import ModelConfig, MTPConfig
 from moe_train.data.tokenizer import Tokenizer, bytes_tokenizer, pretrained_tokenizer
 from moe_train.errors import UserError, one_line
 from moe_train.interop.families import FAMILIES
 from moe_train.interop.family import Family
-from moe_train.interop.names import Names, Place, places
+from moe_train.interop.names import Names, Place, mtp_copies, places
 from moe_train.model.transformer import Transformer
 from moe_train.training.new_folder import check_free
 from moe_train.training.starting_point import check_name, starting_config, write_starting_point
@@ -62,7 +63,9 @@ def import_model(hf: Path, out: Path, name: str | None = None, tokenizer: str | 
     model = validated(ModelConfig, settings, where)
     vocab_size = int(theirs["vocab_size"])
     found = _tokenizer(hf, tokenizer, vocab_size)
-    weights, notes = read_weights(hf, model, family.names_of(theirs), vocab_size)
+    model, weights, notes = read_weights(hf, model, family.names_of(theirs), vocab_size, mtp=family.mtp)
+    if theirs.get("attention_dropout"):
+        notes.append(f"left out: attention_dropout={theirs['attention_dropout']}, which training here does not have")
     if found is None:
         notes.append(
             "there is no tokenizer.json: text is generated only with tokenizer=, and training takes data.tokenizer="
@@ -106,7 +109,10 @@ def _tokenizer(hf: Path, given: str | None, vocab_size: int) -> Tokenizer | None
     """The folder's or the one given (a name, a folder, or `bytes`); None if there is neither."""
     if given is None and not (hf / "tokenizer.json").exists():
         return None
-    tokenizer = bytes_tokenizer() if given == "bytes" else pretrained_tokenizer(given or str(hf))
+    if given == "bytes":
+        tokenizer = bytes_tokenizer()
+    else:
+        tokenizer = pretrained_tokenizer(given or str(hf), "tokenizer", "give tokenizer=FOLDER or tokenizer=bytes")
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: give tokenizer= with its own"
@@ -117,16 +123,28 @@ def _tokenizer(hf: Path, given: str | None, vocab_size: int) -> Tokenizer | None
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def read_weights(hf: Path, model: ModelConfig, names: Names, vocab_size: int) -> tuple[dict[str, Tensor], list[str]]:
-    """All tensors of our model, in their dtypes, and notes on what was left out. Raises UserError."""
+def read_weights(
+    hf: Path, model: ModelConfig, names: Names, vocab_size: int, *, mtp: bool = False
+) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
+    """All tensors of our model, in their dtypes, and notes on what was left out. Raises UserError.
+
+    mtp: take the MTP modules that are there; the model is returned with as many.
+    """
     files = _files(hf)
     dtypes = _headers(files)
+    if mtp and model.moe is not None:
+        model = _with_mtp(model, files, dtypes)
     with torch.device("meta"):
         ours = {key: tensor.shape for key, tensor in Transformer(model, vocab_size).state_dict().items()}
     where = places(model, names)
     weights = {key: _allocate(shape, where[key], dtypes, hf) for key, shape in ours.items()}
     wanted = {place.theirs: (key, place) for key, parts in where.items() for place in parts}
     notes = _check_left_over(dtypes, wanted, model, hf)
+    if model.mtp is not None:
+        notes.append(
+            f"with {model.mtp_depth} MTP module(s), to be trained on with λ={model.mtp.loss_weight}, then "
+            f"{model.mtp.late_loss_weight}, unless model.mtp.* says otherwise"
+        )
     for file in files:
         with _opened(file) as shard:
             for theirs in shard.keys():  # noqa: SIM118 (no mapping)
@@ -135,7 +153,7 @@ def read_weights(hf: Path, model: ModelConfig, names: Names, vocab_size: int) ->
                     _fill(weights[key], place, _tensor(shard, theirs, file), file)
     if model.tie_word_embeddings and "lm_head.weight" in dtypes:
         _check_tied(files, weights["embedding.weight"], hf)
-    return weights, notes
+    return model, weights, notes
 
 
 def _files(hf: Path) -> list[Path]:
@@ -194,6 +212,40 @@ def _headers(files: list[Path]) -> dict[str, torch.dtype]:
     return found
 
 
+def _with_mtp(model: ModelConfig, files: list[Path], dtypes: Mapping[str, torch.dtype]) -> ModelConfig:
+    """The model with the MTP modules that follow its last layer and share its embedding and head, if there are any."""
+    depth = 0
+    while f"model.layers.{model.num_hidden_layers + depth}.eh_proj.weight" in dtypes:
+        deeper = dataclasses.replace(model, mtp=MTPConfig(depth + 1, **_MTP_WEIGHTS))
+        if not _are_copies(mtp_copies(deeper), model, files):
+            break
+        model, depth = deeper, depth + 1
+    return model
+
+
+# DeepSeek-V3's; no configuration has them.
+_MTP_WEIGHTS = {"loss_weight": 0.3, "late_loss_weight": 0.1, "late_from": 0.676}
+
+
+def _are_copies(copies: Mapping[str, str], model: ModelConfig, files: list[Path]) -> bool:
+    """Whether every one of `copies` that is there is equal to what it is a copy of."""
+    originals = {"embedding.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+    where: dict[str, Path] = {}
+    for file in files:
+        with _opened(file) as shard:
+            where |= dict.fromkeys(shard.keys(), file)
+
+    def tensor(name: str) -> Tensor:
+        with _opened(where[name]) as shard:
+            return _tensor(shard, name, where[name])
+
+    return all(
+        torch.equal(tensor(copy), tensor(originals[ours]))
+        for copy, ours in copies.items()
+        if copy in where and originals[ours] in where
+    )
+
+
 def _allocate(shape: torch.Size, parts: list[Place], dtypes: Mapping[str, torch.dtype], hf: Path) -> Tensor:
     """Room for one of our tensors, in the dtype of its parts (the wider where they differ); zeros where it has none."""
     if not parts:
@@ -222,16 +274,23 @@ def _fill(ours: Tensor, place: Place, theirs: Tensor, file: Path) -> None:
 def _check_left_over(found: Mapping[str, Any], wanted: Mapping[str, Any], model: ModelConfig, hf: Path) -> list[str]:
     """Notes on tensors that are rightly left out. Raises UserError for one that our model has no place for."""
     depths = set()
-    for name in sorted(set(found) - set(wanted)):
+    for name in sorted(set(found) - set(wanted) - set(mtp_copies(model))):
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         # Where DeepSeek-V3 and GLM keep MTP modules, which are known by how they join hidden state and embedding.
-        if layer and f"{layer[0]}eh_proj.weight" in found and int(layer[1]) >= model.num_hidden_layers:
+        if (
+            layer
+            and f"{layer[0]}eh_proj.weight" in found
+            and int(layer[1]) >= model.num_hidden_layers + model.mtp_depth
+        ):
             depths.add(layer[1])
         elif name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.tie_word_embeddings):
             continue  # both follow from the rest
         else:
             raise UserError(f"hf={hf}: the tensor {name} has no place here: choose a model without it")
-    return [f"left out: MTP module model.layers.{depth}" for depth in sorted(depths, key=int)]
+    return [
+        f"left out: MTP module model.layers.{depth} (taken are those of mixtures that share embedding and head)"
+        for depth in sorted(depths, key=int)
+    ]
 
 
 def _check_tied(files: list[Path], embedding: Tensor, hf: Path) -> None:

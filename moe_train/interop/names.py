@@ -52,7 +52,10 @@ class Names:
 
 
 def places(model: ModelConfig, names: Names) -> dict[str, list[Place]]:
-    """Where each tensor of our Transformer's state is in theirs; [] where they have none, MTP modules left out."""
+    """Where each tensor of our Transformer's state is in theirs; [] where they have none.
+
+    MTP modules are the layers after the last, as DeepSeek-V3 was published; transformers has no other name for them.
+    """
     found = {
         "embedding.weight": [Place("model.embed_tokens.weight")],
         "norm.weight": [Place("model.norm.weight")],
@@ -60,22 +63,50 @@ def places(model: ModelConfig, names: Names) -> dict[str, list[Place]]:
     if not model.tie_word_embeddings:
         found["lm_head.weight"] = [Place("lm_head.weight")]
     for layer in range(model.num_hidden_layers):
-        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        found[f"{ours}.input_norm.weight"] = [Place(f"{theirs}.input_layernorm.weight")]
-        found[f"{ours}.post_attention_norm.weight"] = [Place(f"{theirs}.post_attention_layernorm.weight")]
-        found |= _attention(model, names, f"{ours}.attention", f"{theirs}.self_attn")
-        if model.moe is not None and model.is_moe_layer(layer):
-            found |= _experts(model.moe, names, f"{ours}.ffn", f"{theirs}.{names.moe}")
-        else:
-            found |= _swiglu(model.intermediate_size, f"{ours}.ffn", f"{theirs}.mlp")
+        found |= _block(model, names, layer, f"blocks.{layer}")
+    for depth in range(model.mtp_depth):
+        layer = model.num_hidden_layers + depth
+        for part, theirs in _MTP_PARTS.items():
+            found[f"mtp.{depth}.{part}.weight"] = [Place(f"model.layers.{layer}.{theirs}.weight")]
+        found |= _block(model, names, layer, f"mtp.{depth}.block")
     return found
+
+
+_MTP_PARTS = {
+    "embedding_norm": "enorm",
+    "hidden_norm": "hnorm",
+    "join_proj": "eh_proj",
+    "norm": "shared_head.norm",
+}
+
+
+def mtp_copies(model: ModelConfig) -> dict[str, str]:
+    """The tensors that each MTP module has once more on disk, and which of ours they are copies of."""
+    head = "embedding.weight" if model.tie_word_embeddings else "lm_head.weight"
+    copies = {}
+    for layer in range(model.num_hidden_layers, model.num_hidden_layers + model.mtp_depth):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "embedding.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = head
+    return copies
+
+
+def _block(model: ModelConfig, names: Names, layer: int, ours: str) -> dict[str, list[Place]]:
+    theirs = f"model.layers.{layer}"
+    found = {
+        f"{ours}.input_norm.weight": [Place(f"{theirs}.input_layernorm.weight")],
+        f"{ours}.post_attention_norm.weight": [Place(f"{theirs}.post_attention_layernorm.weight")],
+    }
+    found |= _attention(model, names, f"{ours}.attention", f"{theirs}.self_attn")
+    if model.moe is not None and model.is_moe_layer(layer):
+        return found | _experts(model.moe, names, f"{ours}.ffn", f"{theirs}.{names.moe}")
+    return found | _swiglu(model.intermediate_size, f"{ours}.ffn", f"{theirs}.mlp")
 
 
 def empty_tensors(model: ModelConfig, names: Names) -> Iterator[tuple[str, tuple[int, int]]]:
     """Names and shapes of the tensors of width 0 that stand for shared experts where there are none."""
     if model.moe is None or model.moe.num_shared_experts or not names.shared_experts:
         return
-    for layer in range(model.moe.first_k_dense_replace, model.num_hidden_layers):
+    for layer in range(model.moe.first_k_dense_replace, model.num_hidden_layers + model.mtp_depth):
         module = f"model.layers.{layer}.{names.moe}.shared_experts"
         yield f"{module}.gate_proj.weight", (0, model.hidden_size)
         yield f"{module}.up_proj.weight", (0, model.hidden_size)

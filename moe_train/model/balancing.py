@@ -3,6 +3,8 @@
 The selection bias follows the load without touching the gradient (auxiliary-loss-free balancing, arXiv 2408.15664,
 algorithm 1); the sequence-wise loss guards against extremes within one sequence (arXiv 2412.19437, equations 17 to 20);
 the batch-wise loss is the older way (Switch, GShard). Each loss is per MoE layer, and those of all layers are added.
+A loss is summed over tokens, as many times its mean as there are, so that micro-batches and ranks can be added; padding
+is left out of it. The batch-wise loss alone is not the same however a batch is cut: its shares are of a micro-batch.
 Loads are counted by the forward pass and handed on as results, never kept in modules: so a token recomputed under
 activation checkpointing is still counted once, and counts can be summed over micro-batches and ranks.
 """
@@ -18,37 +20,45 @@ from torch import Tensor
 from moe_train.model.router import Router
 
 
-def sequence_balance_loss(scores_te: Tensor, expert_tk: Tensor, num_sequences: int, weight: float) -> Tensor:
-    """alpha · sum_i f_i P_i, summed over the sequences of the batch; each sequence's minimum is alpha.
+def sequence_balance_loss(scores_te: Tensor, expert_tk: Tensor, real_bt: Tensor, weight: float) -> Tensor:
+    """alpha · sum_i f_i P_i of each sequence times its tokens, over all sequences; a token's minimum is alpha.
 
-    f_i is expert i's share of the sequence's choices times num_experts, P_i its mean normalised score.
+    f_i is expert i's share of the sequence's choices times num_experts, P_i its mean normalised score. real_bt: False
+    for padding, which belongs to neither.
     """
-    share_te = scores_te / scores_te.sum(-1, keepdim=True)
-    p_be: Tensor = share_te.unflatten(0, (num_sequences, -1)).mean(1)
-    chosen_bn = expert_tk.reshape(num_sequences, -1)
-    ones = torch.ones_like(chosen_bn, dtype=p_be.dtype)
-    f_be = torch.zeros_like(p_be).scatter_add_(1, chosen_bn, ones) * (p_be.shape[-1] / chosen_bn.shape[1])
-    loss: Tensor = weight * (f_be * p_be).sum()
+    num_experts = scores_te.shape[-1]
+    real_t1 = real_bt.reshape(-1, 1).to(scores_te.dtype)
+    tokens_b1 = real_bt.sum(1, keepdim=True).clamp_min(1)
+    share_te = scores_te / scores_te.sum(-1, keepdim=True) * real_t1
+    sum_be: Tensor = share_te.unflatten(0, real_bt.shape).sum(1)
+    chosen_bn = expert_tk.reshape(len(real_bt), -1)
+    ones_bn = real_t1.expand(expert_tk.shape).reshape(chosen_bn.shape)
+    f_be = torch.zeros_like(sum_be).scatter_add_(1, chosen_bn, ones_bn)
+    f_be = f_be * (num_experts / expert_tk.shape[1]) / tokens_b1
+    loss: Tensor = weight * (f_be * sum_be).sum()
     return loss
 
 
-def batch_balance_loss(scores_te: Tensor, counts_e: Tensor, weight: float) -> Tensor:
+def batch_balance_loss(scores_te: Tensor, counts_e: Tensor, real_t: Tensor, weight: float) -> Tensor:
     """alpha · sum_i f_i P_i of the micro-batch of all ranks (Switch, arXiv 2101.03961, equations 4 to 6; 2501.11873).
 
-    The shares f_i are those of all ranks; P_i is this rank's, so that the mean of the ranks' losses, and of their
-    gradients, is that of one batch. counts_e: how often each expert was chosen on this rank.
+    The shares f_i are those of all ranks, P_i is summed over this rank's tokens, so that the ranks' losses, and their
+    gradients, add up to those of one batch. f_i of the whole batch would have to be known before its first micro-batch
+    goes backward, so each micro-batch has its own. counts_e: how often each expert was chosen on this rank; real_t:
+    False for padding.
     """
     counts = counts_e.to(scores_te.dtype)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
-    share_te = scores_te / scores_te.sum(-1, keepdim=True)
-    loss: Tensor = weight * len(counts) * (counts / counts.sum() * share_te.mean(0)).sum()
+    share_te = scores_te / scores_te.sum(-1, keepdim=True) * real_t.unsqueeze(1)
+    loss: Tensor = weight * len(counts) * (counts / counts.sum().clamp_min(1) * share_te.sum(0)).sum()
     return loss
 
 
-def router_z_loss(logits_te: Tensor, weight: float) -> Tensor:
-    """The mean over tokens of the squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906, equation 5)."""
-    return weight * logits_te.logsumexp(-1).square().mean()
+def router_z_loss(logits_te: Tensor, real_t: Tensor, weight: float) -> Tensor:
+    """The squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906, equation 5), summed over tokens."""
+    loss: Tensor = weight * (logits_te.logsumexp(-1).square() * real_t).sum()
+    return loss
 
 
 @torch.no_grad()

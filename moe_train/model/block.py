@@ -34,12 +34,15 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> BlockOutput:
+    def forward(
+        self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None, real_bt: Tensor | None = None
+    ) -> BlockOutput:
+        """real_bt: False for padding, which no expert's load and no loss of a router counts; None: there is none."""
         x_btd = x_btd + self.dropped(self.attention(self.input_norm(x_btd), rotary, cache))
         normed = self.post_attention_norm(x_btd)
         if isinstance(self.ffn, SwiGLU):
             return BlockOutput(x_btd + self.dropped(self.ffn(normed)), None)
-        out_btd, routed = self.ffn(normed)
+        out_btd, routed = self.ffn(normed, real_bt)
         return BlockOutput(x_btd + self.dropped(out_btd), routed)
 
     def dropped(self, x: Tensor) -> Tensor:

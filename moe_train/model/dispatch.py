@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,17 +20,22 @@ class Plan(NamedTuple):
     pair_n: Tensor  # int64: the pair at each sorted place
     place_n: Tensor  # int64: the sorted place of each pair, the inverse of pair_n
     ends_e: Tensor  # int32: where each expert's run of places ends
-    counts_e: Tensor  # int64: how many tokens each expert got
+    counts_e: Tensor  # int64: how many tokens each expert got, padding left out
 
 
-def plan(expert_tk: Tensor, num_experts: int) -> Plan:
-    """Sort the pairs by expert; ties keep the order of tokens, so the result is the same on every run. No host sync."""
+def plan(expert_tk: Tensor, real_t: Tensor, num_experts: int) -> Plan:
+    """Sort the pairs by expert; ties keep the order of tokens, so the result is the same on every run. No host sync.
+
+    real_t: False for padding, which goes through its experts like the rest but is not counted as their load.
+    """
     sorted_n, pair_n = expert_tk.flatten().sort(stable=True)
     place_n = torch.empty_like(pair_n)
     place_n[pair_n] = torch.arange(len(pair_n), device=pair_n.device)
     experts = torch.arange(num_experts, device=pair_n.device, dtype=sorted_n.dtype)
     ends_e = torch.searchsorted(sorted_n, experts, right=True)
-    counts_e = torch.diff(ends_e, prepend=ends_e.new_zeros(1))
+    real_n = real_t[pair_n // expert_tk.shape[1]]
+    counted_upto = F.pad(real_n.cumsum(0), (1, 0))
+    counts_e = torch.diff(counted_upto[ends_e], prepend=counted_upto[:1])
     return Plan(pair_n, place_n, ends_e.to(torch.int32), counts_e)
 
 

@@ -21,11 +21,11 @@ from moe_train.precision.matmul import grouped_linear
 
 
 class Routed(NamedTuple):
-    """What an MoE layer says of a batch beside its hidden states."""
+    """What an MoE layer says of a batch beside its hidden states, padding left out."""
 
-    auxiliary_loss: Tensor  # weighted, a mean over the tokens of the batch; 0 where no such loss is on
+    auxiliary_loss: Tensor  # weighted, summed over the tokens of the batch; 0 where no such loss is on
     counts_e: Tensor  # int64: tokens that chose each expert, dropped ones included
-    dropped: Tensor  # share of the pairs (with expert choice: of the tokens) that got no place; 0 where dropless
+    dropped: Tensor  # pairs that got no place over top_k (with expert choice: tokens); 0 where dropless
 
 
 class Experts(nn.Module):
@@ -56,33 +56,37 @@ class MoELayer(nn.Module):
         shared_width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(hidden_size, shared_width) if shared_width else None
 
-    def forward(self, x_btd: Tensor) -> tuple[Tensor, Routed]:
+    def forward(self, x_btd: Tensor, real_bt: Tensor | None = None) -> tuple[Tensor, Routed]:
+        """real_bt: False for padding, which is computed like the rest and counted nowhere; None: there is none."""
         c = self.config
         x_td = x_btd.flatten(0, 1)
+        if real_bt is None:
+            real_bt = torch.ones(x_btd.shape[:2], dtype=torch.bool, device=x_btd.device)
+        real_t = real_bt.flatten()
         logits_te, scores_te = self.router(x_td)
         auxiliary = x_td.new_zeros((), dtype=torch.float32)
         if self.training and c.router_z_loss_weight:
-            auxiliary = auxiliary + router_z_loss(logits_te, c.router_z_loss_weight)
+            auxiliary = auxiliary + router_z_loss(logits_te, real_t, c.router_z_loss_weight)
         if c.routing == "expert_choice":
-            y_td, counts_e, dropped = self._through_slots(x_td, slots.by_experts(scores_te, c))
+            y_td, counts_e, dropped = self._through_slots(x_td, slots.by_experts(scores_te, real_t, c))
         else:
             choice = self.router.choose_experts(scores_te)
             if c.capacity_factor is None or not self.training:
-                y_td, counts_e, dropped = self._dropless(x_td, choice)
+                y_td, counts_e, dropped = self._dropless(x_td, real_t, choice)
             else:
-                y_td, counts_e, dropped = self._through_slots(x_td, slots.by_tokens(choice, c))
+                y_td, counts_e, dropped = self._through_slots(x_td, slots.by_tokens(choice, real_t, c))
             if self.training and c.sequence_loss_weight:
-                sequences = sequence_balance_loss(scores_te, choice.expert_tk, len(x_btd), c.sequence_loss_weight)
-                auxiliary = auxiliary + sequences / len(x_btd)
+                loss = sequence_balance_loss(scores_te, choice.expert_tk, real_bt, c.sequence_loss_weight)
+                auxiliary = auxiliary + loss
             if self.training and c.batch_loss_weight:
-                auxiliary = auxiliary + batch_balance_loss(scores_te, counts_e, c.batch_loss_weight)
+                auxiliary = auxiliary + batch_balance_loss(scores_te, counts_e, real_t, c.batch_loss_weight)
         if self.shared_experts is not None:
             y_td = y_td + self.shared_experts(x_td)
         return y_td.view_as(x_btd), Routed(auxiliary, counts_e, dropped)
 
-    def _dropless(self, x_td: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+    def _dropless(self, x_td: Tensor, real_t: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
         top_k = self.config.top_k
-        plan = dispatch.plan(choice.expert_tk, self.config.num_experts)
+        plan = dispatch.plan(choice.expert_tk, real_t, self.config.num_experts)
         gate_n1 = dispatch.gates_to_experts(choice.gate_tk, plan)
         y_nd = self.experts(dispatch.to_experts(x_td, plan, top_k), gate_n1, plan.ends_e)
         return dispatch.from_experts(y_nd, plan, top_k), plan.counts_e, x_td.new_zeros((), dtype=torch.float32)

@@ -30,12 +30,18 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(size, eps=eps)
 
     def forward(
-        self, hidden_btd: Tensor, embedding_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None
+        self,
+        hidden_btd: Tensor,
+        embedding_btd: Tensor,
+        rotary: Rotary,
+        cache: LayerCache | None = None,
+        real_bt: Tensor | None = None,
     ) -> BlockOutput:
         """Position i of `embedding_btd` is that of the token k after position i of `hidden_btd`.
 
+        real_bt: False where that token is padding; None: there is none.
         The output's hidden states are normed: what the head reads, and what the next module takes.
         """
         joined = torch.cat((self.embedding_norm(embedding_btd), self.hidden_norm(hidden_btd)), dim=-1)
-        out: BlockOutput = self.block(self.join_proj(joined), rotary, cache)
+        out: BlockOutput = self.block(self.join_proj(joined), rotary, cache, real_bt)
         return out._replace(hidden_btd=self.norm(out.hidden_btd))

@@ -2,7 +2,9 @@
 
 The layout of GShard and Switch (arXiv 2006.16668, 2101.03961) and of expert choice (2202.09368). An empty place holds
 token 0 with gate 0; since the gate multiplies the activation before the down-projection, its output is exactly zero.
-Arms to be measured against the dropless `dispatch`, so written plainly.
+Places are shared out among the tokens of one device's micro-batch, as in Switch and GShard: cut otherwise, a batch
+drops other tokens. Padding takes no place, though places are reckoned from all positions, since no shape may depend on
+the data. Arms to be measured against the dropless `dispatch`, so written plainly.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class Slots(NamedTuple):
     gate_n1: Tensor  # FP32; 0 where the place is empty
     ends_e: Tensor  # int32: where each expert's places end
     counts_e: Tensor  # int64: tokens that chose each expert, or that it chose
-    dropped: Tensor  # FP32: share of the pairs that found no place; with expert choice, of tokens that no expert took
+    dropped: Tensor  # FP32: pairs without a place over top_k; with expert choice, tokens that no expert took
 
 
 def capacity(config: MoEConfig, num_tokens: int) -> int:
@@ -34,8 +36,8 @@ def capacity(config: MoEConfig, num_tokens: int) -> int:
     return min(max(places, 1), num_tokens)
 
 
-def by_tokens(choice: Choice, config: MoEConfig) -> Slots:
-    """Every token to the experts it chose, as long as these have places.
+def by_tokens(choice: Choice, real_t: Tensor, config: MoEConfig) -> Slots:
+    """Every token to the experts it chose, as long as these have places. real_t: False for padding.
 
     Earlier tokens come first, with all their choices: whether a token is dropped then depends on none after it.
     (GShard serves all first choices before any second one, which lets the future in.)
@@ -44,30 +46,35 @@ def by_tokens(choice: Choice, config: MoEConfig) -> Slots:
     places, num_experts = capacity(config, num_tokens), config.num_experts
     expert_p = choice.expert_tk.flatten()
     chosen_pe = torch.zeros(len(expert_p), num_experts, dtype=torch.int64, device=expert_p.device)
-    chosen_pe.scatter_(1, expert_p.unsqueeze(1), 1)
+    real_p = real_t.repeat_interleave(top_k)
+    chosen_pe.scatter_(1, expert_p.unsqueeze(1), real_p.long().unsqueeze(1))
     rank_p = chosen_pe.cumsum(0).gather(1, expert_p.unsqueeze(1)).squeeze(1) - 1  # how many came before
     counts_e = chosen_pe.sum(0)
-    fits_p = rank_p < places
+    fits_p = real_p & (rank_p < places)
     # What does not fit is written to one place past the end, which is cut off: no shape depends on the data.
     slot_p = torch.where(fits_p, expert_p * places + rank_p, num_experts * places)
     token_p = torch.arange(num_tokens, device=expert_p.device).repeat_interleave(top_k)
     token_n = token_p.new_zeros(num_experts * places + 1).scatter(0, slot_p, token_p)[:-1]
     gate_p = choice.gate_tk.flatten()
     gate_n = gate_p.new_zeros(num_experts * places + 1).scatter(0, slot_p, gate_p)[:-1]
-    return Slots(token_n, gate_n.unsqueeze(1), _ends(num_experts, places, token_n), counts_e, (~fits_p).float().mean())
+    dropped = (real_p & ~fits_p).float().sum() / top_k
+    return Slots(token_n, gate_n.unsqueeze(1), _ends(num_experts, places, token_n), counts_e, dropped)
 
 
-def by_experts(scores_te: Tensor, config: MoEConfig) -> Slots:
-    """Every expert takes its best tokens of the batch; a token's output is the sum over those that took it."""
+def by_experts(scores_te: Tensor, real_t: Tensor, config: MoEConfig) -> Slots:
+    """Every expert takes its best tokens of the batch; a token's output is the sum over those that took it.
+
+    real_t: False for padding, which is taken only where there is nothing else, and then with gate 0.
+    """
     num_tokens, num_experts = scores_te.shape
     places = capacity(config, num_tokens)
-    token_ec, score_ec = choose_tokens(scores_te, places)
+    token_ec, score_ec = choose_tokens(scores_te * real_t.unsqueeze(1), places)  # scores are above 0
     taken_t = torch.zeros(num_tokens, dtype=torch.bool, device=scores_te.device)
     taken_t[token_ec.flatten()] = True
-    counts_e = torch.full((num_experts,), places, device=scores_te.device)
+    counts_e = real_t[token_ec].sum(1)
     gate_n1 = score_ec.reshape(-1, 1) * config.routed_scaling_factor
     ends_e = _ends(num_experts, places, token_ec)
-    return Slots(token_ec.flatten(), gate_n1, ends_e, counts_e, (~taken_t).float().mean())
+    return Slots(token_ec.flatten(), gate_n1, ends_e, counts_e, (real_t & ~taken_t).float().sum())
 
 
 def to_experts(x_td: Tensor, slots: Slots) -> Tensor:

@@ -18,7 +18,7 @@ from moe_train.model.attention import LayerCache
 from moe_train.model.block import Block, BlockOutput
 from moe_train.model.experts import Routed
 from moe_train.model.layers import Linear, RMSNorm
-from moe_train.model.loss import head_loss
+from moe_train.model.loss import IGNORE, head_loss
 from moe_train.model.mtp import MTPModule
 from moe_train.model.rope import Rotary, rotary_frequencies, rotary_tables
 from moe_train.model.router import Router
@@ -26,7 +26,10 @@ from moe_train.precision.matmul import linear
 
 
 class Losses(NamedTuple):
-    """Sums over the tokens of a micro-batch, so that micro-batches and ranks can be added before dividing."""
+    """Sums over the tokens of a micro-batch, so that micro-batches and ranks can be added before dividing.
+
+    Padding is in none of them.
+    """
 
     objective: Tensor  # what is minimised: loss, z-loss, weighted MTP loss and auxiliary losses
     nll: Tensor  # the plain loss in nats, not differentiable
@@ -34,7 +37,7 @@ class Losses(NamedTuple):
     mtp_nll_k: Tensor  # the plain loss of each MTP module over its targets, not differentiable
     mtp_targets_k: Tensor  # int64: how many targets each has; a token short of the module before, every sequence
     counts_le: Tensor  # int64: tokens that chose each expert of each MoE layer, MTP modules' last; (0, 0) if dense
-    dropped_l: Tensor  # share of each MoE layer's tokens that got no place, times the tokens
+    dropped_l: Tensor  # tokens, or pairs over top_k, that got no place in each MoE layer
 
 
 class Transformer(nn.Module):
@@ -86,13 +89,15 @@ class Transformer(nn.Module):
             torch.arange(start, start + length, device=device), rotary_frequencies(self.config, device)
         )
 
-    def hidden(self, tokens_bt: Tensor, caches: Sequence[LayerCache] | None = None) -> tuple[Tensor, list[Routed]]:
-        """Final normed hidden states (b, t, d), and what the MoE layers said."""
+    def hidden(
+        self, tokens_bt: Tensor, caches: Sequence[LayerCache] | None = None, real_bt: Tensor | None = None
+    ) -> tuple[Tensor, list[Routed]]:
+        """Final normed hidden states (b, t, d), and what the MoE layers said. real_bt: False for padding."""
         start = caches[0].length if caches else 0
         rotary = self.rotary(start, tokens_bt.shape[1], tokens_bt.device)
         x_btd, routed = self.embedding(tokens_bt), []
         for layer, block in enumerate(self.blocks):
-            out = self._through(block, x_btd, rotary, caches[layer] if caches else None)
+            out = self._through(block, x_btd, rotary, caches[layer] if caches else None, real_bt)
             x_btd = out.hidden_btd
             if out.routed is not None:
                 routed.append(out.routed)
@@ -111,22 +116,26 @@ class Transformer(nn.Module):
 
         mtp_weight: λ; the objective gains λ times the mean of the MTP modules' losses.
         """
-        hidden_btd, routed = self.hidden(tokens_bt)
+        real_bt = targets_bt != IGNORE
+        hidden_btd, routed = self.hidden(tokens_bt, real_bt=real_bt)
         objective, nll = self._head_loss(hidden_btd, targets_bt)
         mtp_nll, mtp_targets = [], []
         for depth, module in enumerate(self.mtp, start=1):
             # Position i joins what is known up to token i with the embedding of token i + depth.
             rotary = self.rotary(0, tokens_bt.shape[1] - depth, tokens_bt.device)
-            out = self._through(module, hidden_btd[:, :-1], self.embedding(tokens_bt[:, depth:]), rotary)
+            embedding_btd = self.embedding(tokens_bt[:, depth:])
+            out = self._through(module, hidden_btd[:, :-1], embedding_btd, rotary, None, real_bt[:, depth:])
             hidden_btd = out.hidden_btd
             module_objective, module_nll = self._head_loss(hidden_btd, targets_bt[:, depth:])
             objective = objective + module_objective * (mtp_weight / len(self.mtp))
             mtp_nll.append(module_nll)
-            mtp_targets.append((targets_bt[:, depth:] >= 0).sum())
+            mtp_targets.append(real_bt[:, depth:].sum())
             if out.routed is not None:
-                routed.append(out.routed)
-        # The auxiliary losses are means over tokens: weighted by these they become sums like the rest.
-        auxiliary = sum((r.auxiliary_loss for r in routed), start=nll.new_zeros(())) * tokens_bt.numel()
+                # Its sequences are shorter: brought to the main model's length, each layer's loss weighs the same.
+                longer = tokens_bt.shape[1] / (tokens_bt.shape[1] - depth)
+                loss, dropped = out.routed.auxiliary_loss * longer, out.routed.dropped * longer
+                routed.append(out.routed._replace(auxiliary_loss=loss, dropped=dropped))
+        auxiliary = sum((r.auxiliary_loss for r in routed), start=nll.new_zeros(()))
         return Losses(
             objective + auxiliary,
             nll,
@@ -134,7 +143,7 @@ class Transformer(nn.Module):
             _stacked(mtp_nll, nll),
             _stacked(mtp_targets, targets_bt),
             torch.stack([r.counts_e for r in routed]) if routed else targets_bt.new_zeros(0, 0),
-            _stacked([r.dropped for r in routed], nll) * tokens_bt.numel(),
+            _stacked([r.dropped for r in routed], nll),
         )
 
     def _head_loss(self, hidden_btd: Tensor, targets_bt: Tensor) -> tuple[Tensor, Tensor]:

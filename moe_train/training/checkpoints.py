@@ -118,7 +118,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _damaged(path: Path, reason: str) -> UserError:
     others = [p.name for p in checkpoint_paths(path.parent.parent) if p != path]
-    remedy = f"remove it to go on from {others[-1]}" if others else "start again in another run_dir"
+    remedy = "put back a whole copy of it, or "
+    remedy += f"remove it, and {others[-1]} is the newest" if others else "train again in another run_dir"
     return UserError(f"the checkpoint {path} is damaged ({reason}): {remedy}")
 
 

@@ -24,6 +24,8 @@ def of_steps(figures: StepFigures, moe: MoEConfig | None) -> Metrics:
         row["train/auxiliary_loss"] = figures.auxiliary_loss
         if moe.capacity_factor is not None:
             row["moe/dropped_fraction"] = figures.dropped_fraction
+    if figures.mtp_losses:
+        row["train/mtp_weight"] = figures.mtp_weight
     return row | _of_mtp("train", figures.mtp_losses)
 
 

@@ -38,6 +38,18 @@ def check_same_tokenizer(start: Checkpoint, data: PreparedData) -> None:
         )
 
 
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of the run or the import that a checkpoint is of. Raises UserError with the remedy for each."""
+    folder = checkpoint.path.parent.parent / "tokenizer"
+    imported = str(checkpoint.state.get("origin", "")).startswith("imported")
+    if imported and not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"there is no tokenizer in {folder}: weights imported without one cannot read or write text; "
+            "import them again with tokenizer="
+        )
+    return Tokenizer.load(folder)
+
+
 def check_own_config(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Refuse to read weights as another model than they were trained as, config.yaml having been changed since."""
     digest = checkpoint.state.get("model_digest")

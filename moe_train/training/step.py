@@ -1,7 +1,10 @@
 """One optimizer step: micro-batches, gradient, clip, update, balance.
 
 All losses are sums over tokens and are divided once by the number of targets in the global batch, so a step is the same
-however it is cut into micro-batches and processes, padded blocks included. Nothing here waits for the device.
+however it is cut into micro-batches and processes, padded blocks included. Two kinds of router are the exception. The
+batch-wise balance loss takes its shares from the micro-batch of all ranks, so it is the same for any number of ranks
+and not for any number of micro-batches. Experts with capacity, and experts that choose, share out their places within
+one rank's micro-batch, as Switch and GShard do. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -36,8 +39,8 @@ class StepTotals:
     dropped_l: Tensor
     counts_le: Tensor
     grad_norm: Tensor  # of the last step, before clipping
+    mtp_weight: float = 0.0  # λ of the last step
     targets: int = 0  # of all ranks
-    inputs: int = 0  # padding included
     batch_size: int = 0  # of the last step
 
     @classmethod
@@ -72,6 +75,7 @@ class StepFigures(NamedTuple):
     loss: float  # nats a token, of the main model
     auxiliary_loss: float  # the routers' weighted losses, a token
     mtp_losses: list[float]  # nats a token of each MTP module
+    mtp_weight: float  # λ of the last step
     dropped_fraction: float  # of what capacity left without a place, the mean over MoE layers
     counts_le: Tensor
     grad_norm: float
@@ -138,7 +142,7 @@ class Stepper:
         self.totals.counts_le += counts_le
         self.totals.grad_norm = norm
         self.totals.targets += num_targets
-        self.totals.inputs += inputs_bt.numel() * self.runtime.world_size
+        self.totals.mtp_weight = mtp_weight
         self.totals.batch_size = len(inputs_bt) * self.runtime.world_size
         return num_targets
 
@@ -163,7 +167,8 @@ class Stepper:
             loss=nll / max(1, totals.targets),
             auxiliary_loss=auxiliary / max(1, totals.targets),
             mtp_losses=[sum_ / max(1, count) for sum_, count in zip(mtp_nll, mtp_targets)],
-            dropped_fraction=sum(dropped) / max(1, len(dropped) * totals.inputs),
+            mtp_weight=totals.mtp_weight,
+            dropped_fraction=sum(dropped) / max(1, len(dropped) * totals.targets),
             counts_le=totals.counts_le.cpu(),
             grad_norm=totals.grad_norm.item(),
             batch_size=totals.batch_size,

@@ -13,7 +13,6 @@ import torch
 
 from moe_train.config import ModelConfig
 from moe_train.cost.flops import parameter_counts
-from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
 from moe_train.model.upcycling import upcycled
@@ -21,6 +20,7 @@ from moe_train.training.checkpoints import read_weights
 from moe_train.training.new_folder import check_free
 from moe_train.training.run_folder import find_checkpoint, load_run_config
 from moe_train.training.starting_point import check_name, starting_config, write_starting_point
+from moe_train.training.starting_weights import tokenizer_of
 
 
 class UpcycledRun(NamedTuple):
@@ -47,7 +47,7 @@ def upcycle_run(run: Path, out: Path, mixture: ModelConfig, name: str, seed: int
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in Transformer(mixture, vocab_size).state_dict().items()}
     weights = upcycled(read_weights(checkpoint), mixture, shapes, seed)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokenizer = tokenizer_of(checkpoint)
     start = starting_config(mixture, out.absolute() / "tokenizer", config.data.sequence_length)
     origin = f"upcycled from the dense {config.model.name} of {folder.name}, step {checkpoint.step}"
     command = write_starting_point(out, start, weights, tokenizer, origin)

@@ -35,7 +35,7 @@ def test_an_arm_learns_and_logs_its_own_figures(arm: str, commands: Commands) ->
     assert summary["final_max_violation"] == row.get("moe/max_violation")
     assert summary["final_dropped_fraction"] == row.get("moe/dropped_fraction")
     assert summary["val_mtp_loss"] == row.get("val/mtp_loss")
-    assert ("train/mtp_loss" in row) == ("val/mtp_loss" in row) == (arm == "mtp")
+    assert ("train/mtp_loss" in row) == ("train/mtp_weight" in row) == ("val/mtp_loss" in row) == (arm == "mtp")
     assert ("moe/dropped_fraction" in row) == (arm in ("switch", "gshard", "expert_choice"))
     assert ("moe/max_violation" in row) == (arm != "iso_parameter_twin")
     if arm in ("switch", "gshard", "batch_loss"):
@@ -46,6 +46,17 @@ def test_an_arm_learns_and_logs_its_own_figures(arm: str, commands: Commands) ->
     if arm == "mtp":
         assert abs(rows[0]["train/mtp_loss"] - math.log(320)) < 0.2  # the model knows nothing yet
         assert row["train/mtp_loss"] < rows[0]["train/mtp_loss"] - 0.1
+
+
+def test_the_weight_of_mtp_changes_where_the_configuration_says_and_acts_from_that_step(commands: Commands) -> None:
+    settings = ["stop.steps=6", "model/mtp=depth_1", "model.mtp.late_from=0.5"]
+    commands.train("run_dir=falls", *settings)
+    commands.train("run_dir=stays", *settings, "model.mtp.late_loss_weight=0.3")
+    falls, stays = commands.metrics("falls"), commands.metrics("stays")
+    assert [row["train/mtp_weight"] for row in falls] == [0.3] * 3 + [0.1] * 3
+    assert [row["train/mtp_weight"] for row in stays] == [0.3] * 6
+    same = [a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-6) for a, b in zip(falls, stays)]
+    assert same[:4] == [True, True, True, False]  # the fourth step is the first whose gradient it weighs less
 
 
 def test_biases_are_those_of_one_process_under_ranks_accumulation_and_recomputation(commands: Commands) -> None:
@@ -74,6 +85,23 @@ def test_the_bias_rests_after_its_part_of_the_run(commands: Commands) -> None:
     assert steps[1].abs().max().item() <= 0.04 + 1e-6
     whole = load_file(commands.folder / "whole/checkpoints/step_8/model.safetensors")[name]
     assert not torch.equal(whole, steps[1])
+
+
+def test_the_recipe_runs_as_one_command_with_all_its_parts(commands: Commands) -> None:
+    first = (ROOT / "configs/experiment/deepseek_v3_recipe.yaml").read_text().splitlines()[1]
+    assert first == "# accelerate launch train.py experiment=deepseek_v3_recipe"
+    # On a narrower model, over an eightieth of its tokens.
+    kept = [o for o in commands.tiny if not o.startswith(("model", "batch_size", "optimizer", "stop"))]
+    small = ["model.hidden_size=48", "model.num_hidden_layers=2", "model.intermediate_size=64", "stop.tokens=24000"]
+    ramp = ["batch_ramp.tokens=760", "run_dir=run"]
+    words = first.removeprefix("# accelerate launch train.py ").split()
+    commands.run("python", str(ROOT / "train.py"), *words, *kept, *small, *ramp)
+    rows = commands.metrics("run")
+    assert [rows[0]["train/batch_size"], rows[-1]["train/batch_size"]] == [4, 20]
+    assert [rows[0]["train/mtp_weight"], rows[-1]["train/mtp_weight"]] == [0.3, 0.1]
+    assert rows[-1]["train/lr"] == pytest.approx(0.0332 * max(row["train/lr"] for row in rows))
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 0.5
+    assert rows[-1]["train/auxiliary_loss"] > 0
 
 
 def test_a_context_extension_goes_on_from_a_shorter_phase(commands: Commands) -> None:

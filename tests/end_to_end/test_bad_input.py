@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,24 @@ def test_an_unreachable_hub_is_said_with_the_offline_alternatives(commands: Comm
     assert "data=local_python" in line
 
 
+def test_a_tokenizer_of_an_unreachable_hub_is_one_line_and_not_waited_for(commands: Commands) -> None:
+    commands.environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    began = time.monotonic()
+    line = one_line(commands, *commands.train_command("data.tokenizer=org/name"))
+    assert "the hub cannot be reached: check the name and the network, or give data.tokenizer=bpe" in line
+    assert time.monotonic() - began < 30  # its own client would wait 23 s for the first file alone
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"\xff\xfe\x00\x01", "no UTF-8 text"), (b"a: [", "no YAML")])
+def test_an_architectures_file_that_is_no_text_is_named(content: bytes, reason: str, commands: Commands) -> None:
+    (commands.folder / "mine/model").mkdir(parents=True)
+    (commands.folder / "mine/model/bin.yaml").write_bytes(content)
+    for script in ("train.py", "scripts/describe.py"):
+        line = one_line(commands, sys.executable, str(ROOT / script), "--config-dir", "mine", "model=bin")
+        assert "mine/model/bin.yaml cannot be read" in line
+        assert reason in line
+
+
 def test_a_diverging_run_stops_before_it_saves_what_is_not_finite(commands: Commands) -> None:
     settings = [
         "run_dir=run",
@@ -121,6 +140,12 @@ def test_scripts_name_a_wrong_argument_and_a_missing_run(commands: Commands) -> 
     script = [sys.executable, str(ROOT / "scripts/generate.py")]
     assert "did you mean run=?" in one_line(commands, *script, "rum=x", status=2)
     assert "run= is missing" in one_line(commands, *script, "prompt=x", status=2)
-    assert "max_new_tokens=many" in one_line(commands, *script, "run=x", "max_new_tokens=many", status=2)
+    for argument, remedy in (
+        ("max_new_tokens=many", "give a whole number"),
+        ("max_new_tokens=0", "give a number above 0"),
+        ("temperature=-1", "give a number of at least 0"),
+        ("speculative=perhaps", "choose true or false"),
+    ):
+        assert f"{argument}: {remedy}" in one_line(commands, *script, "run=x", argument, status=2)
     assert "there is no such folder" in one_line(commands, *script, "run=x")
     assert "exists already" in one_line(commands, *script, "run=x", f"json={__file__}")

@@ -95,13 +95,13 @@ def test_tasks_of_the_harness_run_on_the_exported_model(finished: Commands, task
     [
         (["run=nowhere"], 1, "there is no such folder"),
         ([], 2, "run= is missing"),
-        (["run=run", "split=test"], 2, "split=test"),
+        (["run=run", "split=test"], 2, "split=test: choose one of val, train"),
         (["run=run", "split=val", "files=x"], 2, "give one of them"),
         (["run=run", "limit=3"], 2, "add harness=TASK"),
         (["run=run", "harness=x", "max_tokens=3"], 2, "leave out harness="),
         (["hf=.", "harness=x"], 1, "scripts/export_hf.py makes one"),
         (["run=run", "files=*.nothing"], 1, "no file matches"),
-        (["run=run", "max_tokens=0"], 2, "max_tokens=0"),
+        (["run=run", "max_tokens=0"], 2, "max_tokens=0: give a number above 0, or give all"),
     ],
 )
 def test_mistakes_are_one_line_with_the_remedy(

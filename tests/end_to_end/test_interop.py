@@ -87,6 +87,17 @@ def test_what_comes_back_generates_and_trains_on(finished: Commands, imported: s
     assert torch.isfinite(torch.tensor(finished.metrics("on")[0]["train/loss"]))
 
 
+def test_an_import_with_a_tokenizer_of_an_unreachable_hub_says_what_else_it_takes(
+    commands: Commands, exported: Path
+) -> None:
+    commands.environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command = ["python", str(ROOT / "scripts/import_hf.py"), f"hf={exported}", "out=other", "tokenizer=org/name"]
+    result = commands.run(*command, check=False)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: tokenizer=org/name is no folder here and not in the hub's cache")
+    assert line.endswith("or give tokenizer=FOLDER or tokenizer=bytes")
+
+
 def test_mistakes_are_one_line(finished: Commands) -> None:
     for script, *arguments in (
         ("export_hf", "run=run", "out=other", "family=mixtral"),

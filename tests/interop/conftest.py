@@ -57,6 +57,7 @@ def as_run(tmp_path: Path, small_model: Callable[..., Transformer]) -> AsRun:
         config = dataclasses.replace(built, vocab_size=VOCAB, name=name, **changes)
         model = Transformer(config, VOCAB)
         model.initialise(0)
+        torch.manual_seed(0)
         randomise(model)
         if not biased:
             for router in model.routers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_mtp_modules_are_refused_or_dropped_and_the_rest_predicts_the_same(
     as_run: AsRun, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     run = as_run("mtp=depth_2")
-    with pytest.raises(UserError, match=r"mtp\.depth=2 has no place in any family: mtp=drop"):
+    with pytest.raises(UserError, match=r"mtp\.depth=2 has no place in what transformers loads by default: mtp=drop"):
         export_run(run, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     export_run(run, tmp_path / "hf", mtp="drop")
@@ -112,6 +113,7 @@ def test_mtp_modules_are_refused_or_dropped_and_the_rest_predicts_the_same(
         (GQA, "deepseek_v3", r"attention\.kind=gqa has no place in deepseek_v3: family=glm4_moe takes it"),
         (GQA, "mixtral", r"scoring_func=sigmoid has no place in mixtral: family=glm4_moe takes it"),
         ((*GQA, "attention.qk_norm=all_heads"), "auto", r"no family takes this model"),
+        ((*GQA, "moe=switch"), "auto", r"nearest, glm4_moe, has no place for model\.moe\.scoring_func=softmax$"),
         ((*GQA, *SOFTMAX, "moe.routed_scaling_factor=2.0", "moe.num_shared_experts=0"), "qwen3_moe", r"qk_norm=null"),
         ((), "nonsense", r"family=nonsense is unknown: choose auto or one of deepseek_v3"),
     ],
@@ -130,6 +132,16 @@ def test_a_selection_bias_that_a_family_has_no_place_for_is_refused(as_run: AsRu
     run = as_run(*SOFTMAX, biased=True)
     with pytest.raises(UserError, match=r"a selection bias .* has no place in deepseek_v2"):
         export_run(run, tmp_path / "hf", family="deepseek_v2")
+
+
+def test_a_trained_runs_lost_tokenizer_is_to_be_put_back(as_run: AsRun, tmp_path: Path) -> None:
+    run = as_run()
+    shutil.rmtree(run / "tokenizer")
+    shutil.rmtree(run / "configs")  # which starting points have and trained runs have not
+    with pytest.raises(UserError, match=r"no tokenizer in .*: put back the one the weights were trained with$"):
+        export_run(run, tmp_path / "hf")
+    with pytest.raises(UserError, match=r"no tokenizer in .*: put back the one the weights were trained with$"):
+        load_trained(run)
 
 
 def test_weights_are_cut_into_shards_that_an_index_names(as_run: AsRun, tmp_path: Path) -> None:
@@ -162,6 +174,6 @@ def test_a_checkpoint_is_named_where_it_is_damaged_or_missing(as_run: AsRun, tmp
     with pytest.raises(UserError, match=r"step_0 cannot be read"):
         export_run(run, tmp_path / "hf")
     weights.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=r"is damaged"):
+    with pytest.raises(UserError, match=r"is damaged .* put back a whole copy of it, or train again"):
         export_run(run, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -64,6 +64,8 @@ def refused(folder: Path, message: str) -> None:
         ("v3_groups", {"scoring_func": "softmax"}, "scoring_func=softmax has no place here"),
         ("v3_groups", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05 has no place here"),
         ("v2", {"norm_topk_prob": True}, "norm_topk_prob=True has no place here"),
+        ("v3_groups", {"topk_group": 0}, "moe.topk_group=0"),
+        ("v3_groups", {"n_group": 0}, "moe.n_group=0"),
     ],
 )
 def test_a_configuration_without_a_place_here_is_refused_by_name(
@@ -132,16 +134,25 @@ def test_values_of_a_wrong_kind_are_one_line(changes: dict[str, Any], message: s
 def test_weights_that_are_not_finite_and_tokenizers_that_are_damaged_are_refused(theirs: Theirs) -> None:
     folder, _ = theirs("llama")
     (folder / "tokenizer.json").write_text('{"x": 1}')
-    refused(folder, "data.tokenizer=.*: cannot load it")
+    refused(folder, "^tokenizer=.*: cannot load it.*give tokenizer=FOLDER or tokenizer=bytes")
     (folder / "tokenizer.json").unlink()
     change_weights(folder, lambda w: w["model.norm.weight"].fill_(float("nan")))
     refused(folder, "model.norm.weight has values that are not finite")
 
 
-def test_mtp_layers_behind_the_last_are_left_out_and_said_so(theirs: Theirs, tmp_path: Path) -> None:
-    folder, _ = theirs("v3_groups")
+def test_mtp_layers_of_a_dense_model_are_left_out_and_said_so(theirs: Theirs, tmp_path: Path) -> None:
+    folder, _ = theirs("v3_dense")
     change_weights(folder, lambda weights: weights.update({"model.layers.3.eh_proj.weight": torch.ones(2, 2)}))
-    assert import_model(folder, tmp_path / "ours").notes == ["left out: MTP module model.layers.3"]
+    (note,) = import_model(folder, tmp_path / "ours").notes
+    assert note.startswith("left out: MTP module model.layers.3 ")
+
+
+def test_dropout_of_attention_is_left_out_and_said_so(theirs: Theirs, tmp_path: Path) -> None:
+    folder, _ = theirs("llama")
+    change_config(folder, attention_dropout=0.1)
+    assert import_model(folder, tmp_path / "ours").notes == [
+        "left out: attention_dropout=0.1, which training here does not have"
+    ]
 
 
 def test_a_tied_head_that_is_written_too_must_be_the_embedding(theirs: Theirs, tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CASES, load_theirs
+from tiny_models import CASES, gradients_on_disk, largest_difference, load_theirs
 from tokenizers import Tokenizer, processors
 from torch import nn
 from transformers import AutoTokenizer
 
 from moe_train.generation import PlainDecoder, generate, load_trained
 from moe_train.interop.export import export_run
-from moe_train.interop.importing import import_model
+from moe_train.interop.importing import import_model, read_config
+from moe_train.interop.names import places
 
 Theirs = Callable[..., tuple[Path, nn.Module]]
 
@@ -87,34 +88,23 @@ def test_the_tokenizer_comes_back_with_its_ids_and_its_end(theirs: Theirs, tmp_p
     assert generation["eos_token_id"] == 256
 
 
-def test_gradients_are_those_of_transformers(theirs: Theirs, tokens: torch.Tensor, tmp_path: Path) -> None:
-    folder, reference = theirs("v3_groups")
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_transformers(case: str, theirs: Theirs, tokens: torch.Tensor, tmp_path: Path) -> None:
+    folder, reference = theirs(case)
     import_model(folder, tmp_path / "ours")
-    ours = load_trained(tmp_path / "ours").model.double()
+    ours = load_trained(tmp_path / "ours").model
     targets = tokens.roll(-1, 1)
     ours(tokens, targets).objective.backward()
-    logits = reference.double()(tokens).logits
+    logits = reference(tokens).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-    theirs_by_name = dict(reference.named_parameters())
-    # The tensors of ours that are whole ones of theirs, and the stacked experts, which transformers stacks alike.
-    pairs = {
-        "embedding.weight": "model.embed_tokens.weight",
-        "lm_head.weight": "lm_head.weight",
-        "blocks.0.attention.q_a_proj.weight": "model.layers.0.self_attn.q_a_proj.weight",
-        "blocks.1.attention.kv_b_proj.weight": "model.layers.1.self_attn.kv_b_proj.weight",
-        "blocks.1.ffn.router.weight": "model.layers.1.mlp.gate.weight",
-        "blocks.1.ffn.experts.gate_up_proj": "model.layers.1.mlp.experts.gate_up_proj",
-        "blocks.2.ffn.experts.down_proj": "model.layers.2.mlp.experts.down_proj",
-        "blocks.2.ffn.shared_experts.down_proj.weight": "model.layers.2.mlp.shared_experts.down_proj.weight",
-        "blocks.2.input_norm.weight": "model.layers.2.input_layernorm.weight",
-    }
-    for name, parameter in ours.named_parameters():
-        if name in pairs:
-            expected = theirs_by_name[pairs.pop(name)].grad
-            assert expected is not None
-            assert parameter.grad is not None
-            assert (parameter.grad - expected).norm() < 1e-5 * expected.norm()
-    assert not pairs
+    family, their_settings = read_config(folder)
+    names = family.names_of(their_settings)
+    found = gradients_on_disk(reference, names)
+    where = places(ours.config, names)
+    parts = {place.theirs for name, _ in ours.named_parameters() for place in where[name]}
+    assert {name for name in found if found[name].numel()} == parts
+    # FP32: each gradient is a sum over 80 tokens, rounded in another order. The largest seen of any tensor was 3e-6.
+    assert largest_difference(ours, where, found) < 1e-5
 
 
 def test_a_tokenizer_that_begins_texts_with_a_token_does_so_in_prompts_and_after_an_export(

@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import nn
 
+from moe_train.interop.names import Names, Place
+
 VOCAB = 300
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 BASE: dict[str, Any] = {
@@ -150,6 +152,38 @@ def randomise(model: nn.Module) -> None:
                 tensor.normal_(1, 0.2)
             elif name.endswith(("gate.weight", "router.weight")):
                 tensor.normal_(0, 0.3)
+
+
+def gradients_on_disk(model: nn.Module, names: Names) -> dict[str, torch.Tensor]:
+    """The gradients of a model of transformers under the names its weights have on disk, experts one by one."""
+    gate, up, down = names.expert
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        name = name.replace(".mlp.experts.", f".{names.moe}.experts.").replace(".mlp.gate.", f".{names.moe}.gate.")
+        if name.endswith("experts.gate_up_proj"):
+            for expert, both in enumerate(parameter.grad):
+                halves = zip((gate, up), both.chunk(2), strict=True)
+                found |= {f"{name.removesuffix('gate_up_proj')}{expert}.{half}.weight": g for half, g in halves}
+        elif name.endswith("experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            found |= {f"{stem}{expert}.{down}.weight": g for expert, g in enumerate(parameter.grad)}
+        else:
+            found[name] = parameter.grad
+    return found
+
+
+def largest_difference(ours: nn.Module, where: dict[str, list[Place]], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest relative error, by norm, of the gradients of all parameters of ours; each part has to be there."""
+    worst = 0.0
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        expected = torch.full_like(parameter, torch.nan)
+        for place in where[name]:
+            place.fill(expected, theirs[place.theirs])
+        assert expected.norm() > 0, name
+        worst = max(worst, ((parameter.grad - expected).norm() / expected.norm()).item())
+    return worst
 
 
 def load_theirs(folder: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:

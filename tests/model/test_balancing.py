@@ -56,18 +56,23 @@ def test_bias_updates_even_out_a_skewed_router(router: Callable[..., Router]) ->
     assert violation < 0.2
 
 
-def test_the_sequence_loss_equals_its_definition() -> None:
+REAL = torch.ones(6, dtype=torch.bool)
+
+
+def test_the_sequence_loss_equals_its_definition_and_leaves_padding_out() -> None:
     torch.manual_seed(0)
-    affinity = torch.rand(6, 4, dtype=torch.float64)  # two sequences of three tokens
+    affinity = torch.rand(9, 4, dtype=torch.float64)  # three sequences of three tokens, the last of padding alone
     chosen = affinity.topk(2, dim=-1).indices
-    expected = 0.0
-    for s in range(2):
-        rows = range(3 * s, 3 * s + 3)
-        for e in range(4):
-            f = 4 / (2 * 3) * sum(int(e in chosen[t].tolist()) for t in rows)
-            p = sum((affinity[t, e] / affinity[t].sum()).item() for t in rows) / 3
-            expected += 0.01 * f * p
-    assert sequence_balance_loss(affinity, chosen, 2, 0.01).item() == pytest.approx(expected, rel=1e-12)
+    for lengths in ((3, 3, 3), (3, 2, 0)):
+        expected = 0.0
+        for s, length in enumerate(lengths):
+            rows = range(3 * s, 3 * s + length)
+            for e in range(4 if length else 0):
+                f = 4 / (2 * length) * sum(int(e in chosen[t].tolist()) for t in rows)
+                p = sum((affinity[t, e] / affinity[t].sum()).item() for t in rows) / length
+                expected += 0.01 * f * p * length
+        real = torch.arange(3) < torch.tensor(lengths).unsqueeze(1)
+        assert sequence_balance_loss(affinity, chosen, real, 0.01).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_batch_loss_equals_its_definition_and_is_alpha_at_an_even_load() -> None:
@@ -77,33 +82,38 @@ def test_the_batch_loss_equals_its_definition_and_is_alpha_at_an_even_load() -> 
     counts = torch.tensor([sum(e in row for row in chosen) for e in range(4)])
     p = (scores / scores.sum(-1, keepdim=True)).mean(0)
     expected = 0.01 * 4 * sum(counts[e].item() / 12 * p[e].item() for e in range(4))
-    assert batch_balance_loss(scores, counts, 0.01).item() == pytest.approx(expected, rel=1e-12)
-    even = torch.full((8, 4), 0.25, dtype=torch.float64)
-    assert batch_balance_loss(even, torch.full((4,), 4), 0.01).item() == pytest.approx(0.01, rel=1e-12)
+    assert batch_balance_loss(scores, counts, REAL, 0.01).item() == pytest.approx(6 * expected, rel=1e-12)
+    padded = torch.cat((scores, torch.rand(2, 4, dtype=torch.float64)))
+    real = torch.tensor([True] * 6 + [False] * 2)
+    assert batch_balance_loss(padded, counts, real, 0.01).item() == pytest.approx(6 * expected, rel=1e-12)
+    even = torch.full((6, 4), 0.25, dtype=torch.float64)
+    assert batch_balance_loss(even, torch.full((4,), 3), REAL, 0.01).item() == pytest.approx(6 * 0.01, rel=1e-12)
 
 
-def test_the_batch_loss_of_ranks_averages_to_that_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_loss_of_ranks_adds_up_to_that_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     scores = torch.rand(8, 4, dtype=torch.float64, requires_grad=True)
-    counts = [torch.tensor([3, 1, 2, 2]), torch.tensor([0, 4, 4, 0])]
-    whole = batch_balance_loss(scores, counts[0] + counts[1], 0.01)
+    counts = [torch.tensor([3, 1, 2, 2]), torch.tensor([0, 2, 2, 0])]
+    real = torch.tensor([True] * 6 + [False] * 2)  # the second rank has padding
+    whole = batch_balance_loss(scores, counts[0] + counts[1], real, 0.01)
 
     def reduced(tensor: torch.Tensor) -> None:
         tensor.copy_((counts[0] + counts[1]).double())
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
-    ranks = [batch_balance_loss(part, mine, 0.01) for part, mine in zip(scores.split(4), counts, strict=True)]
-    mean = torch.stack(ranks).mean()
-    torch.testing.assert_close(mean, whole, rtol=1e-12, atol=0)
-    ours, theirs = (torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in (mean, whole))
+    parts = zip(scores.split(4), counts, real.split(4), strict=True)
+    together = torch.stack([batch_balance_loss(part, mine, there, 0.01) for part, mine, there in parts]).sum()
+    torch.testing.assert_close(together, whole, rtol=1e-12, atol=0)
+    ours, theirs = (torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in (together, whole))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
-def test_the_router_z_loss_is_the_mean_squared_log_partition() -> None:
-    logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
-    expected = (math.log(2) ** 2 + math.log(math.e + math.e**2) ** 2) / 2
-    assert router_z_loss(logits, 0.1).item() == pytest.approx(0.1 * expected, rel=1e-12)
+def test_the_router_z_loss_is_the_squared_log_partition_of_every_token_but_padding() -> None:
+    logits = torch.tensor([[0.0, 0.0], [1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    expected = math.log(2) ** 2 + math.log(math.e + math.e**2) ** 2
+    real = torch.tensor([True, True, False])
+    assert router_z_loss(logits, real, 0.1).item() == pytest.approx(0.1 * expected, rel=1e-12)
 
 
 def test_load_statistics_of_an_even_a_skewed_and_a_dead_load() -> None:

@@ -179,8 +179,18 @@ def test_one_expert_taking_all_drops_all_but_its_places(moe: Make) -> None:
     x = torch.randn(1, 16, 16, dtype=torch.float64)
     routed = made(x)[1]
     assert routed.counts_e[3] == 16  # what was asked for: the balance loss and the statistics need it
-    assert routed.dropped.item() == pytest.approx(14 / 16)
+    assert routed.dropped.item() == 14
     torch.testing.assert_close(made(x)[0][0], with_limited_places(made, x[0]), rtol=1e-12, atol=1e-12)
+
+
+def test_experts_that_choose_take_padding_only_where_nothing_else_is_left(moe: Make) -> None:
+    config = moe("expert_choice", capacity_factor=2.0)
+    real = torch.tensor([True, False, True, False, False, False, True, False])
+    taken = slots.by_experts(torch.rand(8, 8) + 0.1, real, config)
+    assert slots.capacity(config, 8) == 4
+    assert taken.counts_e.tolist() == [3] * 8
+    assert taken.dropped == 0
+    assert (taken.gate_n1.flatten() > 0).tolist() == real[taken.token_n].tolist()
 
 
 def test_ties_are_broken_the_same_way_every_time_and_never_choose_an_expert_twice(moe: Make) -> None:
@@ -225,17 +235,19 @@ def test_every_place_holds_one_pair_or_nothing(moe: Make, data: st.DataObject) -
     factor = data.draw(st.floats(0.05, 4))
     chosen = [data.draw(st.permutations(range(experts)))[:top_k] for _ in range(tokens)]
     config = moe("gshard", num_experts=experts, top_k=top_k, capacity_factor=factor)
-    made = slots.by_tokens(Choice(torch.tensor(chosen), torch.rand(tokens, top_k) + 0.1), config)
+    real = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    choice = Choice(torch.tensor(chosen), torch.rand(tokens, top_k) + 0.1)
+    made = slots.by_tokens(choice, torch.tensor(real), config)
 
     places = slots.capacity(config, tokens)
-    flat = [e for row in chosen for e in row]
+    flat = [e for row, counts in zip(chosen, real, strict=True) if counts for e in row]
     fitting = sum(min(flat.count(e), places) for e in range(experts))
     assert len(made.token_n) == experts * places
     assert int((made.gate_n1 > 0).sum()) == fitting
-    assert made.dropped.item() == pytest.approx(1 - fitting / len(flat), abs=1e-6)
+    assert made.dropped.item() == pytest.approx((len(flat) - fitting) / top_k, abs=1e-5)
     assert made.counts_e.tolist() == [flat.count(e) for e in range(experts)]
     for place, (token, gate) in enumerate(zip(made.token_n.tolist(), made.gate_n1.flatten().tolist(), strict=True)):
-        assert gate == 0 or place // places in chosen[token]
+        assert gate == 0 or (real[token] and place // places in chosen[token])
 
 
 @settings(deadline=None, max_examples=60)
@@ -244,17 +256,19 @@ def test_a_plan_sorts_every_pair_to_its_expert_once(data: st.DataObject) -> None
     tokens, experts = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 9))
     top_k = data.draw(st.integers(1, experts))
     chosen = [data.draw(st.permutations(range(experts)))[:top_k] for _ in range(tokens)]
-    made = dispatch.plan(torch.tensor(chosen), experts)
+    real = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    made = dispatch.plan(torch.tensor(chosen), torch.tensor(real), experts)
 
     flat = [e for row in chosen for e in row]
-    assert made.counts_e.tolist() == [flat.count(e) for e in range(experts)]
-    assert made.ends_e.tolist() == torch.tensor(made.counts_e.tolist()).cumsum(0).tolist()
+    counted = [e for row, counts in zip(chosen, real, strict=True) if counts for e in row]
+    assert made.counts_e.tolist() == [counted.count(e) for e in range(experts)]
+    assert made.ends_e.tolist() == torch.tensor([flat.count(e) for e in range(experts)]).cumsum(0).tolist()
     assert [flat[p] for p in made.pair_n.tolist()] == sorted(flat)
     assert made.pair_n[made.place_n].tolist() == list(range(len(flat)))
 
 
 def test_dispatch_and_its_inverse_have_right_gradients_by_finite_differences() -> None:
-    made = dispatch.plan(torch.tensor([[2, 0], [0, 1], [2, 1]]), 3)
+    made = dispatch.plan(torch.tensor([[2, 0], [0, 1], [2, 1]]), torch.ones(3, dtype=torch.bool), 3)
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     gates = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
 

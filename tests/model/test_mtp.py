@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe_train.config import MTPConfig
 from moe_train.model.loss import IGNORE
 from moe_train.model.mtp import MTPModule
 from moe_train.model.transformer import Transformer
@@ -84,6 +85,11 @@ def test_changing_a_token_changes_no_prediction_made_without_it(attention: list[
     for k, (before, after) in enumerate(zip(scores(tokens), scores(changed), strict=True), start=1):
         torch.testing.assert_close(after[:, : 7 - k], before[:, : 7 - k], rtol=1e-12, atol=1e-12)
         assert (after[:, 7 - k :] - before[:, 7 - k :]).abs().amax(-1).min() > 1e-6
+
+
+def test_its_weight_is_the_first_up_to_a_point_of_the_run_and_the_late_one_from_there() -> None:
+    config = MTPConfig(depth=1, loss_weight=0.3, late_loss_weight=0.1, late_from=0.676)
+    assert [config.weight_at(p) for p in (0.0, 0.67599, 0.676, 1.0)] == [0.3, 0.3, 0.1, 0.1]
 
 
 def test_its_experts_are_counted_and_balanced_with_the_others(small_model: Make) -> None:

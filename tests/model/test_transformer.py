@@ -9,6 +9,7 @@ import torch
 
 from moe_train.config import GQAConfig, MLAConfig
 from moe_train.model.attention import GQA, MLA, LayerCache
+from moe_train.model.loss import IGNORE
 from moe_train.model.rope import rotary_tables, rotate
 from moe_train.model.transformer import Transformer
 
@@ -79,6 +80,58 @@ def test_losses_are_sums_over_tokens_so_micro_batches_add_up(model: Transformer)
     torch.testing.assert_close(whole.objective, halves[0].objective + halves[1].objective, rtol=1e-10, atol=0)
     torch.testing.assert_close(whole.nll, halves[0].nll + halves[1].nll, rtol=1e-10, atol=0)
     assert torch.equal(whole.counts_le, halves[0].counts_le + halves[1].counts_le)
+
+
+# Balance over a batch, and places in it, are those of the micro-batch that is there.
+CUT_MATTERS = {"batch_loss": ["moe=batch_loss"], "switch": ARMS["switch"], "expert_choice": ["moe=expert_choice"]}
+
+
+@pytest.mark.parametrize("arm", CUT_MATTERS)
+def test_batch_balance_and_capacity_follow_the_micro_batch(arm: str, small_model: Callable[..., Transformer]) -> None:
+    model = small_model(*CUT_MATTERS[arm])
+    tokens, targets = torch.randint(0, 64, (2, 4, 10), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens, targets).objective
+    cut = sum(model(t, y).objective for t, y in zip(tokens.split(1), targets.split(1), strict=True))
+    assert abs(cut - whole) > 1e-7 * whole
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three sequences, the second padded after four tokens, the third padding alone."""
+    tokens, targets = torch.randint(0, 64, (2, 3, 10), generator=torch.Generator().manual_seed(0))
+    targets[1, 4:] = IGNORE
+    targets[2] = IGNORE
+    return tokens, targets
+
+
+@pytest.mark.parametrize("arm", [*ARMS, "expert_choice"])
+def test_what_stands_in_padding_changes_no_loss_no_load_and_no_gradient(
+    arm: str, small_model: Callable[..., Transformer]
+) -> None:
+    model = small_model(*ARMS.get(arm, ["moe=expert_choice"]))
+    tokens, targets = padded_batch()
+    results = []
+    for padding in (0, 7):
+        model.zero_grad()
+        losses = model(tokens.masked_fill(targets == IGNORE, padding), targets, mtp_weight=0.3)
+        losses.objective.backward()
+        results.append([*losses, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("arm", ["mla", "groups", "sequence_loss", "mtp"])
+def test_a_padded_batch_has_the_losses_and_loads_of_its_tokens_alone(
+    arm: str, small_model: Callable[..., Transformer]
+) -> None:
+    model = small_model(*ARMS[arm], "moe.router_z_loss_weight=0.01")
+    tokens, targets = padded_batch()
+    padded = model(tokens, targets)
+    alone = [model(tokens[:1], targets[:1]), model(tokens[1:2, :4], targets[1:2, :4])]
+    assert torch.equal(padded.counts_le, sum(losses.counts_le for losses in alone))
+    assert padded.counts_le[0].sum() == 14 * 2
+    torch.testing.assert_close(padded.nll, sum(losses.nll for losses in alone), rtol=1e-10, atol=0)
+    if arm != "mtp":  # whose losses are brought to the length of the sequence
+        torch.testing.assert_close(padded.auxiliary, sum(losses.auxiliary for losses in alone), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("arm", [*ARMS, "expert_choice"])

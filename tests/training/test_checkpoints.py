@@ -87,7 +87,9 @@ def test_a_truncated_file_is_named_with_the_remedy(
     save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep_last=2)
     path = save_checkpoint(tmp_path, model, optimizers, {"step": 2}, keep_last=2)
     (path / name).write_bytes((path / name).read_bytes()[:keep])
-    with pytest.raises(UserError, match=rf"damaged \({name} has .* remove it to go on from step_1"):
+    with pytest.raises(
+        UserError, match=rf"damaged \({name} has .* put back a whole copy of it, or remove it, and step_1"
+    ):
         open_checkpoint(path)
 
 
