@@ -81,6 +81,13 @@ def _from_our_code(error: BaseException) -> bool:
     )
 
 
+def divide_arguments(schema: type[Any], arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A script's own `key=value` arguments, and those meant for somebody else."""
+    keys = {field.name for field in dataclasses.fields(schema)}
+    own = [a for a in arguments if a.partition("=")[0] in keys or a in ("-h", "--help")]
+    return own, [a for a in arguments if a not in own]
+
+
 def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:
     """`key=value` arguments as a dataclass of plain types. Raises UsageError naming the argument and the remedy."""
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
@@ -130,16 +137,19 @@ def _remedy(mistake: ErrorDetails) -> str:
     return wanted.get(kind, mistake["msg"].removeprefix("Value error, "))
 
 
-def check_json_target(path: Path | None, out: Path | None = None) -> None:
-    """Refuse `json=PATH` before the work is done: where it would overwrite, has no folder, or is `out`."""
+def check_json_target(path: Path | None, out: Path | None = None, key: str = "json") -> None:
+    """Refuse `json=PATH` before the work is done: where it would overwrite, has no folder, or is `out`.
+
+    `key` is the argument it was given as.
+    """
     if path is None:
         return
     if out is not None and path.absolute() == out.absolute():
-        raise UserError(f"json={path} is the folder out={out}: choose a file beside it")
+        raise UserError(f"{key}={path} is the folder out={out}: choose a file beside it")
     if path.exists():
-        raise UserError(f"json={path} exists already: choose another file or remove it")
+        raise UserError(f"{key}={path} exists already: choose another file or remove it")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"json={path}: there is no folder {path.absolute().parent}")
+        raise UserError(f"{key}={path}: there is no folder {path.absolute().parent}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -147,6 +147,8 @@ class Run:
         self.evaluation_seconds_per_token: float | None = None
         self.checkpoint_seconds = 0.0
         self.closing_seconds = 0.0  # of the tracker, which takes about as long to end as to begin
+        self.startup_seconds = 0.0  # of this attempt, until its first step
+        self.evaluation_seconds = 0.0
         self.interrupted: int | None = None  # the signal that ended the run
         self.stopped_by: str | None = None  # the limit that did
         self.tracker: Tracker | None = None
@@ -178,6 +180,7 @@ class Run:
             if progress >= 1 and not self.steps_done and self.account.limits.uses_clock:
                 raise UserError(f"{self._limit_reached()} was used up before the first step: raise it")
             self.stopped_by = self._limit_reached()
+            self.startup_seconds = self.account.meter.attempt_wall_seconds
             while progress < 1 and self.interrupted is None:
                 progress = self._step(progress, bar)
             if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
@@ -336,8 +339,10 @@ class Run:
             max_tokens=max_tokens,
             out_of_time=out_of_time if self.account.limits.uses_clock else None,
         )
+        seconds = time.monotonic() - began
+        self.evaluation_seconds += seconds
         if evaluation is not None:
-            self.evaluation_seconds_per_token = (time.monotonic() - began) / evaluation.tokens
+            self.evaluation_seconds_per_token = seconds / evaluation.tokens
         return evaluation
 
     def _save(self) -> None:

@@ -1,0 +1,1 @@
+"""What runs not yet made would cost, and how far that can be trusted: tested on published runs and on ours."""

@@ -1,0 +1,126 @@
+"""A run here forecast from its own first steps: twenty of them, made by the real command on the device at hand.
+
+What a probe measures (start-up, seconds a token once warm, an evaluation, the rest) is put together for the whole run.
+The interval goes from the fastest to the slowest stretch of three steps: what the machine did within a minute, not what
+it may do tonight. `compare` says how near a forecast came once the run is made.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_train.errors import UserError
+from moe_train.forecast.interval import Interval
+from moe_train.launch import launch_job
+
+STEPS, WARM_UP, STRETCH = 20, 5, 3
+# What makes a run a probe, whatever else it is told.
+_SETTINGS = (
+    f"stop={{steps: {STEPS}, tokens: null, flops: null, seconds: null, usd: null}}",
+    "tracking=none",
+    "tracking.log_every_steps=1",
+    "checkpoint.every_steps=null",
+    "cost.purpose=tuning",
+    "resume=null",
+)
+
+
+def probe(overrides: Sequence[str], tokens: int) -> dict[str, Any]:
+    """What `train.py OVERRIDES stop.tokens=TOKENS` will take here. Raises UserError where the probe fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "probe"
+        status = launch_job([*overrides, *_SETTINGS, f"run_dir={run}"])
+        if status:
+            raise UserError(f"the probe ended with exit status {status}: correct what it says above")
+        summary = json.loads((run / "summary.json").read_text())
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        config = yaml.safe_load((run / "config.yaml").read_text())
+    return extrapolated(summary, rows, config, tokens)
+
+
+def extrapolated(
+    summary: dict[str, Any], rows: list[dict[str, Any]], config: dict[str, Any], tokens: int
+) -> dict[str, Any]:
+    """The whole run's figures from a probe's summary, metrics and configuration."""
+    per_token = _seconds_per_token(rows)
+    every = config["eval"]["every_tokens"]
+    evaluations = 1 + (0 if every is None else (tokens - 1) // every)
+    evaluation = summary["evaluation_seconds"]
+    rest = summary["wall_seconds"] - summary["startup_seconds"] - summary["train_seconds"] - evaluation
+    around_steps = summary["startup_seconds"] + evaluations * evaluation + rest
+    train = per_token * tokens
+    wall = Interval(*(seconds + around_steps for seconds in (train.value, train.low, train.high)))
+    price, devices = summary["price_usd_per_hour"], summary["num_devices"]
+    # Energy of owned devices follows the probe's own mean power.
+    usd_per_second = None if summary["usd_total"] is None else summary["usd_total"] / summary["wall_seconds"]
+    energy = None if summary["energy_kwh"] is None else summary["energy_kwh"] / summary["wall_seconds"]
+    return {
+        "model": config["model"]["name"],
+        "config_hash": summary["config_hash"],
+        "tokens": tokens,
+        "device": summary["device_name"],
+        "hardware": summary["hardware"],
+        "num_devices": devices,
+        "num_threads": summary["num_threads"],
+        "total_params": summary["total_params"],
+        "active_params": summary["active_params"],
+        "flops_per_token": summary["flops_per_token"],
+        "startup_seconds": summary["startup_seconds"],
+        "evaluations": evaluations,
+        "evaluation_seconds": evaluation,
+        "tokens_per_second": asdict(per_token.under(1.0)),
+        "train_seconds": asdict(train),
+        "wall_seconds": asdict(wall),
+        "device_hours": asdict(wall * (devices / 3600)),
+        "price_usd_per_hour": price,
+        "usd_total": None if usd_per_second is None else asdict(wall * usd_per_second),
+        "energy_kwh": None if energy is None else asdict(wall * energy),
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "versions": summary["versions"],
+    }
+
+
+def _seconds_per_token(rows: list[dict[str, Any]]) -> Interval:
+    """Of the warm steps: the mean, and the fastest and slowest stretch."""
+    warm = rows[WARM_UP:]
+    if len(warm) < STRETCH:
+        raise UserError(f"the probe made {len(rows)} steps, too few to measure: give data of more than {STEPS} steps")
+    before = [row["progress/tokens"] for row in rows[WARM_UP - 1 : -1]]
+    tokens = [row["progress/tokens"] - earlier for row, earlier in zip(warm, before)]
+    seconds = [row["throughput/step_seconds"] for row in warm]
+    stretches = [
+        sum(seconds[i : i + STRETCH]) / sum(tokens[i : i + STRETCH]) for i in range(0, len(warm) - STRETCH + 1, STRETCH)
+    ]
+    return Interval(sum(seconds) / sum(tokens), min(stretches), max(stretches))
+
+
+def compare(forecast: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Forecast and truth of the finished run in `run`: ratios of forecast over what it took. Raises UserError."""
+    try:
+        summary = json.loads((run / "summary.json").read_text())
+        took = {key: summary[key] for key in ("tokens", "wall_seconds", "usd_total", "tokens_per_second", "status")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"against={run} holds no finished run: give the folder of one, with its summary.json") from None
+    off = abs(took["tokens"] / forecast["tokens"] - 1)
+    if took["status"] != "finished" or off > 0.05:
+        raise UserError(
+            f"against={run} is {took['status']} after {took['tokens']:,} tokens, and {forecast['tokens']:,} are "
+            "forecast: give a finished run of as many"
+        )
+    found: dict[str, Any] = {"run": str(run), "took": took}
+    for key in ("wall_seconds", "usd_total", "tokens_per_second"):
+        predicted = forecast[key]
+        known = predicted is not None and took[key]
+        found[key] = {"ratio": predicted["value"] / took[key], "held": _holds(predicted, took[key])} if known else None
+    return found
+
+
+def _holds(interval: dict[str, float], truth: float) -> bool:
+    return interval["low"] <= truth <= interval["high"]

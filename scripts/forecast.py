@@ -1,0 +1,77 @@
+"""What a run would take, before it is made: memory, speed, GPU-hours, dollars and energy, each with an interval.
+
+    model=NAME tokens=N hardware=NAME num_gpus=N   from published runs; other settings of the model as for train.py
+    published=true                                 how near that comes for the published runs, each left out in turn
+    fit=true hardware=NAME [model=NAME]            largest micro-batch, longest sequence, whether to checkpoint
+    probe=true tokens=N [train.py's settings]      from 20 steps on the device at hand; against=RUN compares afterwards
+
+python scripts/forecast.py model=NAME tokens=N hardware=NAME [num_gpus=1] [precision=bf16|fp8] \
+[parallel=auto|single|ddp|fsdp2|ep|ep_fsdp2] [expert_parallel=N] [micro_batch=1] [sequence_length=N] [vocab_size=N] \
+[activation_checkpointing=auto|true|false] [price_usd_per_hour=X] [json=FILE] [--config-dir DIR] [model.KEY=VALUE …]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
+from moe_train.compose import split_overrides
+from moe_train.config.fields import Size
+from moe_train.errors import UsageError, reported
+from moe_train.forecast import commands
+
+USAGE = (__doc__ or "").strip()
+
+
+@dataclass
+class Arguments:
+    tokens: Annotated[int, Field(gt=0, le=10**18)] | None = None
+    hardware: str | None = None
+    num_gpus: Size = 1
+    precision: Literal["bf16", "fp8"] = "bf16"
+    parallel: commands.Parallel = "auto"
+    expert_parallel: Size | None = None
+    micro_batch: Size = 1
+    sequence_length: Size | None = None
+    vocab_size: Size | None = None
+    activation_checkpointing: Literal["auto", "true", "false"] = "auto"
+    price_usd_per_hour: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    published: bool = False
+    fit: bool = False
+    probe: bool = False
+    against: Path | None = None
+    json: Path | None = None
+
+
+def main() -> None:
+    own, others = divide_arguments(Arguments, sys.argv[1:])
+    arguments = parse_arguments(Arguments, own, usage=USAGE)
+    check_json_target(arguments.json)
+    modes = [mode for mode in ("published", "fit", "probe") if getattr(arguments, mode)]
+    if len(modes) > 1:
+        raise UsageError(f"{' and '.join(f'{mode}=true' for mode in modes)} are different questions: ask one")
+    content: dict[str, Any]
+    if arguments.probe:
+        hardware = [] if arguments.hardware is None else [f"hardware={arguments.hardware}"]
+        content = commands.probed([*others, *hardware], arguments.tokens, arguments.against)
+    else:
+        overrides, config_dir, unknown = split_overrides(others)
+        parse_arguments(Arguments, unknown, usage=USAGE)  # says what is wrong with them
+        if arguments.published:
+            content = commands.published()
+        elif arguments.fit:
+            content = commands.fitting(arguments, overrides, config_dir)
+        else:
+            content = commands.forecast_of(arguments, overrides, config_dir)
+    if arguments.json:
+        write_json(arguments.json, content)
+
+
+if __name__ == "__main__":
+    with reported(wants_traceback()):
+        main()
