@@ -21,7 +21,7 @@ from pydantic import Field
 
 from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
 from moe_train.compose import split_overrides
-from moe_train.config.fields import Size
+from moe_train.config.fields import Amount, Size
 from moe_train.errors import UsageError, reported
 from moe_train.forecast import commands
 
@@ -30,10 +30,10 @@ USAGE = (__doc__ or "").strip()
 
 @dataclass
 class Arguments:
-    tokens: Annotated[int, Field(gt=0, le=10**18)] | None = None
+    tokens: Amount | None = None
     hardware: str | None = None
     num_gpus: Size = 1
-    precision: Literal["bf16", "fp8"] = "bf16"
+    precision: str | None = None  # bf16 or fp8; of a probe, whatever train.py takes
     parallel: commands.Parallel = "auto"
     expert_parallel: Size | None = None
     micro_batch: Size = 1
@@ -57,8 +57,9 @@ def main() -> None:
         raise UsageError(f"{' and '.join(f'{mode}=true' for mode in modes)} are different questions: ask one")
     content: dict[str, Any]
     if arguments.probe:
-        hardware = [] if arguments.hardware is None else [f"hardware={arguments.hardware}"]
-        content = commands.probed([*others, *hardware], arguments.tokens, arguments.against)
+        given = {"hardware": arguments.hardware, "precision": arguments.precision}
+        shared = [f"{key}={value}" for key, value in given.items() if value is not None]
+        content = commands.probed([*others, *shared], arguments.tokens, arguments.against)
     else:
         overrides, config_dir, unknown = split_overrides(others)
         parse_arguments(Arguments, unknown, usage=USAGE)  # says what is wrong with them

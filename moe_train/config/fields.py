@@ -14,6 +14,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _whole_number(text: Any) -> Any:
+    """1e9 and 1_000 as a user may write them on a script's command line."""
+    try:
+        return _whole(float(text)) if isinstance(text, str) and "e" in text.lower() else text
+    except ValueError:
+        return text
+
+
+Amount = Annotated[int, BeforeValidator(_whole_number), Field(gt=0, le=10**18)]  # of a script, given as text
 Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10**18)]
 Size = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10**6)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**18)]

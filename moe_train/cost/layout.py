@@ -32,18 +32,18 @@ class Layout:
 
         Raises UserError for what cannot be."""
         if name not in NAMES:
-            raise UserError(f"layout={name} is none of {', '.join(NAMES)}: choose one of them")
+            raise UserError(f"parallel={name} is none of {', '.join(NAMES)}: choose one of them")
         if num_devices < 1:
-            raise UserError(f"num_devices={num_devices} must be at least 1: give the number of devices")
+            raise UserError(f"num_gpus={num_devices} must be at least 1: give the number of devices")
         if name == "single" and num_devices > 1:
-            raise UserError(f"layout=single is one device, not num_devices={num_devices}: choose ddp, fsdp2 or ep")
+            raise UserError(f"parallel=single is one device, not num_gpus={num_devices}: choose ddp, fsdp2 or ep")
         spread = name in ("ep", "ep_fsdp2")
         if expert_parallel is not None and not spread:
-            raise UserError(f"expert_parallel does nothing with layout={name}: choose ep or ep_fsdp2, or leave it out")
+            raise UserError(f"expert_parallel does nothing with parallel={name}: choose ep or ep_fsdp2")
         parallel = (expert_parallel or num_devices) if spread else 1
         if parallel < 1 or num_devices % parallel:
             raise UserError(
-                f"expert_parallel={parallel} does not divide num_devices={num_devices}: choose a divisor of it"
+                f"expert_parallel={parallel} does not divide num_gpus={num_devices}: choose a divisor of it"
             )
         return cls(name, num_devices, num_devices if name in ("fsdp2", "ep_fsdp2") else 1, parallel)
 
@@ -62,7 +62,7 @@ class Layout:
         if self.expert_parallel == 1:
             return
         if model.moe is None:
-            raise UserError(f"layout={self.name} spreads experts and {model.name} has none: choose fsdp2 or ddp")
+            raise UserError(f"parallel={self.name} spreads experts and {model.name} has none: choose fsdp2 or ddp")
         if model.moe.num_experts % self.expert_parallel:
             most = math.gcd(model.moe.num_experts, self.num_devices)
             raise UserError(

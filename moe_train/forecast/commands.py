@@ -15,7 +15,7 @@ from moe_train.cost.layout import Layout
 from moe_train.errors import UsageError, UserError
 from moe_train.forecast import probe, tables
 from moe_train.forecast.published import PublishedRun, published_runs
-from moe_train.forecast.training_run import GB, Plan, forecast, layouts_to_try
+from moe_train.forecast.training_run import GB, Plan, Precision, forecast, layouts_to_try
 from moe_train.forecast.utilization_model import (
     LEVEL,
     LeftOut,
@@ -37,7 +37,7 @@ class _Asked(Protocol):
     tokens: int | None
     hardware: str | None
     num_gpus: int
-    precision: Literal["bf16", "fp8"]
+    precision: str | None
     parallel: Parallel
     expert_parallel: int | None
     micro_batch: int
@@ -69,7 +69,7 @@ def forecast_of(asked: _Asked, overrides: list[str], config_dir: Path | None) ->
         sequence_length=_sequence_length(asked, composed),
         hardware=hardware,
         num_devices=asked.num_gpus,
-        precision=asked.precision,
+        precision=_precision(asked.precision),
         layouts=layouts,
         micro_batch=asked.micro_batch,
         activation_checkpointing=None if choice == "auto" else choice == "true",
@@ -176,6 +176,14 @@ def _hardware(asked: _Asked, config_dir: Path | None) -> HardwareConfig:
         price_source=GIVEN,
         price_date=None,
     )
+
+
+def _precision(name: str | None) -> Precision:
+    if name in (None, "bf16"):
+        return "bf16"
+    if name == "fp8":
+        return "fp8"
+    raise UsageError(f"precision={name}: choose one of bf16, fp8, the formats that published runs were made in")
 
 
 def _vocab_size(asked: _Asked, composed: ComposedModel) -> int:

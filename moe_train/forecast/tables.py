@@ -114,9 +114,8 @@ def show_probe(content: Figures, console: Console | None = None) -> None:
         ("tokens/s", "tokens_per_second"),
     ):
         found = content["against"][key]
-        compared.add_row(
-            name, *(("not known", "") if found is None else (f"{found['ratio']:.3f}", _yes(found["held"])))
-        )
+        ratio = "not known" if found is None else f"{found['ratio']:.3f}"
+        compared.add_row(name, ratio, "" if found is None else "yes" if found["held"] else "no")
     console.print(compared)
 
 
@@ -159,13 +158,13 @@ def show_published(content: Figures, console: Console | None = None) -> None:
 def show_fit(rows: list[FitRow], hardware: str, console: Console | None = None) -> None:
     console = console or Console()
     table = _table(
-        f"what fits one {hardware}",
+        f"what fits one {hardware} (recomputing: with activation_checkpointing=true)",
         "model",
-        "micro-batch",
-        "with checkpointing",
-        "longest sequence",
-        "activation checkpointing",
-        "peak of one sequence, GB",
+        "sequences at once",
+        "recomputing",
+        "longest one",
+        "to recompute",
+        "peak of one, GB",
     )
     for row in rows:
         needs = {True: "needed", False: "not needed", None: "does not fit"}[row.needs_activation_checkpointing]

@@ -1,0 +1,96 @@
+"""The forecasting commands: what they print and write, and what they refuse in one line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from command_line import ROOT, Commands
+
+SCRIPT = ["python", str(ROOT / "scripts/forecast.py")]
+
+
+def asked(commands: Commands, *arguments: str) -> dict[str, Any]:
+    commands.run(*SCRIPT, *arguments, "json=answer.json")
+    content: dict[str, Any] = json.loads((commands.folder / "answer.json").read_text())
+    return content
+
+
+def test_published_runs_come_with_the_promised_figures(commands: Commands) -> None:
+    content = asked(commands, "published=true")
+    keys = {"model", "kind", "published_gpu_hours", "predicted_gpu_hours", "interval", "ratio"}
+    assert all(keys <= set(row) for row in content["rows"])
+    assert content["median_error"] <= 0.15
+    assert content["within_1_5x"] >= 0.93
+    assert content["baseline_median_error"] > content["median_error"]
+    assert content["baseline_within_1_5x"] < content["within_1_5x"]
+    assert content["interval_coverage"] >= content["level"]
+
+
+def test_a_run_on_devices_one_does_not_have(commands: Commands) -> None:
+    arguments = ["model=llama_3_1_8b", "tokens=1e12", "hardware=h100", "num_gpus=64", "price_usd_per_hour=3"]
+    content = asked(commands, *arguments, "model.num_hidden_layers=16", "optimizer=adamw")
+    assert content["usd"]["value"] == pytest.approx(3 * content["gpu_hours"]["value"])
+    assert content["memory"]["layout"]["name"] == "fsdp2"
+    assert content["total_params"] < 5e9  # half the layers
+
+
+def test_what_fits(commands: Commands) -> None:
+    rows = {row["model"]: row for row in asked(commands, "fit=true", "hardware=rtx_4090")["rows"]}
+    assert rows["base"]["largest_micro_batch"] > 0
+    assert rows["llama_3_1_8b"]["needs_activation_checkpointing"] is None
+
+
+def test_a_probe_forecasts_a_run_here_and_says_how_near_it_came(commands: Commands) -> None:
+    tiny = [o for o in commands.tiny if not o.startswith("stop.")] + ["hardware.price_usd_per_hour=3600"]
+    commands.train("run_dir=run", "stop.steps=null", "stop.tokens=50000", "hardware.price_usd_per_hour=3600")
+    content = asked(commands, "probe=true", "tokens=50000", *tiny, "against=run")
+    # Other work on the cores can slow either by several times: only that the two agree in kind is asked here.
+    assert 0.1 < content["against"]["wall_seconds"]["ratio"] < 10
+    assert content["usd_total"]["value"] == pytest.approx(content["wall_seconds"]["value"], rel=1e-6)
+    assert not (commands.folder / "probe").exists()
+
+
+def test_deepseek_v3s_table_and_its_picture(commands: Commands) -> None:
+    script = str(ROOT / "scripts/deepseek_v3_cost.py")
+    result = commands.run("python", script, "plot=v3.svg", "json=v3.json")
+    assert "$5,576,000" in result.stdout
+    assert json.loads((commands.folder / "v3.json").read_text())["usd"] == 5_576_000
+    assert (commands.folder / "v3.svg").read_text().lstrip().startswith("<?xml")
+    again = commands.run("python", script, "plot=v3.svg", check=False)
+    assert "plot=v3.svg exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=nano"], "tokens= is missing"),
+        (["model=nano", "tokens=0", "hardware=h100"], "tokens=0"),
+        (["model=nano", "tokens=1e9"], "hardware= is missing: choose one of"),
+        (["model=nano", "tokens=1e9", "hardware=h1000"], "there is no hardware=h1000"),
+        (["model=nano", "tokens=1e9", "hardware=../h100"], "there is no hardware=../h100"),
+        (["model=nano", "tokens=1e9", "hardware=cpu"], "probe=true"),
+        (["model=nano", "tokens=1e9", "hardware=h100", "num_gpus=0"], "num_gpus=0"),
+        (
+            ["model=nano", "tokens=1e9", "hardware=h100", "num_gpus=2", "parallel=single"],
+            "parallel=single is one device",
+        ),
+        (["model=dense_nano", "tokens=1e9", "hardware=h100", "num_gpus=2", "parallel=ep"], "has none"),
+        (["model=nano", "tokens=1e9", "hardware=a100_80", "precision=fp8"], "multiplies no FP8"),
+        (["model=nano", "tokens=1e9", "hardware=h100", "precision=int4"], "precision=int4"),
+        (["model=nonesuch", "tokens=1e9", "hardware=h100"], "there is no model=nonesuch"),
+        (["tokens=1e9", "hardware=h100"], "model= is missing"),
+        (["published=true", "fit=true"], "different questions"),
+        (["published=true", "tokns=5"], "did you mean tokens=?"),
+        (["fit=true"], "hardware= is missing"),
+        (["probe=true"], "tokens= is missing"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_answered_is_one_line(arguments: list[str], message: str, commands: Commands) -> None:
+    result = commands.run(*SCRIPT, *arguments, check=False)
+    assert result.returncode in (1, 2)
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.stderr
