@@ -49,6 +49,11 @@ def main() -> None:
         f"AutoModelForCausalLM.from_pretrained({str(arguments.out)!r}) loads it; {arguments.out / 'README.md'} "
         "describes it\n"
     )
+    if exported.mtp_modules:
+        sys.stderr.write(
+            "note: transformers' own loader reads MTP modules only at the depths of published models; at others it "
+            f"calls the tensors of these {exported.mtp_modules} unexpected and loads the rest\n"
+        )
     if arguments.json:
         write_json(arguments.json, dataclasses.asdict(exported))
 

@@ -46,6 +46,7 @@ class Exported:
     dtype: str
     shards: int
     step: int
+    mtp_modules: int
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,11 @@ def export_run(
             tokenizer.save(temporary)
             _check_tokenizer(temporary, tokenizer)
         num_params = sum(piece.num_elements for piece in pieces if not (piece.is_copy or _is_bias(piece.theirs)))
-        exported = Exported(target.model_type, target.architecture, num_params, kind, len(shards), checkpoint.step)
+        exported = Exported(
+            target.model_type, target.architecture, num_params, kind, len(shards), checkpoint.step, model.mtp_depth
+        )
         prefixed = tokenizer is not None and bool(tokenizer.prefix_ids)
-        card = model_card(exported, theirs, config, checkpoint, folder, kept_mtp=model.mtp_depth, prefixed=prefixed)
+        card = model_card(exported, theirs, config, checkpoint, folder, prefixed=prefixed)
         (temporary / "README.md").write_text(card)
     return exported
 

@@ -27,20 +27,18 @@ def model_card(
     config: RunConfig,
     checkpoint: Checkpoint,
     run_folder: Path,
-    kept_mtp: int,
     prefixed: bool,
 ) -> str:
     """The card of a checkpoint of `config`'s run.
 
-    theirs: the written configuration. kept_mtp: how many of its MTP modules the export has. prefixed: whether the
-    tokenizer sets a token before every text.
+    theirs: the written configuration. prefixed: whether the tokenizer sets a token before every text.
     """
     state, summary = checkpoint.state, _summary_of(run_folder, checkpoint)
     model = config.model.resolved()
     counts = parameter_counts(model, checkpoint.vocab_size)
     sections = [
         _front_matter(),
-        f"# {config.name}\n\n{_what_it_is(exported, model, counts.active, state, kept_mtp)}",
+        f"# {config.name}\n\n{_what_it_is(exported, model, counts.active, state)}",
         f"## Architecture\n\n{_table(_architecture(theirs))}",
         f"## Training\n\n{_table(_training(config, state, summary))}",
         f"## Cost\n\n{_cost_note(summary)}{_table(_cost(state, summary, _ledger(run_folder)))}",
@@ -57,7 +55,7 @@ def _front_matter() -> str:
     return "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [moe_train]\n---"
 
 
-def _what_it_is(exported: Exported, model: ModelConfig, active: int, state: Mapping[str, Any], kept_mtp: int) -> str:
+def _what_it_is(exported: Exported, model: ModelConfig, active: int, state: Mapping[str, Any]) -> str:
     kind = "dense language model" if model.moe is None else "mixture-of-experts language model"
     active_part = "" if model.moe is None else f", {active:,} of them active for a token"
     lines = [
@@ -66,11 +64,11 @@ def _what_it_is(exported: Exported, model: ModelConfig, active: int, state: Mapp
     ]
     if origin := state.get("origin"):
         lines.append(f"Its weights were {origin}.")
-    if kept_mtp:
+    if exported.mtp_modules:
         lines.append(
-            f"Its {kept_mtp} MTP module(s) are the layers from model.layers.{model.num_hidden_layers} on, as published "
-            "with DeepSeek-V3. transformers' own loader reads MTP modules only at the depths of published models (61 "
-            "layers of DeepSeek-V3); at others it calls their tensors unexpected and loads the rest."
+            f"Its {exported.mtp_modules} MTP module(s) are the layers from model.layers.{model.num_hidden_layers} on, "
+            "as published with DeepSeek-V3. transformers' own loader reads MTP modules only at the depths of published "
+            "models (61 layers of DeepSeek-V3); at others it calls their tensors unexpected and loads the rest."
         )
     elif model.mtp is not None:
         lines.append(f"It was trained with {model.mtp_depth} MTP module(s), which this export leaves out.")

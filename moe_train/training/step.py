@@ -1,10 +1,11 @@
 """One optimizer step: micro-batches, gradient, clip, update, balance.
 
 All losses are sums over tokens and are divided once by the number of targets in the global batch, so a step is the same
-however it is cut into micro-batches and processes, padded blocks included. Two kinds of router are the exception. The
-batch-wise balance loss takes its shares from the micro-batch of all ranks, so it is the same for any number of ranks
-and not for any number of micro-batches. Experts with capacity, and experts that choose, share out their places within
-one rank's micro-batch, as Switch and GShard do. Nothing here waits for the device.
+however it is cut into micro-batches and processes, padded blocks included. The exceptions are dropout, whose masks are
+drawn for each micro-batch, and two kinds of router. The batch-wise balance loss takes its shares from the micro-batch
+of all ranks, so it is the same for any number of ranks and not for any number of micro-batches. Experts with capacity,
+and experts that choose, share out their places within one rank's micro-batch, as Switch and GShard do. Nothing here
+waits for the device.
 """
 
 from __future__ import annotations
