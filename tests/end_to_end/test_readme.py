@@ -53,13 +53,23 @@ def made_small(words: list[str], commands: Commands) -> list[str]:
         (file,) = commands.folder.glob(words[2] + "/run-*.wandb")
         return ["wandb", "leet", "inspect", "--json", str(file)]  # a terminal's view, read without one
     script = words[1].removeprefix("scripts/")
+    if "probe=true" in words:
+        tiny = [o for o in commands.tiny if not o.startswith("stop")]
+        return [
+            words[0],
+            str(ROOT / words[1]),
+            *[w for w in words[2:] if w != "model=nano"],
+            *tiny,
+            "model=nano",
+            *SHAPE,
+        ]
     extra = {"generate.py": ["max_new_tokens=3"], "upcycle.py": SHAPE}
     return [words[0], str(ROOT / words[1]), *words[2:], *extra.get(script, [])]
 
 
 def test_the_map_names_every_module_and_no_other() -> None:
     described = README[README.index("train.py                 the entry") : README.index("To add")]
-    for folder in ("model", "data", "training", "cost", "tracking", "interop", "generation", "evaluation"):
+    for folder in ("model", "data", "training", "cost", "forecast", "tracking", "interop", "generation", "evaluation"):
         for file in (ROOT / "moe_train" / folder).glob("[a-z]*.py"):
             assert re.search(rf"\b{file.stem}\b", described), f"{folder}/{file.name}"
     for name in re.findall(r"^(?:  )?([\w.]+/?)\s", described, re.M):
