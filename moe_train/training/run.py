@@ -38,7 +38,6 @@ from moe_train.training.schedules import lr_factor
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import Stepper
 
-
 # A whole evaluation took up to 8% longer than its first batches foretold; one cut short is of other text.
 _MARGIN = 1.2
 

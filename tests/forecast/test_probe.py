@@ -39,12 +39,12 @@ def rows(seconds: list[float]) -> list[dict[str, Any]]:
     ]
 
 
-STEADY = rows([9.0] * 5 + [1.0] * 9 + [2.0] * 6)  # the first five warm up
+STEADY = rows([9.0] * 8 + [1.0] * 6 + [2.0] * 6)  # the first eight warm up
 
 
 def test_a_run_is_start_up_its_tokens_at_the_warm_rate_its_evaluations_and_the_rest() -> None:
     found = extrapolated(SUMMARY, STEADY, CONFIG, tokens=150_000)
-    per_token = (9 * 1.0 + 6 * 2.0) / 15_000
+    per_token = (6 * 1.0 + 6 * 2.0) / 12_000
     evaluations = 3  # after 50,000 and 100,000 tokens, and at the end
     rest = 40.0 - 4.0 - 30.0 - 5.0
     assert found["wall_seconds"]["value"] == pytest.approx(4 + 150_000 * per_token + evaluations * 5.0 + rest)
@@ -57,7 +57,7 @@ def test_a_run_is_start_up_its_tokens_at_the_warm_rate_its_evaluations_and_the_r
 
 def test_a_run_too_short_to_measure_is_refused() -> None:
     with pytest.raises(UserError, match="too few to measure"):
-        extrapolated(SUMMARY, STEADY[:6], CONFIG, tokens=1000)
+        extrapolated(SUMMARY, STEADY[:10], CONFIG, tokens=1000)
 
 
 def finished(folder: Path, **changes: Any) -> Path:
