@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 
 from moe_train.cost.flops import parameter_counts
+from moe_train.cost.layout import Layout
+from moe_train.cost.memory import peak_training_memory
 from moe_train.cost.price import JOULES_PER_KWH
 from moe_train.errors import UserError
 from moe_train.tracking.console import closing_table, where_to_look
@@ -52,6 +54,27 @@ def peak_memory_bytes(runtime: Runtime) -> int:
         return torch.cuda.max_memory_allocated()
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def predicted_peak_bytes(run: Run) -> int:
+    """What `cost/memory.py` foretells of tensors at the peak of a step: to be held against CUDA's `peak_memory_bytes`.
+
+    On a CPU that figure is the whole process, libraries and all, and cannot be compared.
+    """
+    config, runtime = run.config, run.runtime
+    share = config.batch_size // runtime.world_size
+    return peak_training_memory(
+        run.model_config,
+        run.model.vocab_size,
+        sequences=run.stepper.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        optimizer=config.optimizer,
+        compute_bytes=2 if runtime.dtype is torch.bfloat16 else 4,
+        activation_checkpointing=config.activation_checkpointing,
+        accumulates=share > run.stepper.micro_batch_size,
+        layout=Layout.named("ddp" if runtime.world_size > 1 else "single", runtime.world_size),
+        device_type=runtime.device_type,
+    ).bytes
 
 
 def build(run: Run, status: str) -> dict[str, Any]:
@@ -107,6 +130,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "num_threads": run.runtime.num_threads,
         "compute_dtype": str(run.runtime.dtype).removeprefix("torch."),
         "peak_memory_bytes": peak_memory_bytes(run.runtime),
+        "predicted_peak_tensor_bytes": predicted_peak_bytes(run),
         "corpus": run.config.data.name,
         "corpus_fingerprint": run.data.fingerprint,
         "config_hash": run.config.config_hash(),

@@ -192,7 +192,7 @@ def test_layouts_share_out_what_they_say(model_config: MakeConfig) -> None:
         ("single", 2, None, "choose ddp, fsdp2 or ep"),
         ("zero", 2, None, "choose one of them"),
         ("ddp", 0, None, "at least 1"),
-        ("fsdp2", 8, 2, "leave it out"),
+        ("fsdp2", 8, 2, "choose ep or ep_fsdp2"),
         ("ep_fsdp2", 8, 3, "choose a divisor"),
         ("ep", 12, None, "does not divide the 16 experts"),
     ],

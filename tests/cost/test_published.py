@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from moe_train.compose import CONFIGS
 from moe_train.config import ModelConfig
 from moe_train.cost.flops import forward_flops, parameter_counts, training_flops_per_token
 from moe_train.cost.memory import cache_elements_per_token
@@ -107,14 +109,17 @@ def grouped(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * x[0] * weight[-2] * weight[-1]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+EVERY_MODEL = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_forward_flops_are_what_torch_counts_on_the_model_at_full_size(
     name: str, model_config: ModelOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Autocast does not know the meta device, and torch's grouped product takes BF16 alone there.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(matmul, "compute_dtype", lambda x: x.dtype)
-    model, length = model_config(name), 256
+    model, length = dataclasses.replace(model_config(name), vocab_size=model_config(name).vocab_size or 4096), 256
     built = on_meta(model).to(torch.bfloat16)
     tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped})
