@@ -30,16 +30,14 @@ from moe_train.training import metrics
 from moe_train.training import summary as summaries
 from moe_train.training.account import Account
 from moe_train.training.checkpoints import Checkpoint, load_optimizers, load_weights, save_checkpoint
-from moe_train.training.evaluation import Evaluation, evaluate
+from moe_train.training.closing import Closing
+from moe_train.training.evaluation import Evaluation
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.schedules import lr_factor
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import Stepper
-
-# A whole evaluation took up to 8% longer than its first batches foretold; one cut short is of other text.
-_MARGIN = 1.2
 
 
 def train(config: RunConfig) -> None:
@@ -147,18 +145,14 @@ class Run:
             notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
 
         self.evaluation: Evaluation | None = None
-        self.evaluation_seconds_per_token: float | None = None
-        self.checkpoint_seconds = 0.0
-        self.closing_seconds = 0.0  # of the tracker, which takes about as long to end as to begin
+        self.closing = Closing(config, runtime, account, self.model, self.data, self.stepper.micro_batch_size)
         self.startup_seconds = 0.0  # of this attempt, until its first step
-        self.evaluation_seconds = 0.0
         self.interrupted: int | None = None  # the signal that ended the run
         self.stopped_by: str | None = None  # the limit that did
         self.tracker: Tracker | None = None
         if runtime.is_main:
-            began = time.monotonic()
-            self.tracker = self._start_tracker()
-            self.closing_seconds = time.monotonic() - began
+            with self.closing.timing_the_tracker():
+                self.tracker = self._start_tracker()
             (self.path / "tokenizer").mkdir(exist_ok=True)
             Tokenizer.load(self.data.path).save(self.path / "tokenizer")
             print_notes([*notes, f"run folder {self.path}"])
@@ -197,7 +191,7 @@ class Run:
         self.account.training_begins()
         with meter.training():
             fraction = self.account.step_fraction(
-                self.steps_done, self.batches.num_targets(self.steps_done), self._reserve_seconds()
+                self.steps_done, self.batches.num_targets(self.steps_done), self.closing.reserve_seconds()
             )
             factor = lr_factor(config.schedule, progress, fraction)
             began = time.monotonic()
@@ -208,9 +202,10 @@ class Run:
             progress = self._progress()
             self.stopped_by = self._limit_reached()  # now: the reserve changes once the evaluation is timed
             ends = progress >= 1 or self.interrupted is not None
-            evaluates = (ends and self.interrupted is None) or self._evaluates_after(tokens_before)
+            crossed = self._crossed(config.eval.every_tokens, tokens_before)
+            evaluates = self.interrupted is None if ends else crossed and self.closing.leaves_time_for_another()
             every = config.checkpoint.every_steps
-            rehearses = not ends and self._rehearses()
+            rehearses = not ends and self.closing.rehearsal_is_due()
             saves = ends or rehearses or (every is not None and self.steps_done % every == 0)
             # Every checkpoint is logged: its loss is known to be finite, and a resumed run's averages begin with it.
             logs = saves or evaluates or self.steps_done % config.tracking.log_every_steps == 0
@@ -234,46 +229,17 @@ class Run:
         if saves:
             self._save()
         if rehearses:
-            self._rehearse()
+            self.closing.rehearse()
         return progress
 
     def _progress(self) -> float:
-        return self.account.progress(self.steps_done, self._reserve_seconds())
+        return self.account.progress(self.steps_done, self.closing.reserve_seconds())
 
-    def _reserve_seconds(self) -> float:
-        """Wall clock that the closing evaluation, checkpoint and tracker will take, and the step that runs over."""
-        rate, meter = self.evaluation_seconds_per_token, self.account.meter
-        if rate is None:  # until it is measured: a forward pass is a third of a step's work
-            rate = meter.train_seconds / meter.tokens / 3 if meter.tokens else 0.0
-        step = meter.attempt_train_seconds / meter.steps_of_attempt if meter.steps_of_attempt else 0.0
-        return _MARGIN * rate * self._evaluation_tokens() + self.checkpoint_seconds + self.closing_seconds + step
-
-    def _evaluation_tokens(self) -> int:
-        return min(len(self.data.val), self.config.eval.max_tokens or len(self.data.val))
-
-    def _rehearses(self) -> bool:
-        """Once, after a step that no longer warms up, where the clock ends the run."""
-        return (
-            self.account.limits.uses_clock
-            and self.evaluation_seconds_per_token is None
-            and self.account.meter.steps_of_attempt >= 2
-        )
-
-    def _rehearse(self) -> None:
-        """Time some of what follows the last step. An estimate was three times off beside other work on the cores."""
-        for _ in range(2):  # the first warms up
-            self._measure_evaluation(2 * self.stepper.micro_batch_size * self.config.data.sequence_length)
-
-    def _evaluates_after(self, tokens_before: int) -> bool:
-        """Whether an evaluation in the middle of the run is due, and leaves time to go on."""
-        every = self.config.eval.every_tokens
-        if every is None or self.account.meter.tokens // every == tokens_before // every:
-            return False
-        left = self.account.seconds_left(self._reserve_seconds())
-        return left is None or left > 2 * self._reserve_seconds()
+    def _crossed(self, every_tokens: int | None, tokens_before: int) -> bool:
+        return every_tokens is not None and self.account.meter.tokens // every_tokens > tokens_before // every_tokens
 
     def _limit_reached(self) -> str | None:
-        return self.account.limits.reason(self.account.spent(self.steps_done, self._reserve_seconds()))
+        return self.account.limits.reason(self.account.spent(self.steps_done, self.closing.reserve_seconds()))
 
     @contextlib.contextmanager
     def _signals_end_the_run(self) -> Iterator[None]:
@@ -318,7 +284,7 @@ class Run:
 
     def _evaluate(self) -> metrics.Metrics:
         """The whole validation split, or as much of it as a limit in seconds or dollars leaves time for."""
-        self.evaluation = self._measure_evaluation(self.config.eval.max_tokens)
+        self.evaluation = self.closing.evaluate(self.config.eval.max_tokens)
         if self.evaluation is not None and self.evaluation.complete:
             return metrics.of_evaluation(self.evaluation)
         if self.tracker:
@@ -326,31 +292,7 @@ class Run:
             print_notes([f"the limit left time to evaluate {seen} of the validation split"])
         return {} if self.evaluation is None else metrics.of_evaluation(self.evaluation)
 
-    def _measure_evaluation(self, max_tokens: int | None) -> Evaluation | None:
-        after = self.checkpoint_seconds + self.closing_seconds
-
-        def out_of_time() -> bool:
-            left = self.account.seconds_left(after)
-            return left is not None and left <= 0
-
-        began = time.monotonic()
-        evaluation = evaluate(
-            self.model,
-            self.data,
-            self.runtime,
-            sequence_length=self.config.data.sequence_length,
-            batch_size=self.stepper.micro_batch_size,
-            max_tokens=max_tokens,
-            out_of_time=out_of_time if self.account.limits.uses_clock else None,
-        )
-        seconds = time.monotonic() - began
-        self.evaluation_seconds += seconds
-        if evaluation is not None:
-            self.evaluation_seconds_per_token = seconds / evaluation.tokens
-        return evaluation
-
     def _save(self) -> None:
-        began = time.monotonic()
         state = {
             "step": self.steps_done,
             **self.account.state(),
@@ -360,11 +302,11 @@ class Run:
             "config_hash": self.config.config_hash(),
             "model_digest": model_digest(self.config.model),
         }
-        if self.runtime.is_main:
-            save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)
-        self.runtime.accelerator.wait_for_everyone()
+        with self.closing.timing_a_checkpoint():
+            if self.runtime.is_main:
+                save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)
+            self.runtime.accelerator.wait_for_everyone()
         self.saved_step = self.steps_done
-        self.checkpoint_seconds = time.monotonic() - began
 
     def abandon(self) -> None:
         """Close the books of a run that failed; its checkpoints stay."""

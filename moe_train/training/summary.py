@@ -96,7 +96,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "wall_seconds": meter.wall_seconds,
         "lost_seconds": account.lost_seconds,
         "startup_seconds": run.startup_seconds,
-        "evaluation_seconds": run.evaluation_seconds,
+        "evaluation_seconds": run.closing.evaluation_seconds,
         "tokens_per_second": meter.tokens_per_second,
         "model_flops_utilization": meter.model_flops_utilization,
         "hardware_flops_utilization": meter.hardware_flops_utilization,
