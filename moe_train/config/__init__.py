@@ -25,6 +25,7 @@ from moe_train.config.model import (
     RopeScalingConfig,
     YarnConfig,
 )
+from moe_train.config.precision import Fp8Config, OperandConfig, PrecisionConfig
 from moe_train.config.run import RunConfig, model_digest, to_dict
 from moe_train.config.training import (
     AdamWConfig,
@@ -33,7 +34,6 @@ from moe_train.config.training import (
     EvalConfig,
     MuonConfig,
     OptimizerConfig,
-    PrecisionConfig,
     ScheduleConfig,
     SegmentsConfig,
     StopConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "CostConfig",
     "DataConfig",
     "EvalConfig",
+    "Fp8Config",
     "GQAConfig",
     "HardwareConfig",
     "HubConfig",
@@ -60,6 +61,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "MuonConfig",
+    "OperandConfig",
     "OptimizerConfig",
     "PeakConfig",
     "PrecisionConfig",

@@ -14,12 +14,12 @@ from moe_train.config.data import AnyDataConfig
 from moe_train.config.fields import STRICT, Count, NonNegative, Positive, Size, require
 from moe_train.config.hardware import HardwareConfig, TrackingConfig
 from moe_train.config.model import ModelConfig
+from moe_train.config.precision import PrecisionConfig
 from moe_train.config.training import (
     BatchRampConfig,
     CheckpointConfig,
     EvalConfig,
     OptimizerConfig,
-    PrecisionConfig,
     ScheduleConfig,
     StopConfig,
 )

@@ -1,4 +1,4 @@
-"""How a model is trained: precision, optimizer, schedule, what ends the run, evaluation, checkpoints."""
+"""How a model is trained: optimizer, schedule, what ends the run, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moe_train.config.fields import STRICT, Beta, Fraction, NonNegative, Positive, PositiveFloat, Rate, Size, require
-
-
-@dataclass(frozen=True, config=STRICT)
-class PrecisionConfig:
-    """In what number format matrix products run; weights, gradients and optimizer states stay in FP32."""
-
-    name: str
-    compute_dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 where the device multiplies it faster
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from moe_train.errors import UsageError, UserError
 from moe_train.evaluation import texts
 from moe_train.generation.loading import TrainedModel, load_trained
+from moe_train.precision import recipes
 from moe_train.training.evaluation import evaluate
 from moe_train.training.runtime import Runtime, start_runtime
 
@@ -41,6 +42,7 @@ def evaluate_run(
     limit = None if limit == "all" else limit
     runtime = _runtime(trained)
     trained.model.to(runtime.device)
+    recipes.apply(trained.model, config.precision)
     with TemporaryDirectory() as folder:
         if files is None:
             text = texts.own_split(trained, split, limit)

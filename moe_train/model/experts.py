@@ -17,6 +17,7 @@ from moe_train.model import dispatch, slots
 from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequence_balance_loss
 from moe_train.model.layers import SwiGLU
 from moe_train.model.router import Choice, Router
+from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import grouped_linear
 
 
@@ -31,6 +32,9 @@ class Routed(NamedTuple):
 class Experts(nn.Module):
     """The routed experts, each a SwiGLU of width f: gate_up_proj (e, 2f, d), down_proj (e, d, f)."""
 
+    fp8: tuple[Fp8Layer, Fp8Layer] | None = None  # of the two products, given by precision/recipes.py
+    evaluates_in_fp8 = False
+
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
         width = config.moe_intermediate_size
@@ -39,9 +43,10 @@ class Experts(nn.Module):
 
     def forward(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor) -> Tensor:
         """Rows sorted by expert, and the gate value of each → their gated outputs (n, d)."""
-        gate, up = grouped_linear(x_nd, self.gate_up_proj, ends_e).chunk(2, dim=-1)
+        first, second = self.fp8 if self.fp8 and (self.training or self.evaluates_in_fp8) else (None, None)
+        gate, up = grouped_linear(x_nd, self.gate_up_proj, ends_e, first).chunk(2, dim=-1)
         hidden_nf = F.silu(gate) * up * gate_n1.to(gate.dtype)
-        return grouped_linear(hidden_nf, self.down_proj, ends_e)
+        return grouped_linear(hidden_nf, self.down_proj, ends_e, second)
 
 
 class MoELayer(nn.Module):

@@ -10,18 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import linear
 
 
 class Linear(nn.Module):
     """y = x Wᵀ without bias; weight (out, in)."""
 
+    fp8: Fp8Layer | None = None  # given by precision/recipes.py
+    evaluates_in_fp8 = False
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.fp8 if self.training or self.evaluates_in_fp8 else None)
 
 
 class RMSNorm(nn.RMSNorm):

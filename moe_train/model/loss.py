@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_train.precision.matmul import compute_dtype, linear
+from moe_train.precision.formats import compute_dtype
+from moe_train.precision.matmul import linear
 
 IGNORE = -100  # target of padding
 _CHUNK_ELEMENTS = 2**21  # logits alive at a time: 512 rows at 4,096 entries was fastest of 128 … 4,096

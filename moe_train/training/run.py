@@ -8,6 +8,7 @@ Everything a step does is in step.py; what it costs is account.py's; where figur
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import signal
@@ -24,6 +25,7 @@ from moe_train.data.packing import PreparedData, prepare
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
+from moe_train.precision import recipes
 from moe_train.tracking.console import TrainingProgress, print_notes
 from moe_train.tracking.tracker import Tracker
 from moe_train.training import metrics
@@ -114,11 +116,17 @@ class Run:
         else:
             self.model.initialise(config.seed)
         self.model.to(runtime.device)
+        recipes.apply(self.model, config.precision)
         self.optimizers = build_optimizers(self.model, config.optimizer)
         wrapped = runtime.accelerator.prepare(self.model)
         self.stepper = Stepper(config, runtime, self.model, wrapped, self.optimizers, self.batches)
 
         notes = [*runtime.notes, *self.account.notes]
+        if config.precision.fp8 is not None:
+            notes.append(
+                f"precision={config.precision.name}: products are rounded to FP8 and multiplied in FP32 (emulated), "
+                "which shows what it does to the loss and nothing of its speed"
+            )
         self.steps_done = 0
         self.train_loss: float | None = None
         self.last_row: metrics.Metrics = {}
@@ -153,6 +161,8 @@ class Run:
         if runtime.is_main:
             with self.closing.timing_the_tracker():
                 self.tracker = self._start_tracker()
+            formats = recipes.table(self.model, config.precision, str(runtime.dtype).removeprefix("torch."))
+            (self.path / "precision.json").write_text(json.dumps(formats, indent=1, ensure_ascii=False) + "\n")
             (self.path / "tokenizer").mkdir(exist_ok=True)
             Tokenizer.load(self.data.path).save(self.path / "tokenizer")
             print_notes([*notes, f"run folder {self.path}"])

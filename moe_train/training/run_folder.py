@@ -1,7 +1,7 @@
 """Where a run lives: which folder it gets, from which checkpoint it goes on, and that nobody else is writing there.
 
-A run is its configuration and seed, so going on is allowed only where these are the ones the folder was made with; the
-stop condition alone may change. `init_from=PATH` starts a new run from another's weights.
+A run is its configuration and seed, so going on is allowed only where these are the ones the folder was made with; when
+it ends, what it evaluates and its precision alone may change. `init_from=PATH` starts a new run from another's weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_train.errors import UserError
 from moe_train.training.checkpoints import STATE, Checkpoint, checkpoint_paths, open_checkpoint
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
-MAY_CHANGE_ON_RESUME = ("stop", "eval")
+MAY_CHANGE_ON_RESUME = ("stop", "eval", "precision")
 
 
 @dataclasses.dataclass

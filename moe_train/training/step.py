@@ -22,6 +22,7 @@ from moe_train.config import RunConfig
 from moe_train.data.batches import Batches
 from moe_train.model.balancing import update_selection_bias
 from moe_train.model.transformer import Losses, Transformer
+from moe_train.precision.fp8 import holding_weights
 from moe_train.training.optimizers import set_lr
 from moe_train.training.runtime import Runtime
 
@@ -121,15 +122,16 @@ class Stepper:
         counts_le = torch.zeros_like(self.totals.counts_le)
         mtp, moe = self.model.config.mtp, self.model.config.moe
         mtp_weight = 0.0 if mtp is None else mtp.weight_at(progress)
-        for micro, (inputs, targets) in enumerate(pieces):
-            self._seed_dropout(step, micro)
-            last = micro == len(pieces) - 1
-            with contextlib.nullcontext() if last else self.runtime.accelerator.no_sync(self.wrapped):
-                losses = self.wrapped(inputs, targets, mtp_weight)
-                # DDP averages gradients over ranks where a sum is wanted.
-                (losses.objective * (self.runtime.world_size / num_targets)).backward()
-            self.totals.add(losses)
-            counts_le += losses.counts_le
+        with holding_weights():
+            for micro, (inputs, targets) in enumerate(pieces):
+                self._seed_dropout(step, micro)
+                last = micro == len(pieces) - 1
+                with contextlib.nullcontext() if last else self.runtime.accelerator.no_sync(self.wrapped):
+                    losses = self.wrapped(inputs, targets, mtp_weight)
+                    # DDP averages gradients over ranks where a sum is wanted.
+                    (losses.objective * (self.runtime.world_size / num_targets)).backward()
+                self.totals.add(losses)
+                counts_le += losses.counts_le
         counts_le = self.runtime.summed(counts_le)
 
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm or float("inf"))

@@ -1,0 +1,68 @@
+"""In what number format each matrix product runs. A recipe is data: a file of configs/precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from moe_train.config.fields import STRICT
+
+
+@dataclass(frozen=True, config=STRICT)
+class OperandConfig:
+    """How one operand of a product is rounded. Its rows are those of the product, its columns what is summed over.
+
+    scale_of: the elements that share a scale: 128 of a row (tile: DeepSeek-V3's 1 x 128, which is 128 x 1 of the stored
+    tensor where tokens are summed over), 128 x 128 (block), a whole row, or the whole tensor. A scale is the largest
+    magnitude of the moment over the largest value of the format, rounded up to a power of two or left as it is.
+    """
+
+    format: Literal["e4m3", "e5m2"]
+    scale_of: Literal["tile", "block", "row", "tensor"]
+    power_of_two: bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class ForwardConfig:
+    activation: OperandConfig
+    weight: OperandConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class InputGradientConfig:
+    gradient: OperandConfig
+    weight: OperandConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class WeightGradientConfig:
+    gradient: OperandConfig
+    activation: OperandConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fp8Config:
+    """FP8 for the three products of every linear layer of the blocks, routed experts included.
+
+    Router, norms, embedding, head and the core of attention are never in FP8 (arXiv 2412.19437, section 3.3.1).
+    """
+
+    forward: ForwardConfig
+    input_gradient: InputGradientConfig
+    weight_gradient: WeightGradientConfig
+    # Layers whose input has scales that are powers of two: rounding it along rows, then along columns, then costs
+    # nothing twice (section 3.3.3: the projection after attention).
+    power_of_two_inputs_of: tuple[str, ...]
+    # Of sums over the inner dimension. hopper: 14 bits within 128 products, FP32 between (section 3.3.2).
+    accumulation: Literal["float32", "hopper"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class PrecisionConfig:
+    """In what number format matrix products run; weights, gradients and optimizer states stay in FP32."""
+
+    name: str
+    compute_dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 where the device multiplies it faster
+    fp8: Fp8Config | None  # of linear layers; None: they run in the compute format too
+    evaluate_in_fp8: bool  # False: evaluation and generation use the compute format throughout

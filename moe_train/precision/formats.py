@@ -1,0 +1,12 @@
+"""The format that products are done in where no recipe rounds them further."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The format products of `x` are done in: autocast's where it is on for its device, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

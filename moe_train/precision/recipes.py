@@ -1,0 +1,88 @@
+"""Which layers of a model a recipe is for, and the table of what runs in what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig
+from moe_train.errors import UserError
+from moe_train.model.experts import Experts
+from moe_train.model.layers import Linear
+from moe_train.model.transformer import Transformer
+from moe_train.precision.fp8 import Fp8Layer
+
+# Layers outside these are the embedding's, the head's and the final norm's, which stay in the compute format.
+_ROOMS = ("blocks.", "mtp.")
+
+
+def apply(model: Transformer, precision: PrecisionConfig) -> None:
+    """Give every linear layer of the blocks its FP8 products, if the recipe has any. Raises UserError."""
+    recipe = precision.fp8
+    if recipe is None:
+        return
+    known = set()
+    for name, module in model.named_modules():
+        layer = name.rpartition(".")[2]
+        if not name.startswith(_ROOMS) or not isinstance(module, Linear | Experts):
+            continue
+        module.evaluates_in_fp8 = precision.evaluate_in_fp8
+        if isinstance(module, Linear):
+            known.add(layer)
+            module.fp8 = _layer(recipe, layer)
+        else:
+            known |= {"gate_up_proj", "down_proj"}
+            module.fp8 = (_layer(recipe, "gate_up_proj"), _layer(recipe, "down_proj"))
+    for layer in recipe.power_of_two_inputs_of:
+        if layer not in known:
+            raise UserError(
+                f"precision.fp8.power_of_two_inputs_of names {layer}, and the model has {', '.join(sorted(known))}: "
+                "choose among them"
+            )
+
+
+def _layer(recipe: Fp8Config, name: str) -> Fp8Layer:
+    return Fp8Layer(recipe, power_of_two_input=name in recipe.power_of_two_inputs_of)
+
+
+def table(model: Transformer, precision: PrecisionConfig, compute_format: str) -> list[dict[str, Any]]:
+    """A row for each kind of layer: what its three products run in. `compute_format` as in "bfloat16"."""
+    rows: dict[str, dict[str, Any]] = {
+        "embedding": {"layer": "embedding", "all": "a lookup in float32"},
+    }
+    for name, module in model.named_modules():
+        if not name.startswith(_ROOMS) or not isinstance(module, Linear | Experts):
+            continue
+        kind = ".".join(part for part in name.split(".")[1:] if not part.isdigit())
+        if isinstance(module, Linear):
+            rows[kind] = _row(kind, module.fp8, compute_format)
+        else:
+            for part, layer in zip(("gate_up_proj", "down_proj"), module.fp8 or (None, None)):
+                rows[f"{kind}.{part}"] = _row(f"{kind}.{part}", layer, compute_format)
+    rows["router"] = {"layer": "router", "all": "float32"}
+    rows["attention core"] = {"layer": "attention core", "all": compute_format}
+    rows["norms"] = {"layer": "norms", "all": "float32"}
+    rows["head"] = {"layer": "head", "all": compute_format}
+    if not any(isinstance(module, Experts) for module in model.modules()):
+        del rows["router"]
+    return list(rows.values())
+
+
+def _row(name: str, layer: Fp8Layer | None, compute_format: str) -> dict[str, Any]:
+    if layer is None:
+        return {"layer": name, "all": compute_format}
+    recipe = layer.recipe
+    return {
+        "layer": name,
+        "forward": f"{_said(recipe.forward.activation, layer)} · {_said(recipe.forward.weight)}",
+        "input_gradient": f"{_said(recipe.input_gradient.gradient)} · {_said(recipe.input_gradient.weight)}",
+        "weight_gradient": (
+            f"{_said(recipe.weight_gradient.gradient)} · {_said(recipe.weight_gradient.activation, layer)}"
+        ),
+        "accumulation": recipe.accumulation,
+        "backend": "emulated",
+    }
+
+
+def _said(operand: OperandConfig, layer: Fp8Layer | None = None) -> str:
+    powers = operand.power_of_two or (layer is not None and layer.power_of_two_input)
+    return f"{operand.format} a {operand.scale_of}" + (", 2ⁿ" if powers else "")

@@ -1,0 +1,263 @@
+"""Layers in FP8: each product against float64 of the rounded operands, and how much of the signal is left."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from moe_train.compose import CONFIGS, validated
+from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig, RunConfig
+from moe_train.errors import UserError
+from moe_train.model.experts import Experts
+from moe_train.model.layers import Linear
+from moe_train.model.transformer import Transformer
+from moe_train.precision import fp8 as fp8_module
+from moe_train.precision import recipes
+from moe_train.precision.fp8 import Fp8Layer
+from moe_train.precision.quantize import quantize
+
+RECIPES = sorted(path.stem for path in (CONFIGS / "precision").glob("fp8_*.yaml"))
+
+
+def precision(name: str, **changes: object) -> PrecisionConfig:
+    content = yaml.safe_load((CONFIGS / f"precision/{name}.yaml").read_text())
+    return validated(PrecisionConfig, content | changes, name)
+
+
+def recipe(name: str) -> Fp8Config:
+    found = precision(name).fp8
+    assert found is not None
+    return found
+
+
+def rounded(x: Tensor, operand: OperandConfig) -> Tensor:
+    return quantize(x, operand).dequantized().double()
+
+
+def signal_to_noise(found: Tensor, exact: Tensor) -> float:
+    """Decibels."""
+    return float(20 * torch.log10(exact.double().norm() / (found.double() - exact.double()).norm()))
+
+
+SIZES = [0, 130, 1, 0, 257, 64]
+
+
+def case(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, weights, gradient and ends of groups of `sizes`; activations with a few large channels, as in models."""
+    generator = torch.Generator().manual_seed(0)
+    rows, inner, outer = sum(sizes), 200, 136
+    x = torch.randn(rows, inner, generator=generator) * (1 + 20 * (torch.rand(inner, generator=generator) > 0.97))
+    weight = torch.randn(len(sizes), outer, inner, generator=generator) * 0.05
+    grad = torch.randn(rows, outer, generator=generator) * 1e-3
+    return x, weight, grad, torch.tensor(sizes).cumsum(0).int()
+
+
+def through(layer: Fp8Layer, x: Tensor, weight: Tensor, grad: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = layer.grouped_linear(x, weight, ends)
+    y.backward(grad)
+    assert x.grad is not None
+    assert weight.grad is not None
+    return y.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_product_is_that_of_its_rounded_operands(name: str) -> None:
+    own = recipe(name)
+    x, weight, grad, ends = case(SIZES)
+    y, grad_x, grad_weight = through(Fp8Layer(own), x, weight, grad, ends)
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        rows, g, w = x[start:end], grad[start:end], weight[group]
+        if end == start:
+            assert not grad_weight[group].any()
+            continue
+        kept = quantize(rows, own.forward.activation).dequantized()
+        expected = {
+            "y": rounded(rows, own.forward.activation) @ rounded(w, own.forward.weight).T,
+            "grad_x": rounded(g, own.input_gradient.gradient) @ rounded(w.T, own.input_gradient.weight).T,
+            "grad_weight": rounded(g.T, own.weight_gradient.gradient)
+            @ rounded(kept.T, own.weight_gradient.activation).T,
+        }
+        found = {"y": y[start:end], "grad_x": grad_x[start:end], "grad_weight": grad_weight[group]}
+        for what, exact in expected.items():
+            torch.testing.assert_close(found[what].double(), exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
+        start = end
+
+
+# Decibels of the result over its error, against unrounded operands; what the recipes leave of the signal here.
+FLOORS = {
+    "fp8_deepseek": (27.0, 26.0),
+    "fp8_rowwise": (26.0, 24.0),
+    "fp8_tensorwise": (24.0, 22.0),
+    "fp8_e5m2_gradients": (27.0, 21.0),
+    "fp8_block_gradients": (27.0, 25.0),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_left_of_the_signal_is_above_its_floor(name: str) -> None:
+    x, weight, grad, ends = case(SIZES)
+    y, grad_x, grad_weight = through(Fp8Layer(recipe(name)), x, weight, grad, ends)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    bounds = itertools.pairwise([0, *ends.tolist()])
+    exact = torch.cat([exact_x[a:b] @ w.T for (a, b), w in zip(bounds, exact_weight, strict=True)])
+    exact.backward(grad.double())
+    assert exact_x.grad is not None
+    assert exact_weight.grad is not None
+    output, gradient = FLOORS[name]
+    assert signal_to_noise(y, exact.detach()) >= output
+    assert signal_to_noise(grad_x, exact_x.grad) >= gradient
+    assert signal_to_noise(grad_weight, exact_weight.grad) >= gradient
+
+
+def test_the_controls_lose_more_of_the_gradient_than_the_recipe_they_change() -> None:
+    # Token by token gradients differ in size, as they do in training.
+    x, weight, grad, ends = case([512])
+    grad = grad * torch.logspace(-3, 0, 512)[:, None]
+    exact = grad.double() @ weight[0].double()
+    lost = {}
+    for name in ("fp8_deepseek", "fp8_e5m2_gradients", "fp8_block_gradients"):
+        _, grad_x, _ = through(Fp8Layer(recipe(name)), x, weight, grad, ends)
+        lost[name] = signal_to_noise(grad_x[:256], exact[:256])  # the tokens with the smaller gradients
+    assert lost["fp8_deepseek"] > lost["fp8_e5m2_gradients"] + 3
+    assert lost["fp8_deepseek"] > lost["fp8_block_gradients"]
+
+
+def test_one_group_of_all_rows_is_a_linear_layer() -> None:
+    x, weight, _, _ = case([64])
+    layer = Fp8Layer(recipe("fp8_deepseek"))
+    grouped = layer.grouped_linear(x, weight, torch.tensor([64], dtype=torch.int32))
+    assert torch.equal(layer.linear(x.view(4, 16, -1), weight[0]).view(64, -1), grouped)
+
+
+def test_without_rows_there_is_an_empty_result_and_a_gradient_of_zero() -> None:
+    x, weight, grad, ends = case([0, 0])
+    y, grad_x, grad_weight = through(Fp8Layer(recipe("fp8_deepseek")), x, weight, grad, ends)
+    assert (y.shape, grad_x.shape) == ((0, 136), (0, 200))
+    assert not grad_weight.any()
+
+
+def test_weights_are_rounded_once_a_step_and_anew_outside_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded_shapes = []
+
+    def counting(x: Tensor, operand: OperandConfig, **others: object):
+        rounded_shapes.append(tuple(x.shape))
+        return quantize(x, operand, **others)
+
+    monkeypatch.setattr(fp8_module, "quantize", counting)
+    layer = Fp8Layer(recipe("fp8_deepseek"))
+    weight = torch.nn.Parameter(torch.randn(136, 200))
+
+    def micro_batches(count: int) -> list[tuple[int, ...]]:
+        rounded_shapes.clear()
+        for _ in range(count):
+            layer.linear(torch.randn(8, 200, requires_grad=True), weight).sum().backward()
+        return [shape for shape in rounded_shapes if len(shape) == 3]
+
+    once = [(1, 136, 200), (1, 200, 136)]
+    for _ in range(2):  # steps
+        with fp8_module.holding_weights():
+            assert micro_batches(3) == once
+    assert micro_batches(2) == once + once
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_of_the_optimizer_is_seen_by_the_next(fused: bool) -> None:
+    # torch's fused AdamW changes weights without counting up their version.
+    layer = Fp8Layer(recipe("fp8_deepseek"))
+    weight = torch.nn.Parameter(torch.randn(136, 200))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    x = torch.randn(8, 200)
+    outputs = []
+    for _ in range(2):
+        with fp8_module.holding_weights():
+            y = layer.linear(x, weight)
+            outputs.append(y.detach())
+            y.sum().backward()
+        optimizer.step()
+    exact = x @ weight.detach().T
+    assert not torch.equal(*outputs)
+    assert signal_to_noise(layer.linear(x, weight).detach(), exact) > 25
+
+
+def test_what_is_kept_of_an_input_is_in_fp8() -> None:
+    kept = []
+    x, weight, _, ends = case(SIZES)
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        Fp8Layer(recipe("fp8_deepseek")).grouped_linear(x, weight.requires_grad_(), ends)
+    own = {weight.data_ptr()}
+    sizes = {t.dtype: sum(k.nbytes for k in kept if k.dtype == t.dtype and k.data_ptr() not in own) for t in kept}
+    assert sizes[torch.float8_e4m3fn] == x.numel()
+    assert sizes[torch.float32] == 4 * len(x) * 2  # two scales a row of 200
+
+
+@pytest.fixture
+def model(small_model: Callable[..., Transformer]) -> Transformer:
+    return small_model("mtp=depth_1", dtype=torch.float32)
+
+
+def test_blocks_are_in_fp8_and_router_head_and_embedding_are_not(model: Transformer) -> None:
+    recipes.apply(model, precision("fp8_deepseek"))
+    in_fp8 = {name for name, m in model.named_modules() if isinstance(m, Linear | Experts) and m.fp8 is not None}
+    assert in_fp8 == {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, Linear | Experts) and name.startswith(("blocks.", "mtp."))
+    }
+    assert any(name.startswith("mtp.") for name in in_fp8)
+    powers = {
+        name.rpartition(".")[2]
+        for name, m in model.named_modules()
+        if isinstance(m, Linear) and m.fp8 is not None and m.fp8.power_of_two_input
+    }
+    assert powers == {"o_proj"}
+    rows = {row["layer"]: row for row in recipes.table(model, precision("fp8_deepseek"), "bfloat16")}
+    assert rows["attention.o_proj"]["forward"] == "e4m3 a tile, 2ⁿ · e4m3 a block"
+    assert rows["ffn.experts.down_proj"]["weight_gradient"] == "e4m3 a tile · e4m3 a tile"
+    assert (rows["head"]["all"], rows["router"]["all"]) == ("bfloat16", "float32")
+
+
+def test_evaluation_is_in_fp8_only_where_asked_for(model: Transformer) -> None:
+    tokens = torch.arange(64).view(2, 32) % 64
+    model.eval()
+    with torch.no_grad():
+        plain = model.logits(tokens)
+        recipes.apply(model, precision("fp8_deepseek"))
+        assert torch.equal(model.logits(tokens), plain)
+        recipes.apply(model, precision("fp8_deepseek", evaluate_in_fp8=True))
+        assert not torch.equal(model.logits(tokens), plain)
+
+
+def test_recomputed_activations_give_the_same_gradients(small_model: Callable[..., Transformer]) -> None:
+    tokens, targets = torch.randint(0, 64, (2, 2, 32), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model(dtype=torch.float32)
+        model.activation_checkpointing = checkpointing
+        recipes.apply(model, precision("fp8_deepseek"))
+        model.train()
+        model(tokens, targets).objective.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_layer_that_does_not_exist_is_named(model: Transformer) -> None:
+    content = yaml.safe_load((CONFIGS / "precision/fp8_deepseek.yaml").read_text())
+    content["fp8"]["power_of_two_inputs_of"] = ["o_project"]
+    with pytest.raises(UserError, match=r"names o_project, and the model has .*o_proj"):
+        recipes.apply(model, validated(PrecisionConfig, content, "recipe"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_run(name: str, compose_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = compose_run(f"precision={name}")
+    assert config.precision.name == name
+    assert config.precision.fp8 is not None
