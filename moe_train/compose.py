@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from moe_train.config import ModelConfig, OptimizerConfig, RunConfig
+from moe_train.config import ModelConfig, OptimizerConfig, PrecisionConfig, RunConfig
 from moe_train.config.fields import STRICT, Size
 from moe_train.errors import UsageError, UserError, one_line
 
@@ -44,11 +44,12 @@ class ComposedModel:
 
     model: ModelConfig
     optimizer: OptimizerConfig
+    precision: PrecisionConfig
     default_vocab_size: Size  # of the tokenizer that a run would train
     default_sequence_length: Size  # of a run
 
 
-_OF_A_MODEL = ("model", "optimizer")  # the groups of configs/train.yaml it is made of
+_OF_A_MODEL = ("model", "optimizer", "precision")  # the groups of configs/train.yaml it is made of
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], Path | None, list[str]]:

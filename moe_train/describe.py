@@ -10,16 +10,19 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from moe_train.compose import ComposedModel
-from moe_train.config import ModelConfig
+from moe_train.config import ModelConfig, PrecisionConfig
 from moe_train.cost import flops, memory
 from moe_train.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_train.model.transformer import Transformer
 
 _PUBLISHED_LENGTH = 4096
 
@@ -84,6 +87,7 @@ def describe(
         activation_checkpointing=activation_checkpointing,
         accumulates=False,
     )
+    built = _built(model, vocabulary)
     return {
         "model": model.name,
         "sequence_length": sequence_length,
@@ -96,7 +100,8 @@ def describe(
         "cache_elements_per_token": memory.cache_elements_per_token(model),
         "cache_bytes_per_token": 2 * memory.cache_elements_per_token(model),
         "parts": _parts(model, sequence_length, vocabulary),
-        "layers": [asdict(row) for row in _layers(model, vocabulary)],
+        "layers": [asdict(row) for row in _layers(built)],
+        "precision": {"name": composed.precision.name, "rows": _formats(built, composed.precision, compute_dtype)},
         "memory": {
             "batch": batch,
             "optimizer": composed.optimizer.kind,
@@ -129,14 +134,25 @@ def _parts(model: ModelConfig, sequence_length: int, vocab_size: int) -> list[di
     ]
 
 
-def _layers(model: ModelConfig, vocab_size: int) -> list[LayerRow]:
-    """Consecutive layers of the same shapes are one row."""
+def _built(model: ModelConfig, vocab_size: int) -> Transformer:
     import torch
 
     from moe_train.model.transformer import Transformer
 
     with torch.device("meta"):
-        built = Transformer(model, vocab_size)
+        return Transformer(model, vocab_size)
+
+
+def _formats(built: Transformer, precision: PrecisionConfig, compute_dtype: str) -> list[dict[str, Any]]:
+    from moe_train.precision import recipes
+
+    recipes.apply(built, precision)
+    wide = compute_dtype if precision.compute_dtype == "auto" else precision.compute_dtype
+    return recipes.table(built, precision, wide)
+
+
+def _layers(built: Transformer) -> list[LayerRow]:
+    """Consecutive layers of the same shapes are one row."""
     # The numbers in front are those of layers: "blocks.3.attention.q_proj.weight" is layer blocks 3.
     layers: dict[tuple[str, int | None], dict[str, list[int]]] = {}
     for name, parameter in built.named_parameters():
@@ -159,7 +175,15 @@ def show(description: dict[str, Any], console: Console | None = None) -> None:
     """The description as tables, on stdout by default."""
     console = console or Console()
     console.print(
-        Group(_layer_table(description), Text(), _part_table(description), Text(), _memory_table(description))
+        Group(
+            _layer_table(description),
+            Text(),
+            _part_table(description),
+            Text(),
+            _precision_table(description["precision"]),
+            Text(),
+            _memory_table(description),
+        )
     )
     for note in description["notes"]:
         console.print(Text(f"note: {note}"), soft_wrap=True)
@@ -210,6 +234,20 @@ def _part_table(description: dict[str, Any]) -> RenderableType:
     cache = description["cache_elements_per_token"]
     size = f"{description['cache_bytes_per_token']:,} bytes in BF16"
     return Group(table, Text(f"cache while generating: {cache:,} elements a token, {size}"))
+
+
+def _precision_table(precision: dict[str, Any]) -> RenderableType:
+    table = Table(title=f"what is multiplied in what, precision={precision['name']}", title_justify="left")
+    for column in ("layer", "forward", "input gradient", "weight gradient"):
+        table.add_column(column, overflow="fold")
+    for row in precision["rows"]:
+        if "all" in row:
+            table.add_row(row["layer"], row["all"])
+        else:
+            table.add_row(row["layer"], *(row[product] for product in ("forward", "input_gradient", "weight_gradient")))
+    if not any("forward" in row for row in precision["rows"]):
+        return table
+    return Group(table, Text("a tile is 1 × 128 along the sum, a block 128 × 128; 2ⁿ: scales that are powers of two"))
 
 
 def _memory_table(description: dict[str, Any]) -> RenderableType:

@@ -1,7 +1,7 @@
 """Layers, parameters, FLOPs, cache and training memory of a model, before anything is trained.
 
-A further architecture is one file, DIR/model/NAME.yaml, with --config-dir DIR. Any key of the model or the optimizer
-can be set as for train.py: model.moe.num_experts=32 model/mtp=depth_1 optimizer=adamw.
+A further architecture is one file, DIR/model/NAME.yaml, with --config-dir DIR. Any key of model, optimizer
+and precision can be set as for train.py: model.moe.num_experts=32 model/mtp=depth_1 precision=fp8_deepseek.
 
 python scripts/describe.py model=NAME [sequence_length=N] [vocab_size=N] [batch=TOKENS_A_DEVICE_HOLDS] \
 [compute_dtype=bfloat16|float32] [activation_checkpointing=false] [json=FILE] [--config-dir DIR] [model.KEY=VALUE …]

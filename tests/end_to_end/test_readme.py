@@ -69,7 +69,18 @@ def made_small(words: list[str], commands: Commands) -> list[str]:
 
 def test_the_map_names_every_module_and_no_other() -> None:
     described = README[README.index("train.py                 the entry") : README.index("To add")]
-    for folder in ("model", "data", "training", "cost", "forecast", "tracking", "interop", "generation", "evaluation"):
+    for folder in (
+        "model",
+        "data",
+        "training",
+        "cost",
+        "forecast",
+        "precision",
+        "tracking",
+        "interop",
+        "generation",
+        "evaluation",
+    ):
         for file in (ROOT / "moe_train" / folder).glob("[a-z]*.py"):
             assert re.search(rf"\b{file.stem}\b", described), f"{folder}/{file.name}"
     for name in re.findall(r"^(?:  )?([\w.]+/?)\s", described, re.M):
