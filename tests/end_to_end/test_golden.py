@@ -36,6 +36,13 @@ ARMS = {
         "model.rope_scaling.original_max_position_embeddings=8",
         "model.attention.qk_norm=per_head",
     ],
+    "fp8_deepseek": ["precision=fp8_deepseek", "precision.compute_dtype=float32"],
+    "fp8_hopper_rowwise": [
+        "precision=fp8_rowwise",
+        "precision.compute_dtype=float32",
+        "precision.fp8.accumulation=hopper",
+        "model/attention=mla_4x32",
+    ],
     "batch_ramp_segments": ["batch_ramp={start: 2, tokens: 512}", "schedule=deepseek_v3"],
     "losses_of_balance_and_z": ["model.moe.sequence_loss_weight=0.05", "z_loss_weight=1e-3"],
 }
