@@ -36,6 +36,10 @@ class AccelerateLauncher(Launcher):
             raise UserError(
                 "run_dir= cannot be shared by the jobs of a grid: leave it out, each job gets a folder of its own"
             )
+        if self.budget.usd is not None and any(o.startswith("cost.sweep=") for o in job_overrides[0]):
+            sweeps = {o for overrides in job_overrides for o in overrides if o.startswith("cost.sweep=")}
+            if len(sweeps) > 1:
+                raise UserError("budget.usd= is of one sweep: give cost.sweep one value")
         if not job_overrides:
             raise UsageError("the grid is empty: a key has no value to take")
         statuses: list[int] = []

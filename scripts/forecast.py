@@ -48,6 +48,15 @@ class Arguments:
     json: Path | None = None
 
 
+_PLAN = ("tokens", "hardware", "num_gpus", "precision", "parallel", "expert_parallel", "micro_batch")
+_TAKES = {
+    "forecast": (*_PLAN, "sequence_length", "vocab_size", "activation_checkpointing", "price_usd_per_hour"),
+    "published": (),
+    "fit": ("hardware", "sequence_length", "vocab_size"),
+    "probe": ("tokens", "hardware", "precision", "against"),
+}
+
+
 def main() -> None:
     own, others = divide_arguments(Arguments, sys.argv[1:])
     arguments = parse_arguments(Arguments, own, usage=USAGE)
@@ -55,6 +64,13 @@ def main() -> None:
     modes = [mode for mode in ("published", "fit", "probe") if getattr(arguments, mode)]
     if len(modes) > 1:
         raise UsageError(f"{' and '.join(f'{mode}=true' for mode in modes)} are different questions: ask one")
+    mode = modes[0] if modes else "forecast"
+    for argument in own:
+        key = argument.partition("=")[0]
+        if key not in (*_TAKES[mode], *modes, "json") and argument not in ("-h", "--help"):
+            raise UsageError(
+                f"{key}= does nothing with {mode}=true: leave it out" if modes else f"{key}= goes with probe=true"
+            )
     content: dict[str, Any]
     if arguments.probe:
         given = {"hardware": arguments.hardware, "precision": arguments.precision}
@@ -64,6 +80,8 @@ def main() -> None:
         overrides, config_dir, unknown = split_overrides(others)
         parse_arguments(Arguments, unknown, usage=USAGE)  # says what is wrong with them
         if arguments.published:
+            if overrides:
+                raise UsageError(f"{overrides[0]} does nothing with published=true: leave it out")
             content = commands.published()
         elif arguments.fit:
             content = commands.fitting(arguments, overrides, config_dir)

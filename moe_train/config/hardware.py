@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moe_train.config.fields import STRICT, Positive, PositiveFloat, require
+from moe_train.config.fields import STRICT, Positive, require
 
+Tera = Annotated[float, Field(gt=0, le=1e6)]  # a figure in FLOP/s is out of bounds
 Dollars = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Date = Annotated[
     str, Field(pattern=r"^\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?$")
@@ -19,9 +20,9 @@ Date = Annotated[
 class PeakConfig:
     """Dense matmul rates in TFLOP/s (never the sparse figures of vendor tables); None where unknown or not there."""
 
-    bfloat16: PositiveFloat | None
-    float8: PositiveFloat | None
-    float32: PositiveFloat | None
+    bfloat16: Tera | None
+    float8: Tera | None
+    float32: Tera | None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -30,9 +31,9 @@ class HardwareConfig:
 
     name: str
     match: tuple[str, ...]  # regular expressions on the name the driver reports
-    memory_gb: PositiveFloat | None
-    bandwidth_tb_s: PositiveFloat | None
-    tdp_w: PositiveFloat | None
+    memory_gb: Annotated[float, Field(gt=0, le=1e5)] | None
+    bandwidth_tb_s: Annotated[float, Field(gt=0, le=1e4)] | None
+    tdp_w: Annotated[float, Field(gt=0, le=1e5)] | None
     peak_tflops: PeakConfig
     specification_source: str | None  # of memory, bandwidth, power and peaks
     specification_date: Date | None

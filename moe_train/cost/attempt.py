@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import uuid
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from moe_train.config import Purpose
@@ -18,6 +18,15 @@ RUNNING, KILLED, FINISHED, FAILED = "running", "killed", "finished", "failed"
 def now() -> str:
     """ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _with_a_zone(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a moment needs its time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_with_a_zone)]  # ISO 8601
 
 
 @dataclass(config=ConfigDict(extra="ignore", strict=True))
@@ -53,8 +62,8 @@ class Attempt:
     usd: NonNegative | None = None
     usd_train: NonNegative | None = None
     usd_energy: NonNegative | None = None
-    started_at: str = Field(default_factory=now)
-    updated_at: str = Field(default_factory=now)
+    started_at: Moment = Field(default_factory=now)
+    updated_at: Moment = Field(default_factory=now)
     id: str = Field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -67,8 +76,11 @@ _ATTEMPT = TypeAdapter(Attempt)
 
 
 def read_attempt(line: str | bytes) -> Attempt:
-    """From one line of JSON. Raises pydantic.ValidationError."""
-    return _ATTEMPT.validate_json(line)
+    """From one line of JSON. Raises ValueError (of pydantic too) where it is none, or has no id to know it by."""
+    attempt = _ATTEMPT.validate_json(line)
+    if '"id"' not in (line.decode() if isinstance(line, bytes) else line):
+        raise ValueError("no id")
+    return attempt
 
 
 def as_line(attempt: Attempt) -> str:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.cost.attempt import FINISHED, Attempt
+from moe_train.cost.attempt import RUNNING, Attempt
 from moe_train.cost.shared_ledger import read_ledger
 from moe_train.errors import UserError
+
+_STOP_USD = re.compile(r"\+*stop\.usd=(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,18 @@ class Budget:
         return sum(attempt.usd or 0.0 for attempt in attempts)
 
     def expected(self, overrides: Sequence[str]) -> float:
-        """What a run will cost: its own stop.usd, else as much as the dearest that finished; 0 while none has."""
-        given = [found[1] for o in overrides if (found := re.fullmatch(r"\+*stop\.usd=([\d.eE+-]+)", o))]
-        if given:
-            return float(given[-1])
+        """What a run will cost: its own stop.usd, else as much as the dearest so far; 0 before the first.
+
+        One that the budget ended counts as well: it would have cost more.
+        """
+        own = [found[1] for override in overrides if (found := _STOP_USD.fullmatch(override))]
+        if own:
+            return float(own[-1])
         runs: dict[str, float] = {}
         for attempt in (attempts := self.attempts()):
             runs[attempt.run or attempt.id] = runs.get(attempt.run or attempt.id, 0.0) + (attempt.usd or 0.0)
-        finished = {attempt.run or attempt.id for attempt in attempts if attempt.status == FINISHED}
-        return max((usd for run, usd in runs.items() if run in finished), default=0.0)
+        running = {attempt.run or attempt.id for attempt in attempts if attempt.status == RUNNING}
+        return max((usd for run, usd in runs.items() if run not in running), default=0.0)
 
     def refusal(self, overrides: Sequence[str]) -> str | None:
         """Why a run with these overrides is not to be started, or None."""

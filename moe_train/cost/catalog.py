@@ -6,6 +6,7 @@ then. A price is the median over providers of each one's cheapest on-demand offe
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def quotes(names: Sequence[str]) -> list[Quote]:
         import gpuhunt
     except ImportError:
         raise UserError("prices come through gpuhunt: pip install -e '.[prices]'") from None
+    logging.getLogger("gpuhunt").setLevel(logging.CRITICAL)  # it logs a traceback for every provider
     catalog = gpuhunt.Catalog(balance_resources=False, auto_reload=False)
     try:
         catalog.load()

@@ -31,12 +31,13 @@ def load_hardware(path: Path) -> HardwareConfig:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         return TypeAdapter(HardwareConfig).validate_json(json.dumps(content), strict=True)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML ({error}): correct the file") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {key}: {first['msg']}: correct the file") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {key + ': ' if key else ''}{reason}: correct the file") from error
 
 
 def _stands_for(hardware: HardwareConfig, device_type: str, device_name: str) -> bool:
@@ -141,16 +142,23 @@ def detect(
         chosen = _with_own_sources(config, file) if file else config
         if not _stands_for(config, device_type, device_name):
             notes.append(f"the prices of {config.name} are applied to {device_name}")
-    paid = _paid_by_the_launcher(environment)
-    if paid is not None and (chosen.price_usd_per_hour is None or (file and chosen.price_source == file.price_source)):
-        chosen = dataclasses.replace(
-            chosen,
-            price_usd_per_hour=paid,
-            price_range_usd_per_hour=None,
-            price_source=f"given by {PRICE_VARIABLE}",
-            price_date=None,
-        )
+    if chosen.price_usd_per_hour is None or (file and chosen.price_source == file.price_source):
+        chosen = at_the_launchers_price(chosen, environment)
     return chosen, notes
+
+
+def at_the_launchers_price(hardware: HardwareConfig, environment: Mapping[str, str]) -> HardwareConfig:
+    """The hardware at the price in the environment, where there is one. Raises UserError if it is none."""
+    paid = _paid_by_the_launcher(environment)
+    if paid is None:
+        return hardware
+    return dataclasses.replace(
+        hardware,
+        price_usd_per_hour=paid,
+        price_range_usd_per_hour=None,
+        price_source=f"given by {PRICE_VARIABLE}",
+        price_date=None,
+    )
 
 
 def age_note(name: str, price_date: str | None, source: str | None, today: date, key: str) -> str | None:
@@ -158,7 +166,7 @@ def age_note(name: str, price_date: str | None, source: str | None, today: date,
 
     `key` is the setting that would replace it.
     """
-    if source is None or source.startswith("given"):
+    if source is None or "given " in source:
         return None
     if price_date is None:
         return f"the price of {name} has no date: check it, or give {key}=…"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -48,6 +49,7 @@ class Ledger:
     ) -> None:
         self._path, self._shared, self._clock = path, shared, clock
         self._lock = threading.Lock()
+        self._told = False  # that the shared ledger cannot be written
         self._written_at = -float("inf")
         self.attempt = attempt or Attempt()
         self.attempt.wall_seconds = already_elapsed
@@ -111,7 +113,14 @@ class Ledger:
         os.replace(temporary, self._path)
         self._written_at = self._clock()
         if self._shared:
-            self._shared.record(self.attempt, force_shared)
+            try:
+                self._shared.record(self.attempt, force_shared)
+            except OSError as error:  # no reason to lose the run, whose own account has been written
+                if not self._told:
+                    sys.stderr.write(
+                        f"note: {self._shared.path} cannot be written ({error.strerror}): lines are missing\n"
+                    )
+                self._told = True
 
 
 def _sum(values: Any) -> float | None:

@@ -14,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import filelock
-from pydantic import ValidationError
 
 from moe_train.cost.attempt import KILLED, RUNNING, Attempt, as_line, read_attempt
 from moe_train.errors import UserError
@@ -31,6 +30,8 @@ class SharedLedger:
         self._due_at = 0.0
         # The system lets go of it when its holder dies.
         self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"cost.ledger={path} is no ordinary file: choose another, or null for none")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("ab").close()
@@ -70,7 +71,7 @@ def read_ledger(path: Path) -> tuple[list[Attempt], int]:
             continue
         try:
             attempt = read_attempt(line)
-        except ValidationError:
+        except ValueError:
             unreadable += 1
             continue
         latest[attempt.id] = attempt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal, Protocol
 from moe_train.compose import CONFIGS, ComposedModel, compose_model
 from moe_train.config import HardwareConfig
 from moe_train.cost.fit import fit
-from moe_train.cost.hardware import GIVEN, load_hardware
+from moe_train.cost.hardware import GIVEN, at_the_launchers_price, load_hardware
 from moe_train.cost.layout import Layout
 from moe_train.errors import UsageError, UserError
 from moe_train.forecast import probe, tables
@@ -145,6 +146,8 @@ def probed(overrides: Sequence[str], tokens: int | None, against: Path | None) -
     """A run on the device at hand, from its first steps."""
     if tokens is None:
         raise UsageError("tokens= is missing: give how many the run trains on, e.g. tokens=1_000_000")
+    if against is not None:
+        probe.finished(against)  # before the probe is made
     content = probe.probe(overrides, tokens)
     if against is not None:
         content["against"] = probe.compare(content, against)
@@ -168,7 +171,7 @@ def _hardware(asked: _Asked, config_dir: Path | None) -> HardwareConfig:
             f"hardware={asked.hardware}: no published run is of such a device: probe=true measures the one at hand"
         )
     if asked.price_usd_per_hour is None:
-        return hardware
+        return at_the_launchers_price(hardware, os.environ)
     return replace(
         hardware,
         price_usd_per_hour=asked.price_usd_per_hour,

@@ -103,11 +103,7 @@ def _seconds_per_token(rows: list[dict[str, Any]]) -> Interval:
 
 def compare(forecast: dict[str, Any], run: Path) -> dict[str, Any]:
     """Forecast and truth of the finished run in `run`: ratios of forecast over what it took. Raises UserError."""
-    try:
-        summary = json.loads((run / "summary.json").read_text())
-        took = {key: summary[key] for key in ("tokens", "wall_seconds", "usd_total", "tokens_per_second", "status")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"against={run} holds no finished run: give the folder of one, with its summary.json") from None
+    took = finished(run)
     off = abs(took["tokens"] / forecast["tokens"] - 1)
     if took["status"] != "finished" or off > 0.05:
         raise UserError(
@@ -120,6 +116,15 @@ def compare(forecast: dict[str, Any], run: Path) -> dict[str, Any]:
         known = predicted is not None and took[key]
         found[key] = {"ratio": predicted["value"] / took[key], "held": _holds(predicted, took[key])} if known else None
     return found
+
+
+def finished(run: Path) -> dict[str, Any]:
+    """What the run in `run` took. Raises UserError where there is none."""
+    try:
+        summary = json.loads((run / "summary.json").read_text())
+        return {key: summary[key] for key in ("tokens", "wall_seconds", "usd_total", "tokens_per_second", "status")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"against={run} holds no finished run: give the folder of one, with its summary.json") from None
 
 
 def _holds(interval: dict[str, float], truth: float) -> bool:

@@ -52,10 +52,11 @@ def show_forecast(figures: Figures, console: Console | None = None) -> None:
     row("dollars at the market's prices", "usd_at_market_prices", "${:,.2f}")
     row("energy of the devices, kWh", "energy_kwh", "{:,.1f}")
     console.print(table)
-    if figures["price_source"]:
+    if figures["price_usd_per_hour"] is not None:
+        source = figures["price_source"] or "no source given"
         console.print(
             Text(
-                f"price: ${figures['price_usd_per_hour']:g} an hour and device, {figures['price_source']}, "
+                f"price: ${figures['price_usd_per_hour']:g} an hour and device, {source}, "
                 f"{figures['price_date'] or 'undated'}"
             ),
             soft_wrap=True,
@@ -207,10 +208,10 @@ def show_deepseek_v3(content: Figures, console: Console | None = None) -> None:
             f"{content['peer']} at the same price",
             f"{as_usd(content['peer_usd'])}, {content['peer_ratio']:.1f} times the GPU-hours",
         ),
-        ("energy of the GPUs, kWh", _span(content["energy_kwh"], "{:,.0f}")),
-        (f"energy at ${content['usd_per_kwh']:g} a kWh", _span(content["usd_energy"], "${:,.0f}")),
+        ("energy of the GPUs, all three phases, kWh", _span(content["energy_kwh"], "{:,.0f}")),
+        (f"the same at ${content['usd_per_kwh']:g} a kWh", _span(content["usd_energy"], "${:,.0f}")),
         (
-            f"wear of GPUs bought at the price of an {content['ownership_of'].upper()}, of three years",
+            f"wear in all phases of GPUs bought at the price of an {content['ownership_of'].upper()}, for three years",
             "not known" if content["usd_ownership"] is None else as_usd(content["usd_ownership"]),
         ),
     ):

@@ -3,9 +3,10 @@
     share of the peak (from published runs) → tokens/s → device hours → dollars, energy
     layout over devices → memory of one device → whether it fits
 
-Speed is 6 x active parameters a token against the dense BF16 peak, the measure the published runs are known by. It
-holds for runs like those: large batches on data-centre devices, from 0.16B active parameters up. For anything else a
-probe measures (`probe.py`).
+Speed is 6 x active parameters a token against the dense BF16 peak, the measure the published runs are known by; they
+trained on sequences of around 4,096 tokens, so that at other lengths it changes as the FLOPs a token do. It holds for
+runs like those: large batches on data-centre devices, from 0.16B active parameters up. For anything else a probe
+measures (`probe.py`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import Any, Literal
 
 from moe_train.config import HardwareConfig, ModelConfig, OptimizerConfig
 from moe_train.cost.fit import usable_bytes
 from moe_train.cost.flops import parameter_counts, training_flops_per_token
+from moe_train.cost.hardware import age_note
 from moe_train.cost.layout import Layout
 from moe_train.cost.memory import PeakMemory, peak_training_memory
 from moe_train.errors import UserError
 from moe_train.forecast.interval import Interval
 from moe_train.forecast.utilization_model import LEVEL, UtilizationModel
 
+PUBLISHED_LENGTH = 4096
 GB = 10**9  # vendors' gigabytes: never more than what a driver shows
 # Share of the rated power a device draws while training: near all of it in dense products, less while it waits. An
 # assumption, not a measurement; hosts and cooling are left out.
@@ -65,7 +69,8 @@ def forecast(plan: Plan, utilization: UtilizationModel) -> dict[str, Any]:
     kind = "dense" if model.moe is None else "moe"
     log_sparsity = math.log((counts.total - counts.mtp) / counts.active)
     share = Interval.around(utilization.predict(kind, log_sparsity, plan.precision), utilization.error)
-    per_device = share * (peak * 1e12 / (6 * counts.active))
+    at_published_length = training_flops_per_token(model, PUBLISHED_LENGTH, plan.vocab_size)
+    per_device = share * (peak * 1e12 / (6 * counts.active) * at_published_length / flops)
     hours = per_device.under(plan.tokens / 3600)
     memory = _memory(plan)
     figures: dict[str, Any] = {
@@ -83,7 +88,7 @@ def forecast(plan: Plan, utilization: UtilizationModel) -> dict[str, Any]:
         "memory": memory,
         "level": LEVEL,
         "utilization_of_bf16_peak": share,
-        "model_flops_utilization": share * (flops / (6 * counts.active)),
+        "model_flops_utilization": share * (at_published_length / (6 * counts.active)),
         "tokens_per_second": per_device * plan.num_devices,
         "gpu_hours": hours,
         "days": hours * (1 / 24 / plan.num_devices),
@@ -93,11 +98,12 @@ def forecast(plan: Plan, utilization: UtilizationModel) -> dict[str, Any]:
         "price_source": hardware.price_source,
         "price_date": hardware.price_date,
         "energy_kwh": None,
-        "notes": _notes(plan, utilization, counts.active, math.exp(log_sparsity), memory["fits"]),
+        "notes": _notes(plan, utilization, counts.active, math.exp(log_sparsity), memory),
     }
     if hardware.price_usd_per_hour is not None:
         figures["usd"] = hours * hardware.price_usd_per_hour
-        low, high = hardware.price_range_usd_per_hour or (hardware.price_usd_per_hour,) * 2
+        asked = (hardware.price_usd_per_hour, *(hardware.price_range_usd_per_hour or ()))
+        low, high = min(asked), max(asked)
         figures["usd_at_market_prices"] = Interval(
             hours.value * hardware.price_usd_per_hour, hours.low * low, hours.high * high
         )
@@ -170,7 +176,10 @@ def _described(
     }
 
 
-def _notes(plan: Plan, utilization: UtilizationModel, active: int, sparsity: float, fits: bool | None) -> list[str]:
+def _notes(
+    plan: Plan, utilization: UtilizationModel, active: int, sparsity: float, memory: dict[str, Any]
+) -> list[str]:
+    fits, checkpointing = memory["fits"], memory["activation_checkpointing"]
     smallest, largest = utilization.range_of_params
     notes = []
     if not smallest <= active <= largest:
@@ -186,4 +195,10 @@ def _notes(plan: Plan, utilization: UtilizationModel, active: int, sparsity: flo
         notes.append("it does not fit: raise num_gpus, lower micro_batch or sequence_length, or choose parallel=auto")
     if plan.precision == "fp8":
         notes.append("memory is that of BF16 training")
+    if checkpointing:
+        notes.append("what is recomputed is not added to the hours: published runs recomputed some as well")
+    price = plan.hardware
+    old = age_note(price.name, price.price_date, price.price_source, date.today(), "price_usd_per_hour")
+    if price.price_usd_per_hour is not None and old:
+        notes.append(old)
     return notes

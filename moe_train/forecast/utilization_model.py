@@ -4,7 +4,7 @@
 
 fitted by least absolute deviations, since some published runs are far off for reasons nobody wrote down (Llama-3.1-8B
 took 2.5 times the GPU-hours that OLMo-3-7B's rate would have meant on the same device). b, c and d are drawn towards 0
-by a ridge on standardised features, since eight mixtures carry them, three of these in FP8. Active size, device
+by a ridge on standardised features, since seven mixtures carry them, three of these in FP8. Active size, device
 generation and amount of compute were tried and made the prediction of runs left out worse (docs/log.md).
 
 The interval is the k-th smallest absolute error of runs left out, the conformal rank k = ⌈(n + 1) · level⌉ (the

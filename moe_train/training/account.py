@@ -50,7 +50,9 @@ class Account:
         if self.energy.note and kind == "cuda" and not measured:
             self.notes.append(self.energy.note)
         priced = bool(self.price.usd_per_hour) and (measured or self.price.usd_per_kwh is None)
-        self.limits = Limits(config.stop, config.budget.usd, priced)
+        rental = "hardware.price_usd_per_hour=…"
+        owned = "cost.watts=…" if self.price.usd_per_hour else "hardware.purchase_usd=…"
+        self.limits = Limits(config.stop, config.budget.usd, priced, rental if self.price.basis == "rental" else owned)
         self.peak: float | None = None
         self.peak_source: str | None = None
         self.earlier_joules: float | None = 0.0

@@ -29,12 +29,14 @@ _CLOCKS = ("stop.seconds", "stop.usd", "budget.usd")
 
 
 class Limits:
-    """The limits of `stop` and `budget_usd`; `priced` says whether dollars are known.
+    """The limits of `stop` and `budget_usd`; `priced` says whether dollars are known, `remedy` what would make them.
 
     Raises UserError where a limit in dollars is asked for without a price to measure it by.
     """
 
-    def __init__(self, stop: StopConfig, budget_usd: float | None, priced: bool) -> None:
+    def __init__(
+        self, stop: StopConfig, budget_usd: float | None, priced: bool, remedy: str = "hardware.price_usd_per_hour=…"
+    ) -> None:
         given = {
             "stop.steps": stop.steps,
             "stop.tokens": stop.tokens,
@@ -51,7 +53,7 @@ class Limits:
             if name in self._limits and not priced:
                 raise UserError(
                     f"{name}={self._limits[name]:g} needs a price above zero for this hardware: "
-                    "give hardware.price_usd_per_hour=…, or stop by another limit"
+                    f"give {remedy}, or stop by another limit"
                 )
 
     @property

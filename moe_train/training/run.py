@@ -52,13 +52,15 @@ def train(config: RunConfig) -> None:
             summaries.show(folder.finished_summary, folder.path, None)
         if runtime.from_main(folder is not None and folder.finished_summary is not None):
             return
-        account = Account(config, runtime)
-        if folder is not None:
-            account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
+        account: Account | None = None
         try:
+            account = Account(config, runtime)
+            if folder is not None:
+                account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
             run = Run(config, runtime, folder, account)
         except BaseException:
-            account.close(FAILED)
+            if account is not None:
+                account.close(FAILED)
             if folder is not None:
                 folder.discard()
             raise

@@ -65,8 +65,8 @@ def test_final_tuning_seed_and_other_runs_are_kept_apart() -> None:
 
 def test_a_run_that_was_killed_and_went_on_is_for_its_purpose_but_for_what_was_done_again() -> None:
     runs = [
-        attempt("/final", "killed", purpose="final", started_at="2026-01-01"),
-        attempt("/final", purpose="final", lost_seconds=900.0, started_at="2026-01-02"),
+        attempt("/final", "killed", purpose="final", started_at="2026-01-01T00:00:00Z"),
+        attempt("/final", purpose="final", lost_seconds=900.0, started_at="2026-01-02T00:00:00Z"),
     ]
     assert make_bill(runs, "project").total.usd == dict(zip(KINDS, (1.75, 0, 0, 0, 0, 0.25)))
     assert make_bill(runs[:1], "project").total.usd["unfinished"] == 1.0

@@ -110,6 +110,27 @@ def test_a_grid_starts_no_job_that_its_budget_cannot_pay_for(commands: Commands)
     assert sum(attempt["usd"] for attempt in attempts) <= 3.5 * one + CLOCK
 
 
+def test_a_job_that_the_budget_ended_is_followed_by_none(commands: Commands) -> None:
+    grid = commands.train_command("-m", "seed=0,1,2", "stop.steps=1000000", *PRICED)
+    result = commands.run(*grid, "budget.usd=8", check=False)
+    (attempt,) = ledger_attempts(commands)
+    assert attempt["status"] == "out_of_budget"
+    assert "2 of 3 not started" in result.stderr
+
+
+def test_a_ledger_that_cannot_be_written_any_more_costs_no_run(commands: Commands) -> None:
+    process = commands.start(commands.train_command("run_dir=run", "stop.steps=400", *PRICED))
+    ledger = commands.folder / "outputs/ledger.jsonl"
+    while not ledger.exists() or not ledger.read_text():
+        time.sleep(0.01)
+    ledger.unlink()
+    ledger.mkdir()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "cannot be written" in errors
+    assert commands.summary("run")["status"] == "finished"
+
+
 def test_a_run_that_its_budget_ends_is_annealed_but_not_finished(commands: Commands) -> None:
     commands.train("run_dir=run", "stop.steps=1000000", "budget.usd=8", "tracking.log_every_steps=50", *PRICED)
     summary = commands.summary("run")
@@ -125,6 +146,9 @@ def test_a_run_that_its_budget_ends_is_annealed_but_not_finished(commands: Comma
         (["cost.basis=owned"], "give cost.usd_per_kwh="),
         (["cost.ledger=/proc/nothing/ledger.jsonl"], "cannot be written"),
         (["budget.usd=1", "hardware=a100_40", "hardware.price_usd_per_hour=null"], "budget.usd=1 needs a price"),
+        (["cost.ledger=/dev/full"], "is no ordinary file"),
+        (["stop.usd=1", "cost.basis=owned", "cost.usd_per_kwh=1", "hardware.purchase_usd=1"], "give cost.watts="),
+        (["hardware.peak_tflops.bfloat16=989e12"], "hardware.peak_tflops.bfloat16=989000000000000.0"),
         (["cost.purpose=fun"], "cost.purpose"),
         (["cost.watts=-5"], "cost.watts=-5"),
         (["cost.life_hours=0"], "cost.life_hours=0"),

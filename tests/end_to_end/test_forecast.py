@@ -36,6 +36,12 @@ def test_a_run_on_devices_one_does_not_have(commands: Commands) -> None:
     assert content["total_params"] < 5e9  # half the layers
 
 
+def test_the_price_of_a_launcher_is_taken_here_too(commands: Commands) -> None:
+    commands.environment["MOE_TRAIN_PRICE_USD_PER_HOUR"] = "5"
+    content = asked(commands, "model=olmoe_1b_7b", "tokens=1e12", "hardware=h100", "num_gpus=8")
+    assert content["usd"]["value"] == pytest.approx(5 * content["gpu_hours"]["value"])
+
+
 def test_what_fits(commands: Commands) -> None:
     rows = {row["model"]: row for row in asked(commands, "fit=true", "hardware=rtx_4090")["rows"]}
     assert rows["base"]["largest_micro_batch"] > 0
@@ -84,6 +90,10 @@ def test_deepseek_v3s_table_and_its_picture(commands: Commands) -> None:
         (["published=true", "fit=true"], "different questions"),
         (["published=true", "tokns=5"], "did you mean tokens=?"),
         (["fit=true"], "hardware= is missing"),
+        (["fit=true", "hardware=h100", "num_gpus=8"], "num_gpus= does nothing with fit=true"),
+        (["published=true", "model=nano"], "model=nano does nothing with published=true"),
+        (["model=nano", "tokens=1e9", "hardware=h100", "against=x"], "against= goes with probe=true"),
+        (["probe=true", "tokens=1e6", "against=nowhere"], "against=nowhere holds no finished run"),
         (["probe=true"], "tokens= is missing"),
     ],
     ids=str,

@@ -76,6 +76,22 @@ def test_hours_grow_with_tokens_and_do_not_depend_on_devices(plan: Plan, million
     assert found["gpu_hours"]["value"] == pytest.approx(forecast(plan, MODEL)["gpu_hours"]["value"] * millions / 10**6)
 
 
+def test_longer_sequences_take_as_much_longer_as_they_have_more_flops(plan: Plan) -> None:
+    short, long = (forecast(dataclasses.replace(plan, sequence_length=n), MODEL) for n in (4096, 65536))
+    assert long["flops_per_token"] > 2 * short["flops_per_token"]
+    ratio = long["flops_per_token"] / short["flops_per_token"]
+    assert long["gpu_hours"]["value"] == pytest.approx(ratio * short["gpu_hours"]["value"])
+    assert long["model_flops_utilization"] == pytest.approx(short["model_flops_utilization"])
+
+
+def test_a_price_outside_its_range_and_an_old_one_are_not_passed_over(plan: Plan) -> None:
+    odd = device("h100", price_usd_per_hour=9.0, price_range_usd_per_hour=(1.0, 3.0), price_date="2020")
+    found = forecast(dataclasses.replace(plan, hardware=odd), MODEL)
+    market = found["usd_at_market_prices"]
+    assert market["low"] <= market["value"] <= market["high"]
+    assert any("of 2020, more than a year old" in note for note in found["notes"])
+
+
 def test_the_simplest_layout_that_fits_is_taken_and_recomputation_only_where_needed(plan: Plan) -> None:
     memory = forecast(plan, MODEL)["memory"]
     assert (memory["layout"]["name"], memory["fits"]) == ("fsdp2", True)  # 7B parameters at 16 bytes: not on one device
