@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_train.cli import check_json_target, parse_arguments, wants_traceback, write_json
 from moe_train.compose import compose_model, split_overrides
-from moe_train.errors import reported
+from moe_train.errors import UsageError, reported
 
 
 @dataclass
@@ -27,6 +27,9 @@ def main() -> None:
     overrides, config_dir, others = split_overrides(sys.argv[1:])
     arguments = parse_arguments(Arguments, others, usage=(__doc__ or "").strip().splitlines()[-1])
     check_json_target(arguments.json, arguments.out)
+    for override in overrides:
+        if not override.lstrip("+~").startswith("model"):
+            raise UsageError(f"{override} is a setting of training, which comes later: leave it out")
     mixture = compose_model(overrides, config_dir).model
     from moe_train.training.upcycle import upcycle_run
 

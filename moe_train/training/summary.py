@@ -128,6 +128,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "device_name": run.runtime.device_name,
         "num_devices": run.runtime.world_size,
         "num_threads": run.runtime.num_threads,
+        "precision": run.config.precision.name,
         "compute_dtype": str(run.runtime.dtype).removeprefix("torch."),
         "peak_memory_bytes": peak_memory_bytes(run.runtime),
         "predicted_peak_tensor_bytes": predicted_peak_bytes(run),

@@ -56,6 +56,10 @@ def test_a_dense_run_goes_on_as_a_mixture(dense: Commands) -> None:
         (["run=dense", "out=up", "model=nano"], "give the mixture the sizes of the dense model"),
         (["run=dense", "out=up", *MIXTURE[:-1], "model.moe.moe_intermediate_size=16"], "no multiple of 3"),
         (["run=dense", "out=up", "name=nano", *MIXTURE], "name=nano is taken"),
+        (
+            ["run=dense", "out=up", *MIXTURE, "precision=fp8_deepseek"],
+            "precision=fp8_deepseek is a setting of training",
+        ),
         (["run=dense", "out=up", *MIXTURE, "model.moe.nexperts=3"], "unknown key model.moe.nexperts"),
     ],
     ids=str,
