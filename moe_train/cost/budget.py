@@ -42,7 +42,8 @@ class Budget:
 
     def overrides(self) -> list[str]:
         """What a run of the sweep is started with."""
-        own = [f"cost.sweep={self.sweep}"]
+        quoted = self.sweep.replace("\\", "\\\\").replace("'", "\\'")  # for hydra's grammar
+        own = [f"cost.sweep='{quoted}'"]
         return own if self.usd is None else [*own, f"budget.usd={self.usd - self.spent():.12g}"]
 
     def attempts(self) -> list[Attempt]:

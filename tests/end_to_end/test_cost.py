@@ -98,14 +98,15 @@ def test_a_limit_that_start_up_uses_up_is_an_error_and_the_seconds_are_paid_for(
 
 def test_a_grid_starts_no_job_that_its_budget_cannot_pay_for(commands: Commands) -> None:
     grid = commands.train_command("-m", "seed=0,1,2,3,4,5", *PRICED)
-    first = commands.run(*grid, "seed=0", "cost.sweep=mine", check=False)
+    name = "cost.sweep='my sweep, it\\'s = this'"
+    first = commands.run(*grid, "seed=0", name, check=False)
     assert first.returncode == 0, first.stderr
     one = ledger_attempts(commands)[0]["usd"]
-    result = commands.run(*grid, "cost.sweep=mine", f"budget.usd={3.5 * one}", check=False)
+    result = commands.run(*grid, name, f"budget.usd={3.5 * one}", check=False)
     assert result.returncode == 1
     assert "not started" in result.stderr
     attempts = ledger_attempts(commands)
-    assert {attempt["sweep"] for attempt in attempts} == {"mine"}
+    assert {attempt["sweep"] for attempt in attempts} == {"my sweep, it's = this"}
     assert 2 <= len(attempts) <= 4
     assert sum(attempt["usd"] for attempt in attempts) <= 3.5 * one + CLOCK
 

@@ -11,6 +11,9 @@ import pytest
 import yaml
 from command_line import ROOT, Commands
 
+from moe_train.forecast.published import published_runs
+from moe_train.forecast.utilization_model import leave_one_out
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -99,6 +102,33 @@ def test_every_configuration_file_is_valid_yaml_with_a_comment_that_says_what_it
         text = file.read_text()
         yaml.safe_load(text)
         assert "# " in text.split("\n\n")[0], file
+
+
+def test_the_published_figures_in_the_readme_are_those_of_the_files_and_these_are_what_the_code_says_now() -> None:
+    results = ROOT / "docs/results"
+    v3, runs = (json.loads((results / f"{name}.json").read_text()) for name in ("deepseek_v3_cost", "published_runs"))
+    text = README[README.index("## What was reproduced") : README.index("## The map")]
+    low, high = (f"{hours / 1e6:.2f}M" for hours in v3["predicted_interval"])
+    for figure in (
+        f"{v3['gpu_hours']:,} H800 hours",
+        f"${v3['usd']:,}",
+        f"{v3['flops_per_token'] / 1e9:.1f} GFLOPs",
+        f"{v3['tokens_per_second_per_gpu']:,.0f} tokens/s and {v3['tflops_per_gpu']:.0f} TFLOP/s",
+        f"{v3['share_of_bf16_peak']:.1%} of the BF16 peak",
+        f"{v3['share_of_fp8_peak']:.1%} of the FP8 peak",
+        f"{v3['mixed_precision_utilization']:.1%} of what its mix",
+        f"{v3['predicted_gpu_hours'] / 1e6:.2f}M hours ({low} to {high})",
+        f"{runs['within_1_5x']:.1%} within",
+        f"median error {runs['median_error']:.1%} ({runs['nested_median_error']:.1%}",
+        f"{runs['baseline_within_1_5x']:.1%} and {runs['baseline_median_error']:.1%}",
+        f"held {runs['interval_coverage']:.1%}",
+    ):
+        assert figure in " ".join(text.split()), figure
+    assert f"{v3['peer_ratio']:.1f} times" in " ".join(text.split())
+    left_out = leave_one_out(published_runs())
+    assert [row["predicted_gpu_hours"] for row in runs["rows"]] == pytest.approx([p.gpu_hours for p in left_out])
+    (own,) = (p for p in left_out if p.run.model == "DeepSeek-V3")
+    assert own.gpu_hours == pytest.approx(v3["predicted_gpu_hours"])
 
 
 def test_the_figures_under_what_was_reproduced_are_the_measured_ones() -> None:
