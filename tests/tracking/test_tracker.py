@@ -125,7 +125,7 @@ def test_half_a_last_line_is_dropped_and_damage_elsewhere_is_named(tmp_path):
         tracker(tmp_path, resume_step=30)
 
 
-def test_a_killed_run_leaves_complete_lines_and_goes_on(tmp_path):
+def test_a_killed_run_leaves_complete_lines_but_perhaps_the_last_and_goes_on(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", _ENDLESS_RUN, str(tmp_path)], env={**os.environ, **_IMPORTABLE})
     try:
         path, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 30
@@ -136,8 +136,10 @@ def test_a_killed_run_leaves_complete_lines_and_goes_on(tmp_path):
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    assert path.read_bytes().endswith(b"}\n")
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, len(rows(tmp_path)) + 1))
+    # Linux ends even a single write where a page ends, if the process is killed there: seen once in hundreds of runs.
+    *complete, _ = path.read_bytes().split(b"\n")
+    assert [json.loads(line)["step"] for line in complete] == list(range(1, len(complete) + 1))
+    assert len(complete) >= 200
     tracker(tmp_path, resume_step=150).log(151, {})
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 152))
 
