@@ -38,6 +38,9 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     return validated(RunConfig, plain, "configuration")
 
 
+PUBLISHED_LENGTH = 4096  # tokens a sequence, at which most published models were trained
+
+
 @dataclass(frozen=True, config=STRICT)
 class ComposedModel:
     """A model without a run, and what of a run's settings decides its cost."""
@@ -47,6 +50,11 @@ class ComposedModel:
     precision: PrecisionConfig
     default_vocab_size: Size  # of the tokenizer that a run would train
     default_sequence_length: Size  # of a run
+
+    @property
+    def sequence_length(self) -> int:
+        """A run's, or that of training for a published architecture, which brings its own vocabulary."""
+        return self.default_sequence_length if self.model.vocab_size is None else PUBLISHED_LENGTH
 
 
 _OF_A_MODEL = ("model", "optimizer", "precision")  # the groups of configs/train.yaml it is made of

@@ -24,8 +24,6 @@ from moe_train.errors import UserError
 if TYPE_CHECKING:
     from moe_train.model.transformer import Transformer
 
-_PUBLISHED_LENGTH = 4096
-
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -54,7 +52,7 @@ def describe(
     """
     model = composed.model.resolved()
     if sequence_length is None:
-        sequence_length = composed.default_sequence_length if model.vocab_size is None else _PUBLISHED_LENGTH
+        sequence_length = composed.sequence_length
     if model.mtp_depth >= sequence_length:
         raise UserError(
             f"model.mtp.depth={model.mtp_depth} needs sequences longer than sequence_length={sequence_length}: lower it"

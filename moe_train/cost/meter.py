@@ -126,7 +126,12 @@ class Meter:
     @property
     def flops(self) -> float:
         """Of the model, over all trained tokens."""
-        return self._flops_before + (self.tokens - self._tokens_before) * self.work.flops
+        return self._flops_before + self.attempt_tokens * self.work.flops
+
+    @property
+    def attempt_tokens(self) -> int:
+        """Of this process."""
+        return self.tokens - self._tokens_before
 
     def data_wait(self, seconds: float) -> None:
         """Seconds of the train clock that a step spent waiting for its batch."""

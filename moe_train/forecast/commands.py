@@ -27,7 +27,6 @@ from moe_train.forecast.utilization_model import (
     within,
 )
 
-_PUBLISHED_LENGTH = 4096
 _FITTED = ("nano", "tiny", "small", "base", "dense_base", "olmoe_1b_7b", "llama_3_1_8b")
 
 
@@ -67,7 +66,7 @@ def forecast_of(asked: _Asked, overrides: list[str], config_dir: Path | None) ->
         vocab_size=_vocab_size(asked, composed),
         optimizer=composed.optimizer,
         tokens=asked.tokens,
-        sequence_length=_sequence_length(asked, composed),
+        sequence_length=asked.sequence_length or composed.sequence_length,
         hardware=hardware,
         num_devices=asked.num_gpus,
         precision=_precision(asked.precision),
@@ -129,7 +128,7 @@ def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dic
         rows += fit(
             int(hardware.memory_gb * GB),
             [(each.model.name, each.model, _vocab_size(asked, each))],
-            sequence_length=_sequence_length(asked, each),
+            sequence_length=asked.sequence_length or each.sequence_length,
             optimizer=each.optimizer,
             compute_bytes=2 if hardware.peak_tflops.bfloat16 else 4,
         )
@@ -191,10 +190,3 @@ def _precision(name: str | None) -> Precision:
 
 def _vocab_size(asked: _Asked, composed: ComposedModel) -> int:
     return asked.vocab_size or composed.model.vocab_size or composed.default_vocab_size
-
-
-def _sequence_length(asked: _Asked, composed: ComposedModel) -> int:
-    """A run's, or 4,096 for an architecture that brings its own vocabulary, as in describe."""
-    if asked.sequence_length is not None:
-        return asked.sequence_length
-    return composed.default_sequence_length if composed.model.vocab_size is None else _PUBLISHED_LENGTH

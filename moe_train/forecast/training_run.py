@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any, Literal
 
+from moe_train.compose import PUBLISHED_LENGTH
 from moe_train.config import HardwareConfig, ModelConfig, OptimizerConfig
 from moe_train.cost.fit import usable_bytes
 from moe_train.cost.flops import parameter_counts, training_flops_per_token
@@ -28,7 +29,6 @@ from moe_train.errors import UserError
 from moe_train.forecast.interval import Interval
 from moe_train.forecast.utilization_model import LEVEL, UtilizationModel
 
-PUBLISHED_LENGTH = 4096
 GB = 10**9  # vendors' gigabytes: never more than what a driver shows
 # Share of the rated power a device draws while training: near all of it in dense products, less while it waits. An
 # assumption, not a measurement; hosts and cooling are left out.

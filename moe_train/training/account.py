@@ -125,7 +125,7 @@ class Account:
                 meter.attempt_wall_seconds,
                 meter.attempt_train_seconds,
                 force=force,
-                tokens=meter.tokens,
+                tokens=meter.attempt_tokens,
                 energy_kwh=None if joules is None else joules / JOULES_PER_KWH,
                 usd=meter.attempt_usd,
                 usd_train=meter.attempt_usd_train,

@@ -194,6 +194,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_pays_for_what_was_lost(
     outside_training = sum(outside for outside, _, _ in before)
     assert second.wall_seconds == pytest.approx(train + 7.0 + outside_training, abs=1e-6)
     assert second.attempt_train_seconds == pytest.approx(sum(inside for _, inside, _ in after), abs=1e-6)
+    assert second.attempt_tokens == sum(tokens for _, _, tokens in after)
     assert second.attempt_wall_seconds == pytest.approx(second.attempt_train_seconds, abs=1e-6)
 
 
