@@ -4,28 +4,34 @@
     input gradient   dx (t, i) = dy (t, o) · wᵀ (i, o)ᵀ     sums over the outputs o
     weight gradient  dw (o, i) = dyᵀ (o, t) · xᵀ (i, t)ᵀ    sums over the tokens t
 
-Operands are rounded to FP8 and multiplied as FP32 numbers: what the recipe computes, on any device, without its speed.
 What is kept of an input until the backward pass is its FP8 form, from which the weight gradient's operand is rounded
 again, as in DeepSeek-V3 (arXiv 2412.19437, section 3.3.3). Weights are rounded once a step, whatever the number of
 micro-batches: inside `holding_weights`, which ends before the optimizer changes them. A tensor's version counter would
 not do: torch's fused AdamW leaves it as it is. In a grouped product every group is a product of its own.
+
+Forward and backward are operators of torch's library, which torch.compile takes as they are, without a graph break.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from moe_train.config import Fp8Config, OperandConfig
-from moe_train.precision.accumulate import product
+from moe_train.config import Fp8Config
+from moe_train.kernels.layouts import DTYPES, PIECE, Rows, Weights
+from moe_train.precision.backends import Backend
+from moe_train.precision.emulated import Emulated
 from moe_train.precision.formats import compute_dtype
-from moe_train.precision.quantize import Quantized, quantize
 
 _held: object | None = None  # the step in progress, while weights cannot change
+_layers: WeakValueDictionary[int, Fp8Layer] = WeakValueDictionary()  # operators take numbers, not objects
+_keys = itertools.count()
 
 
 @contextlib.contextmanager
@@ -37,95 +43,160 @@ def holding_weights() -> Iterator[None]:
         yield
     finally:
         _held = None
+        for layer in _layers.values():
+            layer.let_go()
 
 
 class Fp8Layer:
     """The products of one layer. `power_of_two_input`: the scales of its input are powers of two, whatever else is."""
 
-    def __init__(self, recipe: Fp8Config, power_of_two_input: bool = False) -> None:
+    def __init__(self, recipe: Fp8Config, power_of_two_input: bool = False, backend: Backend | None = None) -> None:
         self.recipe = recipe
         self.power_of_two_input = power_of_two_input
-        self._weights: dict[str, tuple[object, Tensor]] = {}  # by direction, and the step they were rounded in
+        self.backend: Backend = backend or Emulated(recipe.accumulation)
+        self._weights: tuple[Weights | None, Weights | None] = (None, None)
+        self.key = next(_keys)
+        _layers[self.key] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fp8Layer:
+        """A copied model's layer is another layer: its weights will differ."""
+        return Fp8Layer(self.recipe, self.power_of_two_input, self.backend)
 
     def linear(self, x: Tensor, weight_oi: Tensor) -> Tensor:
         """x (…, in), weight (out, in) → (…, out) in the compute format."""
-        rows = x.flatten(0, -2)
-        out: Tensor = _Fp8Grouped.apply(rows, weight_oi.unsqueeze(0), [len(rows)], self)  # type: ignore[no-untyped-call]
-        return out.view(*x.shape[:-1], -1)
+        return self._forward(x.flatten(0, -2), weight_oi, None).view(*x.shape[:-1], -1)
 
     def grouped_linear(self, x_ni: Tensor, weight_eoi: Tensor, ends_e: Tensor) -> Tensor:
-        """Rows of group e times weight_eoi[e] → (n, out); ends_e is read on the host."""
-        out: Tensor = _Fp8Grouped.apply(x_ni, weight_eoi, ends_e.tolist(), self)  # type: ignore[no-untyped-call]
+        """Rows of group e times weight_eoi[e] → (n, out) in the compute format."""
+        return self._forward(x_ni, weight_eoi, ends_e)
+
+    def _forward(self, x_ni: Tensor, weight: Tensor, ends_e: Tensor | None) -> Tensor:
+        kept_in = DTYPES[self.recipe.forward.activation.format]
+        narrow = x_ni.to(compute_dtype(x_ni))
+        out: Tensor = torch.ops.moe_train.fp8_forward(narrow, weight, ends_e, self.key, kept_in)[0]
         return out
 
-    def quantized_input(self, x: Tensor, operand: OperandConfig) -> Quantized:
-        return quantize(x, operand, power_of_two=self.power_of_two_input or operand.power_of_two)
+    @property
+    def power_of_two(self) -> bool | None:
+        """Of the scales of its input; None: as each operand says."""
+        return True if self.power_of_two_input else None
 
-    def weight(self, weight_eoi: Tensor, direction: Literal["forward", "input_gradient"]) -> Tensor:
-        """FP32 values of the weight as `direction` rounds it."""
-        step, rounded = self._weights.get(direction, (None, None))
-        if _held is not None and rounded is not None and step is _held:
-            return rounded
-        forward = direction == "forward"
-        operand = self.recipe.forward.weight if forward else self.recipe.input_gradient.weight
-        rounded = quantize(weight_eoi if forward else weight_eoi.mT, operand).dequantized()
-        if _held is not None:
-            self._weights[direction] = (_held, rounded)
+    def weights(self, weight_eoi: Tensor, *, backward: bool) -> Weights:
+        """The weight as the forward product takes it, or its transpose for the input gradient."""
+        forward, transposed = self.recipe.forward.weight, self.recipe.input_gradient.weight
+        if _held is None:
+            one = (None, transposed) if backward else (forward, None)
+            rounded = self.backend.round_weights(weight_eoi, *one)
         else:
-            self._weights.clear()
-        return rounded
+            if self._weights[0] is None:
+                self._weights = self.backend.round_weights(weight_eoi, forward, transposed)
+            rounded = self._weights
+        chosen = rounded[backward]
+        assert chosen is not None
+        return chosen
+
+    def let_go(self) -> None:
+        """Of rounded weights."""
+        self._weights = (None, None)
 
 
-class _Saved(NamedTuple):
-    """One group's input as it is kept."""
-
-    start: int
-    end: int
-    piece: tuple[int, int]
-
-
-class _Fp8Grouped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ni: Tensor, weight_eoi: Tensor, ends: list[int], layer: Fp8Layer) -> Tensor:
-        dtype, recipe = compute_dtype(x_ni), layer.recipe
-        weight = layer.weight(weight_eoi, "forward")
-        narrow = x_ni.to(dtype)
-        out = x_ni.new_zeros(len(x_ni), weight_eoi.shape[1], dtype=dtype)
-        ctx.groups, saved = [], []
-        for group, (start, end) in enumerate(_bounds(ends)):
-            if end > start:
-                x = layer.quantized_input(narrow[start:end], recipe.forward.activation)
-                out[start:end] = product(x.dequantized(), weight[group], recipe.accumulation).to(dtype)
-                ctx.groups.append((group, _Saved(start, end, x.piece)))
-                saved += [x.values, x.scales]
-        ctx.save_for_backward(weight_eoi, *saved)
-        ctx.layer, ctx.dtype, ctx.input_dtype = layer, dtype, x_ni.dtype
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight_eoi, *saved = ctx.saved_tensors
-        layer: Fp8Layer = ctx.layer
-        recipe = layer.recipe
-        grad_no = grad_outputs[0]
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_no.new_zeros(len(grad_no), weight_eoi.shape[2], dtype=ctx.input_dtype)
-            weight = layer.weight(weight_eoi, "input_gradient")
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight_eoi)  # groups without rows have a gradient of zero
-        for index, (group, (start, end, piece)) in enumerate(ctx.groups):
-            grad = grad_no[start:end]
-            if grad_x is not None:
-                rounded = quantize(grad, recipe.input_gradient.gradient).dequantized()
-                grad_x[start:end] = product(rounded, weight[group], recipe.accumulation).to(ctx.dtype)
-            if grad_weight is not None:
-                x = Quantized(saved[2 * index], saved[2 * index + 1], piece).dequantized()
-                left = quantize(grad.mT, recipe.weight_gradient.gradient).dequantized()
-                right = layer.quantized_input(x.mT, recipe.weight_gradient.activation).dequantized()
-                grad_weight[group] = product(left, right, recipe.accumulation)
-        return grad_x, grad_weight, None, None
+@torch.library.custom_op("moe_train::fp8_forward", mutates_args=())
+def _forward(
+    x_ni: Tensor, weight: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product, and its input as it is kept: values and scales. `weight`: (o, i), or (e, o, i) with `ends_e`."""
+    own = _layers[layer]
+    ends = _ends(x_ni, ends_e)
+    operand = own.recipe.forward.activation
+    kept, _ = own.backend.quantize(x_ni, ends, rows=operand, columns=None, power_of_two=own.power_of_two)
+    assert kept is not None
+    y = own.backend.product(kept, own.weights(_stacked(weight), backward=False), ends, x_ni.dtype)
+    return y, kept.values, kept.scales
 
 
-def _bounds(ends: list[int]) -> list[tuple[int, int]]:
-    return list(zip([0, *ends[:-1]], ends))
+@_forward.register_fake
+def _(
+    x_ni: Tensor, weight: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, inner = x_ni.shape
+    return (
+        x_ni.new_empty(rows, weight.shape[-2]),
+        x_ni.new_empty(rows, inner, dtype=kept_in),
+        x_ni.new_empty(rows, (inner + PIECE - 1) // PIECE, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("moe_train::fp8_backward", mutates_args=())
+def _backward(
+    grad_no: Tensor,
+    weight: Tensor,
+    ends_e: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    layer: int,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input (in that of the product's format) and of the weight (FP32); empty where not needed."""
+    own = _layers[layer]
+    recipe, backend = own.recipe, own.backend
+    ends = _ends(grad_no, ends_e)
+    rows, columns = backend.quantize(
+        grad_no,
+        ends,
+        rows=recipe.input_gradient.gradient if needs_x else None,
+        columns=recipe.weight_gradient.gradient if needs_weight else None,
+    )
+    grad_x, grad_weight = grad_no.new_empty(0), grad_no.new_empty(0, dtype=torch.float32)
+    if rows is not None:
+        grad_x = backend.product(rows, own.weights(_stacked(weight), backward=True), ends, grad_no.dtype)
+    if columns is not None:
+        operand = recipe.weight_gradient.activation
+        inputs = backend.quantize_again(Rows(values, scales), ends, operand, power_of_two=own.power_of_two)
+        grad_weight = backend.weight_product(columns, inputs, ends).view_as(weight)
+    return grad_x, grad_weight
+
+
+@_backward.register_fake
+def _(
+    grad_no: Tensor,
+    weight: Tensor,
+    ends_e: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    layer: int,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_x = grad_no.new_empty(len(grad_no) if needs_x else 0, *weight.shape[-1:] * needs_x)
+    return grad_x, weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, weight, ends_e, ctx.layer, _ = inputs
+    _, values, scales = output
+    ctx.mark_non_differentiable(values, scales)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, ends_e, values, scales)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    if grad is None:
+        return None, None, None, None, None
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    weight, ends_e, values, scales = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.moe_train.fp8_backward(
+        grad.contiguous(), weight, ends_e, values, scales, ctx.layer, needs_x, needs_weight
+    )
+    return grad_x if needs_x else None, grad_weight if needs_weight else None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _ends(rows: Tensor, ends_e: Tensor | None) -> Tensor:
+    return torch.full((1,), len(rows), dtype=torch.int32, device=rows.device) if ends_e is None else ends_e
+
+
+def _stacked(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 3 else weight.unsqueeze(0)

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.config import OperandConfig
+from moe_train.kernels.layouts import DTYPES, PIECE
 
-PIECE = 128
-DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 SMALLEST_SCALE = 2.0**-126
 
 

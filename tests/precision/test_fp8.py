@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,9 @@ from moe_train.errors import UserError
 from moe_train.model.experts import Experts
 from moe_train.model.layers import Linear
 from moe_train.model.transformer import Transformer
-from moe_train.precision import fp8 as fp8_module
 from moe_train.precision import recipes
-from moe_train.precision.fp8 import Fp8Layer
+from moe_train.precision.emulated import Emulated
+from moe_train.precision.fp8 import Fp8Layer, holding_weights
 from moe_train.precision.quantize import quantize
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "precision").glob("fp8_*.yaml"))
@@ -91,6 +92,15 @@ def test_each_product_is_that_of_its_rounded_operands(name: str) -> None:
         start = end
 
 
+def test_under_autocast_only_the_result_is_rounded_to_bf16() -> None:
+    x, weight, _, ends = case(SIZES)
+    x = x.bfloat16().float()
+    layer = Fp8Layer(recipe("fp8_deepseek"))
+    exact = layer.grouped_linear(x, weight, ends)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.grouped_linear(x, weight, ends), exact.bfloat16())
+
+
 # Decibels of the result over its error, against unrounded operands; what the recipes leave of the signal here.
 FLOORS = {
     "fp8_deepseek": (27.0, 26.0),
@@ -144,28 +154,65 @@ def test_without_rows_there_is_an_empty_result_and_a_gradient_of_zero() -> None:
     assert not grad_weight.any()
 
 
-def test_weights_are_rounded_once_a_step_and_anew_outside_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounded_shapes = []
+class Counting(Emulated):
+    """Emulated, and counts how often a weight was rounded."""
 
-    def counting(x: Tensor, operand: OperandConfig, **others: object):
-        rounded_shapes.append(tuple(x.shape))
-        return quantize(x, operand, **others)
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: list[tuple[bool, bool]] = []  # for the forward product, for the input gradient
 
-    monkeypatch.setattr(fp8_module, "quantize", counting)
-    layer = Fp8Layer(recipe("fp8_deepseek"))
+    def round_weights(self, weight_eoi: Tensor, forward: OperandConfig | None, backward: OperandConfig | None):
+        self.rounded.append((forward is not None, backward is not None))
+        return super().round_weights(weight_eoi, forward, backward)
+
+
+def test_weights_are_rounded_once_a_step_and_anew_outside_of_one() -> None:
+    backend = Counting()
+    layer = Fp8Layer(recipe("fp8_deepseek"), backend=backend)
     weight = torch.nn.Parameter(torch.randn(136, 200))
 
-    def micro_batches(count: int) -> list[tuple[int, ...]]:
-        rounded_shapes.clear()
+    def micro_batches(count: int) -> list[tuple[bool, bool]]:
+        backend.rounded.clear()
         for _ in range(count):
             layer.linear(torch.randn(8, 200, requires_grad=True), weight).sum().backward()
-        return [shape for shape in rounded_shapes if len(shape) == 3]
+        return list(backend.rounded)
 
-    once = [(1, 136, 200), (1, 200, 136)]
     for _ in range(2):  # steps
-        with fp8_module.holding_weights():
-            assert micro_batches(3) == once
-    assert micro_batches(2) == once + once
+        with holding_weights():
+            assert micro_batches(3) == [(True, True)]
+    assert micro_batches(2) == [(True, False), (False, True)] * 2
+
+
+def test_a_copied_layer_does_not_share_rounded_weights() -> None:
+    layer = Fp8Layer(recipe("fp8_deepseek"))
+    copied = copy.deepcopy(layer)
+    x, first, second = torch.randn(8, 200), torch.randn(136, 200), torch.randn(136, 200)
+    with holding_weights():
+        y = layer.linear(x, first)
+        assert torch.equal(layer.linear(x, first), y)
+        assert not torch.equal(copied.linear(x, second), y)
+
+
+@pytest.mark.parametrize("name", ["fp8_deepseek", "fp8_rowwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_layer_has_no_graph_break_and_the_same_gradients(name: str, dtype: torch.dtype) -> None:
+    x, weight, _, ends = case(SIZES)
+    second = weight[0, :72, :136]
+    layers = Fp8Layer(recipe(name)), Fp8Layer(recipe(name))
+
+    def both(x: Tensor, w: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        return layers[1].linear(layers[0].grouped_linear(x, w, ends).relu(), v)
+
+    found = []
+    for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, second)]
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            y = function(*leaves, ends)
+        assert y.dtype == dtype
+        y.backward(torch.ones_like(y))
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -177,7 +224,7 @@ def test_a_step_of_the_optimizer_is_seen_by_the_next(fused: bool) -> None:
     x = torch.randn(8, 200)
     outputs = []
     for _ in range(2):
-        with fp8_module.holding_weights():
+        with holding_weights():
             y = layer.linear(x, weight)
             outputs.append(y.detach())
             y.sum().backward()

@@ -1,0 +1,48 @@
+"""What multiplies in FP8: the interface of a backend."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_train.config import OperandConfig
+from moe_train.kernels.layouts import Columns, Rows, Weights
+
+
+class Backend(Protocol):
+    """Rounds operands and multiplies them; kernels/layouts.py says how they lie in memory. Rows of group e of a tensor
+    of n rows end before `ends_e[e]` (int32, on its device); a scale is never shared between groups."""
+
+    name: str
+
+    def quantize(
+        self,
+        x_nk: Tensor,
+        ends_e: Tensor,
+        *,
+        rows: OperandConfig | None,
+        columns: OperandConfig | None,
+        power_of_two: bool | None = None,
+    ) -> tuple[Rows | None, Columns | None]:
+        """x (n, k), rounded along k, along the tokens of each group, or both.
+
+        `power_of_two` overrides the operands'.
+        """
+
+    def quantize_again(
+        self, rows: Rows, ends_e: Tensor, columns: OperandConfig, *, power_of_two: bool | None = None
+    ) -> Columns:
+        """What was rounded along k, rounded again along tokens."""
+
+    def round_weights(
+        self, weight_eoi: Tensor, forward: OperandConfig | None, backward: OperandConfig | None
+    ) -> tuple[Weights | None, Weights | None]:
+        """w (e, o, i) for the forward product, and its transpose (e, i, o) for that of the input gradient."""
+
+    def product(self, left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows (n, k) of group e times weight e (o, k) transposed → (n, o); zeros after the last group."""
+
+    def weight_product(self, left: Columns, right: Columns, ends_e: Tensor) -> Tensor:
+        """For each group, left (o, tokens) times right (i, tokens) transposed → (e, o, i) in FP32."""
