@@ -20,7 +20,7 @@ from moe_train.config import OperandConfig
 from moe_train.kernels.capability import check
 from moe_train.kernels.device import decode, find_piece
 from moe_train.kernels.layouts import PIECE, Columns, Rows, Weights, pieces_at_most
-from moe_train.kernels.rounding import Outputs, finite_magnitude, round_block
+from moe_train.kernels.rounding import WARPS, Outputs, finite_magnitude, round_block
 
 SHARED = ("block", "tensor")  # what makes 128 rows have the same scales
 
@@ -156,7 +156,7 @@ def _quantize(
         "stride": x_nk.stride(0),
         "SOURCE": source,
         "GROUPS": group_lanes(groups),
-        "num_warps": 8,
+        "num_warps": WARPS,
     }
     outputs = Outputs(x_nk, (n, k, pieces, groups), rows, columns, power_of_two)
     piece_ends_e = torch.zeros_like(ends_e)

@@ -19,6 +19,8 @@ from moe_train.kernels.capability import card
 from moe_train.kernels.device import round_to_fp8, scale_of_largest
 from moe_train.kernels.layouts import DTYPES, PIECE, Columns, Rows
 
+WARPS = 16  # 32 numbers of a block a thread: what they take fits its registers
+
 
 @triton.jit
 def finite_magnitude(x):
