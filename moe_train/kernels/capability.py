@@ -33,14 +33,15 @@ INTERPRETED = Card(rounds_fp8=False, multiplies_fp8=False, shared_bytes=99 * 102
 
 
 @functools.cache
-def _of_capability(capability: tuple[int, int]) -> Card:
+def of_capability(capability: tuple[int, int]) -> Card:
+    """What devices of compute capability (major, minor) do."""
     shared = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99)
     return Card(capability >= (9, 0), capability >= (8, 9), shared * 1024, capability[0] == 10)
 
 
 @functools.cache
 def _of_device(index: int) -> Card:
-    return _of_capability(torch.cuda.get_device_capability(index))
+    return of_capability(torch.cuda.get_device_capability(index))
 
 
 def card(device: torch.device) -> Card:

@@ -94,9 +94,21 @@ def round_to_fp8(x, scale, E4M3: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """FP32 → the nearest number of DTYPE, ties to even. Triton's interpreter cuts BF16 off instead."""
+    """FP32 → the nearest number of DTYPE, ties to even. Triton's interpreter cuts BF16 off and errs on subnormals."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        found = tl.where(x == x, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        found = x.to(DTYPE)
+    return found
+
+
+@triton.jit
+def widen(x):
+    """BF16, FP16 or FP32 → FP32."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        found = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        found = x.to(tl.float32)
+    return found

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_train.kernels.capability import card, check
-from moe_train.kernels.device import INTERPRETED, find_piece, narrow
+from moe_train.kernels.device import INTERPRETED, find_piece, narrow, widen
 from moe_train.kernels.quantize import group_lanes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ def _tile(like: Tensor, few_rows: bool = False) -> _Tile:
 @triton.jit
 def _dot(left, right, total):
     if INTERPRETED:  # Triton's interpreter multiplies the bits of BF16 numbers as integers
-        left, right = left.to(tl.float32), right.to(tl.float32)
+        left, right = widen(left), widen(right)
     return tl.dot(left, right, total, input_precision="ieee")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_train.config import OperandConfig
 from moe_train.kernels.capability import check
-from moe_train.kernels.device import decode, find_piece
+from moe_train.kernels.device import decode, find_piece, widen
 from moe_train.kernels.layouts import PIECE, Columns, Rows, Weights, pieces_at_most
 from moe_train.kernels.rounding import WARPS, Outputs, finite_magnitude, round_block
 
@@ -31,7 +31,7 @@ def _load(x_ptr, x_scales, row, end, column, k, stride, SOURCE: tl.constexpr):
     place = row.to(tl.int64)[:, None] * stride + column[None, :]
     inside = (row < end)[:, None] & (column < k)[None, :]
     if SOURCE == "float":
-        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        x = widen(tl.load(x_ptr + place, mask=inside, other=0.0))
     else:
         scale = tl.load(
             x_scales + row.to(tl.int64) * tl.cdiv(k, 128) + tl.max(column, 0) // 128, mask=row < end, other=0.0

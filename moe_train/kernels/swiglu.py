@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_train.config import OperandConfig
 from moe_train.kernels.capability import check
-from moe_train.kernels.device import find_piece, narrow
+from moe_train.kernels.device import find_piece, narrow, widen
 from moe_train.kernels.layouts import PIECE, Columns, Rows, pieces_at_most
 from moe_train.kernels.quantize import group_lanes, quantize
 from moe_train.kernels.rounding import WARPS, Outputs, round_block
@@ -32,7 +32,7 @@ def _parts(gate_up, row, column, end, f):
     """g and u of a block in FP32, zero beyond the edges."""
     at = gate_up + row.to(tl.int64)[:, None] * (2 * f) + column[None, :]
     inside = (row < end)[:, None] & (column < f)[None, :]
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32), tl.load(at + f, mask=inside, other=0.0).to(tl.float32)
+    return widen(tl.load(at, mask=inside, other=0.0)), widen(tl.load(at + f, mask=inside, other=0.0))
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _forward(gate_up, gate, row, column, end, f):
     g, u = _parts(gate_up, row, column, end, f)
     h = g * _sigmoid(g) * u
     if gate is not None:
-        h = h * tl.load(gate + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
+        h = h * widen(tl.load(gate + row, mask=row < end, other=0.0))[:, None]
     return narrow(h, gate_up.dtype.element_ty)
 
 
@@ -55,13 +55,13 @@ def _backward(dh_ptr, gate_up, gate, d_gate, row, column, end, f, HALF: tl.const
     """A block of d_g (HALF 0, which also writes d_gate's share of these columns) or of d_u, rounded like gate_up."""
     g, u = _parts(gate_up, row, column, end, f)
     at = dh_ptr + row.to(tl.int64)[:, None] * f + column[None, :]
-    dh = tl.load(at, mask=(row < end)[:, None] & (column < f)[None, :], other=0.0).to(tl.float32)
+    dh = widen(tl.load(at, mask=(row < end)[:, None] & (column < f)[None, :], other=0.0))
     s = _sigmoid(g)
     if gate is not None:
         if HALF == 0:
             at = d_gate + row.to(tl.int64) * tl.cdiv(f, 128) + tl.max(column, 0) // 128
             tl.store(at, tl.sum(dh * (g * s) * u, 1), mask=row < end)
-        dh = dh * tl.load(gate + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
+        dh = dh * widen(tl.load(gate + row, mask=row < end, other=0.0))[:, None]
     d = dh * u * s * (1.0 + g * (1.0 - s)) if HALF == 0 else dh * (g * s)
     return narrow(d, gate_up.dtype.element_ty)
 
@@ -101,7 +101,7 @@ def _forward_quantize_kernel(
     if group < groups:
         row = start + tl.arange(0, 128)
         column = tl.program_id(1) * 128 + tl.arange(0, 128)
-        h = _forward(gate_up, gate, row, column, end, f).to(tl.float32)
+        h = widen(_forward(gate_up, gate, row, column, end, f))
         round_block(
             h, row, end, column, f, group, piece,
             row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
@@ -129,7 +129,7 @@ def _backward_quantize_kernel(
         for half in tl.static_range(2):
             d = _backward(dh, gate_up, gate, d_gate, row, column, end, f, half)
             round_block(
-                d.to(tl.float32), row, end, column + half * f, 2 * f, group, piece,
+                widen(d), row, end, column + half * f, 2 * f, group, piece,
                 row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
                 ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
             )  # fmt: skip
