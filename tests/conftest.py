@@ -12,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any module of kernels
+
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from text import write_corpus

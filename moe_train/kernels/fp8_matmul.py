@@ -1,0 +1,219 @@
+"""Grouped products of FP8 operands with a scale for every row and 128 of the inner dimension.
+
+A block of the result is summed in FP32: after 128 products the tensor core's sum is multiplied by the scales of its row
+and its column and added, which is also where Hopper's narrow sums have to end (arXiv 2412.19437, section 3.3.2). Where
+there is no FP8 hardware the operands become FP16 in registers, which is exact, and are multiplied as such.
+
+No host synchronisation: as many programs start as the groups could need; each finds its group on the device. Programs
+of the same rows follow one another, so that these are read from memory once. Nothing was measured on a GPU.
+
+    n rows of all groups, k inner, e groups, o outputs, i inputs, p pieces
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_train.kernels.capability import card, check
+from moe_train.kernels.device import decode, find_piece, narrow
+from moe_train.kernels.layouts import PIECE, Columns, Rows, Weights
+from moe_train.kernels.quantize import group_lanes
+
+
+class _Tile(NamedTuple):
+    """Rows and columns of a block of the result, and how it is worked on."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def _tile(device: torch.device, one_column_scale: bool, few_rows: bool = False) -> _Tile:
+    """128 x 128, fewer rows where groups are small, fewer columns where a thread's 255 registers would not do.
+
+    Those run out where operands become FP16 in registers, and on 10.0, where a thread holds whole rows of the result,
+    unless one scale does for all columns. A stage holds 128 bytes of each row and column: three take 96 KB at most.
+    """
+    here = card(device)
+    roomy = here.shared_bytes > 128 * 1024
+    wide = here.multiplies_fp8 and (one_column_scale or not here.threads_hold_rows)
+    return _Tile(64 if few_rows else 128, 128 if wide else 64, warps=4 if few_rows else 8, stages=4 if roomy else 3)
+
+
+@triton.jit
+def _dot(left, right, LEFT_E4M3: tl.constexpr, RIGHT_E4M3: tl.constexpr, NATIVE: tl.constexpr):
+    """Bytes (m, 128) times bytes (128, n) → FP32."""
+    if NATIVE:
+        LEFT: tl.constexpr = tl.float8e4nv if LEFT_E4M3 else tl.float8e5
+        RIGHT: tl.constexpr = tl.float8e4nv if RIGHT_E4M3 else tl.float8e5
+        found = tl.dot(left.to(LEFT, bitcast=True), right.to(RIGHT, bitcast=True), out_dtype=tl.float32)
+    else:
+        found = tl.dot(decode(left, LEFT_E4M3), decode(right, RIGHT_E4M3), out_dtype=tl.float32)
+    return found
+
+
+@triton.jit
+def _grouped_product_kernel(
+    left, left_scales, right, right_scales, ends_ptr, out, n, k, o, groups,
+    left_stride, right_stride_e, right_stride_o, right_stride_k, scale_stride_e, scale_stride_o, scale_stride_k,
+    LEFT_E4M3: tl.constexpr, RIGHT_E4M3: tl.constexpr, SHARED_ROWS: tl.constexpr, EVEN_K: tl.constexpr,
+    NATIVE: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(o, N)
+    group, start, end, _ = find_piece(ends_ptr, tl.program_id(0) // across, groups, n, GROUPS, M)
+    if group <= groups:
+        row = start + tl.arange(0, M)
+        column = (tl.program_id(0) % across) * N + tl.arange(0, N)
+        inner = tl.arange(0, 128)
+        # Rows and columns beyond the edge are read as some inside it, and not written.
+        near_row = tl.minimum(row, end - 1).to(tl.int64)
+        near_column = (column % o).to(tl.int64)
+        expert = group.to(tl.int64)
+        left_at = left + near_row[:, None] * left_stride + inner[None, :]
+        right_at = right + expert * right_stride_e
+        right_at += near_column[None, :] * right_stride_o + inner[:, None] * right_stride_k
+        left_scale_at = left_scales + near_row * tl.cdiv(k, 128)
+        right_scale_at = right_scales + expert * scale_stride_e
+        if SHARED_ROWS:
+            right_scale_at += ((tl.program_id(0) % across) * N).to(tl.int64) * scale_stride_o
+        else:
+            right_scale_at += near_column * scale_stride_o
+        total = tl.zeros((M, N), dtype=tl.float32)
+        # Behind the last group there is nothing to add: those rows are zero.
+        for block in range(0, tl.where(group < groups, tl.cdiv(k, 128), 0)):
+            if EVEN_K:
+                x = tl.load(left_at)
+                w = tl.load(right_at)
+            else:
+                inside = inner < k - block * 128
+                x = tl.load(left_at, mask=inside[None, :], other=0)
+                w = tl.load(right_at, mask=inside[:, None], other=0)
+            scale = tl.load(left_scale_at + block)
+            other = tl.load(right_scale_at + block * scale_stride_k)
+            found = _dot(x, w, LEFT_E4M3, RIGHT_E4M3, NATIVE)
+            if SHARED_ROWS:
+                total += found * (scale * other)[:, None]
+            else:
+                total += found * (scale[:, None] * other[None, :])
+            left_at += 128
+            right_at += 128 * right_stride_k
+        place = row.to(tl.int64)[:, None] * o + column[None, :]
+        tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < end)[:, None] & (column < o)[None, :])
+
+
+@triton.jit
+def _weight_kernel(
+    left, left_scales, right, right_scales, piece_ends, out, o, i, left_pieces, right_pieces,
+    LEFT_E4M3: tl.constexpr, RIGHT_E4M3: tl.constexpr, NATIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(i, N)
+    tiles = tl.cdiv(o, M) * across
+    group = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    row = (tile // across) * M + tl.arange(0, M)
+    column = (tile % across) * N + tl.arange(0, N)
+    inner = tl.arange(0, 128)
+    start = tl.load(piece_ends + group - 1, mask=group > 0, other=0)
+    end = tl.load(piece_ends + group)
+    near_row = (row % o).to(tl.int64)
+    near_column = (column % i).to(tl.int64)
+    left_at = left + near_row[:, None] * (left_pieces * 128) + start.to(tl.int64) * 128 + inner[None, :]
+    right_at = right + near_column[None, :] * (right_pieces * 128) + start.to(tl.int64) * 128 + inner[:, None]
+    # Scales are 128 times fewer than bytes: 32 bits find them, which spares registers.
+    left_scale_at = (row % o) * left_pieces
+    right_scale_at = (column % i) * right_pieces
+    total = tl.zeros((M, N), dtype=tl.float32)
+    for piece in range(start, end):
+        x = tl.load(left_at)
+        y = tl.load(right_at)
+        found = _dot(x, y, LEFT_E4M3, RIGHT_E4M3, NATIVE)
+        scale = tl.load(left_scales + left_scale_at + piece)
+        other = tl.load(right_scales + right_scale_at + piece)
+        total += found * (scale[:, None] * other[None, :])
+        left_at += 128
+        right_at += 128
+    place = (group.to(tl.int64) * o + row)[:, None] * i + column[None, :]
+    tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
+
+
+def grouped_product(left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of group e (n, k), which end before `ends_e[e]`, times right[e] (o, k) transposed → (n, o) in `dtype`.
+
+    Rows behind the last group are zero. Raises ValueError.
+    """
+    n, k = left.values.shape
+    e, o, inner = right.values.shape
+    check(inner == k, f"operands: the inner dimensions are {k} and {inner}")
+    check(len(ends_e) == e and ends_e.dtype == torch.int32, f"ends_e: int32, {e} of them")
+    check(left.values.stride(1) == 1 and left.scales.is_contiguous(), "left: rows whose numbers follow one another")
+    out = left.values.new_empty((n, o), dtype=dtype)
+    tile = _tile(out.device, few_rows=n <= 64 * e, one_column_scale=right.shared_rows)
+    tiles = n // tile.rows + min(n, e + 1)
+    if out.numel():
+        _grouped_product_kernel[(tiles * triton.cdiv(o, tile.columns),)](
+            left.values.view(torch.uint8),
+            left.scales,
+            right.values.view(torch.uint8),
+            right.scales,
+            ends_e.contiguous(),
+            out,
+            n,
+            k,
+            o,
+            e,
+            left.values.stride(0),
+            *right.values.stride(),
+            *right.scales.stride(),
+            LEFT_E4M3=left.values.dtype == torch.float8_e4m3fn,
+            RIGHT_E4M3=right.values.dtype == torch.float8_e4m3fn,
+            SHARED_ROWS=right.shared_rows,
+            EVEN_K=k % PIECE == 0,
+            NATIVE=card(out.device).multiplies_fp8,
+            GROUPS=group_lanes(e),
+            M=tile.rows,
+            N=tile.columns,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out
+
+
+def grouped_weight_product(left: Columns, right: Columns, out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """(o, tokens) times (i, tokens) transposed, over the tokens of each group → (e, o, i).
+
+    Both have the same groups. A group without tokens gives zeros. Raises ValueError.
+    """
+    o, i, e = len(left.values), len(right.values), len(left.ends_e)
+    pieces = left.scales.shape[1], right.scales.shape[1]
+    for operand in (left, right):
+        check(operand.values.is_contiguous() and operand.scales.is_contiguous(), "operands: contiguous")
+        check(operand.values.shape[1] == PIECE * operand.scales.shape[1], "operands: whole pieces of 128 tokens")
+    check(len(right.ends_e) == e, "operands: the same groups")
+    out = left.values.new_empty((e, o, i), dtype=out_dtype)
+    tile = _tile(out.device, one_column_scale=False)
+    if out.numel():
+        _weight_kernel[(e * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns),)](
+            left.values.view(torch.uint8),
+            left.scales,
+            right.values.view(torch.uint8),
+            right.scales,
+            left.ends_e,
+            out,
+            o,
+            i,
+            *pieces,
+            LEFT_E4M3=left.values.dtype == torch.float8_e4m3fn,
+            RIGHT_E4M3=right.values.dtype == torch.float8_e4m3fn,
+            NATIVE=card(out.device).multiplies_fp8,
+            M=tile.rows,
+            N=tile.columns,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out

@@ -1,0 +1,180 @@
+"""Grouped products in BF16, FP16 and FP32 without host synchronisation, where torch has none (before 9.0, and 12.0).
+
+Sums are in FP32 and rounded once. As many programs start as the groups could need; each finds its group on the device.
+Programs of the same rows follow one another. FP32 is multiplied as FP32, not as TF32. Nothing was measured on a GPU.
+
+    n rows of all groups, k inner, e groups, o outputs, i inputs
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_train.kernels.capability import card, check
+from moe_train.kernels.device import INTERPRETED, find_piece, narrow, widen
+from moe_train.kernels.quantize import group_lanes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Tile(NamedTuple):
+    """A block of the result, how much of the inner dimension is read at a time, and how it is worked on."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def _tile(like: Tensor, few_rows: bool = False) -> _Tile:
+    """128 bytes of each row and column a stage: three take 96 KB at most. FP32 has no tensor cores: a smaller block."""
+    rows = 64 if few_rows or like.dtype == torch.float32 else 128
+    columns = 64 if like.dtype == torch.float32 else 128
+    roomy = card(like.device).shared_bytes > 128 * 1024
+    return _Tile(rows, columns, 128 // like.itemsize, warps=4 if rows == 64 else 8, stages=4 if roomy else 3)
+
+
+@triton.jit
+def _dot(left, right, total):
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of BF16 numbers as integers
+        left, right = widen(left), widen(right)
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def _grouped_product_kernel(
+    x_ptr, w_ptr, ends_ptr, out, n, k, o, groups, x_stride_n, x_stride_k, w_stride_e, w_stride_o, w_stride_k,
+    EVEN_K: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(o, N)
+    group, start, end, _ = find_piece(ends_ptr, tl.program_id(0) // across, groups, n, GROUPS, M)
+    if group <= groups:
+        row = start + tl.arange(0, M)
+        column = (tl.program_id(0) % across) * N + tl.arange(0, N)
+        inner = tl.arange(0, K)
+        # Rows and columns beyond the edge are read as some inside it, and not written.
+        near_row = tl.minimum(row, end - 1).to(tl.int64)
+        near_column = (column % o).to(tl.int64)
+        x_at = x_ptr + near_row[:, None] * x_stride_n + inner[None, :] * x_stride_k
+        w_at = w_ptr + group.to(tl.int64) * w_stride_e
+        w_at += near_column[None, :] * w_stride_o + inner[:, None] * w_stride_k
+        total = tl.zeros((M, N), dtype=tl.float32)
+        # Behind the last group there is nothing to add: those rows are zero.
+        for block in range(0, tl.where(group < groups, tl.cdiv(k, K), 0)):
+            if EVEN_K:
+                x = tl.load(x_at)
+                w = tl.load(w_at)
+            else:
+                inside = inner < k - block * K
+                x = tl.load(x_at, mask=inside[None, :], other=0.0)
+                w = tl.load(w_at, mask=inside[:, None], other=0.0)
+            total = _dot(x, w, total)
+            x_at += K * x_stride_k
+            w_at += K * w_stride_k
+        place = row.to(tl.int64)[:, None] * o + column[None, :]
+        tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < end)[:, None] & (column < o)[None, :])
+
+
+@triton.jit
+def _weight_kernel(
+    left, right, ends_ptr, out, o, i, left_stride_n, left_stride_o, right_stride_n, right_stride_i,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(i, N)
+    tiles = tl.cdiv(o, M) * across
+    group = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    row = (tile // across) * M + tl.arange(0, M)
+    column = (tile % across) * N + tl.arange(0, N)
+    start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
+    end = tl.load(ends_ptr + group)
+    token = start + tl.arange(0, K)
+    left_at = left + (row % o).to(tl.int64)[:, None] * left_stride_o + token.to(tl.int64)[None, :] * left_stride_n
+    right_at = right + (column % i).to(tl.int64)[None, :] * right_stride_i
+    right_at += token.to(tl.int64)[:, None] * right_stride_n
+    total = tl.zeros((M, N), dtype=tl.float32)
+    for first in range(start, end, K):
+        inside = tl.arange(0, K) < end - first
+        x = tl.load(left_at, mask=inside[None, :], other=0.0)
+        y = tl.load(right_at, mask=inside[:, None], other=0.0)
+        total = _dot(x, y, total)
+        left_at += K * left_stride_n
+        right_at += K * right_stride_n
+    place = (group.to(tl.int64) * o + row)[:, None] * i + column[None, :]
+    tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
+
+
+def grouped_product(x_nk: Tensor, w_eok: Tensor, ends_e: Tensor) -> Tensor:
+    """Rows of group e, which end before `ends_e[e]` (int32, on the device), times w_eok[e] transposed → (n, o).
+
+    x and w of one format and any strides: `w.mT` serves the input gradient. Rows behind the last group are zero.
+    Raises ValueError.
+    """
+    n, k = x_nk.shape
+    e, o, inner = w_eok.shape
+    check(inner == k, f"operands: the inner dimensions are {k} and {inner}")
+    check(x_nk.dtype == w_eok.dtype and x_nk.dtype in DTYPES, "operands: both FP32, BF16 or FP16")
+    check(len(ends_e) == e and ends_e.dtype == torch.int32, f"ends_e: int32, {e} of them")
+    out = x_nk.new_empty(n, o)
+    tile = _tile(x_nk, few_rows=n <= 64 * e)
+    tiles = n // tile.rows + min(n, e + 1)
+    if out.numel():
+        _grouped_product_kernel[(tiles * triton.cdiv(o, tile.columns),)](
+            x_nk,
+            w_eok,
+            ends_e.contiguous(),
+            out,
+            n,
+            k,
+            o,
+            e,
+            *x_nk.stride(),
+            *w_eok.stride(),
+            EVEN_K=k % tile.inner == 0,
+            GROUPS=group_lanes(e),
+            M=tile.rows,
+            N=tile.columns,
+            K=tile.inner,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out
+
+
+def grouped_weight_product(
+    left_no: Tensor, right_ni: Tensor, ends_e: Tensor, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """left transposed times right over the rows of each group → (e, o, i); a group without rows gives zeros.
+
+    Both of one format and any strides. Raises ValueError.
+    """
+    n, o = left_no.shape
+    rows, i = right_ni.shape
+    check(rows == n, f"operands: {n} and {rows} rows")
+    check(left_no.dtype == right_ni.dtype and left_no.dtype in DTYPES, "operands: both FP32, BF16 or FP16")
+    check(ends_e.dtype == torch.int32, "ends_e: int32")
+    out = left_no.new_empty((len(ends_e), o, i), dtype=out_dtype)
+    tile = _tile(left_no)
+    if out.numel():
+        _weight_kernel[(len(ends_e) * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns),)](
+            left_no,
+            right_ni,
+            ends_e.contiguous(),
+            out,
+            o,
+            i,
+            *left_no.stride(),
+            *right_ni.stride(),
+            M=tile.rows,
+            N=tile.columns,
+            K=tile.inner,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out

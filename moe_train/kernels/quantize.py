@@ -1,0 +1,168 @@
+"""Rounding to FP8 in one pass: a block of 128 x 128 numbers is read once and written in up to two layouts.
+
+Bit for bit what moe_train/precision/quantize.py computes for every group. Tiles and blocks know their scales; for the
+scales of whole rows and groups a pass before finds the largest magnitudes with integer maxima, whose order is all the
+same. Nothing waits for the host: a program finds its group on the device, and those without one end.
+
+    n rows of all groups, k inner, e groups, o outputs, i inputs, p pieces
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_train.config import OperandConfig
+from moe_train.kernels.capability import check
+from moe_train.kernels.device import decode, find_piece, widen
+from moe_train.kernels.layouts import PIECE, Columns, Rows, Weights, pieces_at_most
+from moe_train.kernels.rounding import WARPS, Outputs, finite_magnitude, round_block
+
+SHARED = ("block", "tensor")  # what makes 128 rows have the same scales
+
+
+@triton.jit
+def _load(x_ptr, x_scales, row, end, column, k, stride, SOURCE: tl.constexpr):
+    """A block in FP32, zero beyond its group and beyond k. SOURCE: "float", or the FP8 format of bytes with scales."""
+    place = row.to(tl.int64)[:, None] * stride + column[None, :]
+    inside = (row < end)[:, None] & (column < k)[None, :]
+    if SOURCE == "float":
+        x = widen(tl.load(x_ptr + place, mask=inside, other=0.0))
+    else:
+        scale = tl.load(
+            x_scales + row.to(tl.int64) * tl.cdiv(k, 128) + tl.max(column, 0) // 128, mask=row < end, other=0.0
+        )
+        x = decode(tl.load(x_ptr + place, mask=inside, other=0), SOURCE == "e4m3").to(tl.float32) * scale[:, None]
+    return x
+
+
+@triton.jit
+def _largest_kernel(
+    x_ptr, x_scales, ends_ptr, largest_row, largest_column, largest_group, n, k, groups, stride,
+    SOURCE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    group, start, end, _ = find_piece(ends_ptr, tl.program_id(0), groups, n, GROUPS, 128)
+    if group < groups:
+        row = start + tl.arange(0, 128)
+        column = tl.program_id(1) * 128 + tl.arange(0, 128)
+        magnitude = finite_magnitude(_load(x_ptr, x_scales, row, end, column, k, stride, SOURCE))
+        if largest_row is not None:
+            tl.atomic_max(largest_row + row, tl.max(magnitude, 1).to(tl.int32, bitcast=True), mask=row < end)
+        if largest_column is not None:
+            at = group.to(tl.int64) * k + column
+            tl.atomic_max(largest_column + at, tl.max(magnitude, 0).to(tl.int32, bitcast=True), mask=column < k)
+        if largest_group is not None:
+            tl.atomic_max(largest_group + group, tl.max(tl.max(magnitude, 1), 0).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, x_scales, ends_ptr, piece_ends_ptr, n, k, groups, stride,
+    row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+    ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
+    COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
+    NATIVE: tl.constexpr, SOURCE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(0)
+    group, start, end, piece_ends = find_piece(ends_ptr, piece, groups, n, GROUPS, 128)
+    if (piece == 0) & (tl.program_id(1) == 0):
+        index = tl.arange(0, GROUPS)
+        tl.store(piece_ends_ptr + index, piece_ends, mask=index < groups)
+    if group < groups:
+        row = start + tl.arange(0, 128)
+        column = tl.program_id(1) * 128 + tl.arange(0, 128)
+        x = _load(x_ptr, x_scales, row, end, column, k, stride, SOURCE)
+        round_block(
+            x, row, end, column, k, group, piece,
+            row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+            ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
+        )  # fmt: skip
+
+
+def group_lanes(groups: int) -> int:
+    """The power of two that `find_piece` asks for."""
+    return int(triton.next_power_of_2(groups + 1))
+
+
+def quantize(
+    x_nk: Tensor,
+    ends_e: Tensor,
+    *,
+    rows: OperandConfig | None,
+    columns: OperandConfig | None,
+    power_of_two: bool | None = None,
+) -> tuple[Rows | None, Columns | None]:
+    """x (n, k) in FP32, BF16 or FP16, groups that end at `ends_e` (int32, on x's device) → the layouts asked for.
+
+    rows: the operand (n, k), each group for itself. columns: the operand (k, tokens) of each group. `power_of_two`
+    overrides both. Rows that belong to no group are left unset: no product reads them. Raises ValueError.
+    """
+    check(x_nk.dim() == 2 and x_nk.dtype in (torch.float32, torch.bfloat16, torch.float16), "x: a float matrix")
+    pieces = pieces_at_most(len(x_nk), len(ends_e))
+    return _quantize(x_nk, None, ends_e, pieces, rows, columns, power_of_two)
+
+
+def quantize_again(rows: Rows, ends_e: Tensor, columns: OperandConfig, *, power_of_two: bool | None = None) -> Columns:
+    """An operand kept as Rows, rounded again for a product over its tokens (arXiv 2412.19437, section 3.3.3)."""
+    pieces = pieces_at_most(len(rows.values), len(ends_e))
+    _, found = _quantize(rows.values, rows.scales, ends_e, pieces, None, columns, power_of_two)
+    assert found is not None
+    return found
+
+
+def round_weights(
+    w_eoi: Tensor, forward: OperandConfig | None, backward: OperandConfig | None
+) -> tuple[Weights | None, Weights | None]:
+    """Weights (e, o, i) for y = x wᵀ, values (e, o, i), and for dx = dy w, values (e, i, o); read once."""
+    e, o, i = w_eoi.shape
+    ends_e = torch.arange(1, e + 1, dtype=torch.int32, device=w_eoi.device) * o
+    blocks = triton.cdiv(o, PIECE)
+    rows, columns = _quantize(w_eoi.reshape(e * o, i), None, ends_e, e * blocks, forward, backward, None)
+    straight = turned = None
+    if forward and rows:
+        straight = Weights(rows.values.view(e, o, i), rows.scales.view(e, o, -1), forward.scale_of in SHARED)
+    if backward and columns:
+        values = columns.values.view(i, e, blocks * PIECE)[:, :, :o].permute(1, 0, 2)
+        scales = columns.scales.view(i, e, blocks).permute(1, 0, 2)
+        turned = Weights(values, scales, backward.scale_of in SHARED)
+    return straight, turned
+
+
+def _quantize(
+    x_nk: Tensor,
+    x_scales: Tensor | None,
+    ends_e: Tensor,
+    pieces: int,
+    rows: OperandConfig | None,
+    columns: OperandConfig | None,
+    power_of_two: bool | None,
+) -> tuple[Rows | None, Columns | None]:
+    n, k = x_nk.shape
+    groups = len(ends_e)
+    check(ends_e.dtype == torch.int32 and ends_e.device == x_nk.device, "ends_e: int32, on the device of x")
+    x_nk = x_nk if x_nk.stride(1) == 1 else x_nk.contiguous()
+    source = "float" if x_scales is None else "e4m3" if x_nk.dtype == torch.float8_e4m3fn else "e5m2"
+    shared: dict[str, Any] = {
+        "x_ptr": x_nk if x_scales is None else x_nk.view(torch.uint8),
+        "x_scales": None if x_scales is None else x_scales.contiguous(),
+        "ends_ptr": ends_e.contiguous(),
+        "n": n,
+        "k": k,
+        "groups": groups,
+        "stride": x_nk.stride(0),
+        "SOURCE": source,
+        "GROUPS": group_lanes(groups),
+        "num_warps": WARPS,
+    }
+    outputs = Outputs(x_nk, (n, k, pieces, groups), rows, columns, power_of_two)
+    piece_ends_e = torch.zeros_like(ends_e)
+    grid = (pieces, triton.cdiv(k, PIECE))
+    if n and k:
+        if largest := outputs.largest():
+            _largest_kernel[grid](**shared, **largest)
+        _quantize_kernel[grid](**shared, **outputs.arguments, piece_ends_ptr=piece_ends_e)
+    return outputs.layouts(piece_ends_e)

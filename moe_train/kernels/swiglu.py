@@ -1,0 +1,233 @@
+"""SwiGLU with the router's gate, forward and backward, written as numbers or straight as FP8.
+
+    h = silu(g) · u · gate        gate_up (n, 2f) = [g, u], gate (n, 1) or none
+    d_g = dh · gate · u · s · (1 + g (1 - s)),   d_u = dh · gate · g · s,   d_gate = Σ dh · g · s · u,   s = sigmoid(g)
+
+All in FP32, rounded once to the format of gate_up. The forms that end in FP8 round that number, so they are bit for bit
+`quantize` of the others', but read and write memory once. d_gate is summed over 128 columns at a time, then over these:
+the same order every time. Nothing was measured on a GPU.
+
+    n rows of all groups, f width of an expert, e groups
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_train.config import OperandConfig
+from moe_train.kernels.capability import check
+from moe_train.kernels.device import find_piece, narrow, widen
+from moe_train.kernels.layouts import PIECE, Columns, Rows, pieces_at_most
+from moe_train.kernels.quantize import group_lanes, quantize
+from moe_train.kernels.rounding import WARPS, Outputs, round_block
+
+EXACT = {"enable_fp_fusion": False}  # without fused multiply-adds a formula gives the same number in every kernel
+
+
+@triton.jit
+def _parts(gate_up, row, column, end, f):
+    """g and u of a block in FP32, zero beyond the edges."""
+    at = gate_up + row.to(tl.int64)[:, None] * (2 * f) + column[None, :]
+    inside = (row < end)[:, None] & (column < f)[None, :]
+    return widen(tl.load(at, mask=inside, other=0.0)), widen(tl.load(at + f, mask=inside, other=0.0))
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _forward(gate_up, gate, row, column, end, f):
+    """A block of h, rounded to the format of gate_up."""
+    g, u = _parts(gate_up, row, column, end, f)
+    h = g * _sigmoid(g) * u
+    if gate is not None:
+        h = h * widen(tl.load(gate + row, mask=row < end, other=0.0))[:, None]
+    return narrow(h, gate_up.dtype.element_ty)
+
+
+@triton.jit
+def _backward(dh_ptr, gate_up, gate, d_gate, row, column, end, f, HALF: tl.constexpr):
+    """A block of d_g (HALF 0, which also writes d_gate's share of these columns) or of d_u, rounded like gate_up."""
+    g, u = _parts(gate_up, row, column, end, f)
+    at = dh_ptr + row.to(tl.int64)[:, None] * f + column[None, :]
+    dh = widen(tl.load(at, mask=(row < end)[:, None] & (column < f)[None, :], other=0.0))
+    s = _sigmoid(g)
+    if gate is not None:
+        if HALF == 0:
+            at = d_gate + row.to(tl.int64) * tl.cdiv(f, 128) + tl.max(column, 0) // 128
+            tl.store(at, tl.sum(dh * (g * s) * u, 1), mask=row < end)
+        dh = dh * widen(tl.load(gate + row, mask=row < end, other=0.0))[:, None]
+    d = dh * u * s * (1.0 + g * (1.0 - s)) if HALF == 0 else dh * (g * s)
+    return narrow(d, gate_up.dtype.element_ty)
+
+
+@triton.jit
+def _forward_kernel(gate_up, gate, out, n, f, M: tl.constexpr):
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * 128 + tl.arange(0, 128)
+    h = _forward(gate_up, gate, row, column, n, f)
+    tl.store(out + row.to(tl.int64)[:, None] * f + column[None, :], h, mask=(row < n)[:, None] & (column < f)[None, :])
+
+
+@triton.jit
+def _backward_kernel(dh, gate_up, gate, d_gate, out, n, f, M: tl.constexpr):
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * 128 + tl.arange(0, 128)
+    at = out + row.to(tl.int64)[:, None] * (2 * f) + column[None, :]
+    inside = (row < n)[:, None] & (column < f)[None, :]
+    for half in tl.static_range(2):
+        d = _backward(dh, gate_up, gate, d_gate, row, column, n, f, half)
+        tl.store(at + half * f, d, mask=inside)
+
+
+@triton.jit
+def _forward_quantize_kernel(
+    gate_up, gate, ends_ptr, piece_ends_ptr, n, f, groups,
+    row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+    ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
+    COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
+    NATIVE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(0)
+    group, start, end, piece_ends = find_piece(ends_ptr, piece, groups, n, GROUPS, 128)
+    if (piece == 0) & (tl.program_id(1) == 0):
+        index = tl.arange(0, GROUPS)
+        tl.store(piece_ends_ptr + index, piece_ends, mask=index < groups)
+    if group < groups:
+        row = start + tl.arange(0, 128)
+        column = tl.program_id(1) * 128 + tl.arange(0, 128)
+        h = widen(_forward(gate_up, gate, row, column, end, f))
+        round_block(
+            h, row, end, column, f, group, piece,
+            row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+            ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_quantize_kernel(
+    dh, gate_up, gate, d_gate, ends_ptr, piece_ends_ptr, n, f, groups,
+    row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+    ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
+    COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
+    NATIVE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(0)
+    group, start, end, piece_ends = find_piece(ends_ptr, piece, groups, n, GROUPS, 128)
+    if (piece == 0) & (tl.program_id(1) == 0):
+        index = tl.arange(0, GROUPS)
+        tl.store(piece_ends_ptr + index, piece_ends, mask=index < groups)
+    if group < groups:
+        row = start + tl.arange(0, 128)
+        column = tl.program_id(1) * 128 + tl.arange(0, 128)
+        # One half after the other, read twice (the second time from a cache): both do not fit a thread's registers.
+        for half in tl.static_range(2):
+            d = _backward(dh, gate_up, gate, d_gate, row, column, end, f, half)
+            round_block(
+                widen(d), row, end, column + half * f, 2 * f, group, piece,
+                row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+                ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
+            )  # fmt: skip
+
+
+def _checked(gate_up_nf2: Tensor, gate_n1: Tensor | None, dh_nf: Tensor | None = None) -> tuple[int, int]:
+    n, twice = gate_up_nf2.shape
+    check(twice % 2 == 0, f"gate_up: {twice} columns, not two halves")
+    check(gate_n1 is None or gate_n1.shape == (n, 1), f"gate: one number for each of {n} rows")
+    check(dh_nf is None or dh_nf.shape == (n, twice // 2), f"dh: {n} rows of {twice // 2}")
+    return n, twice // 2
+
+
+def swiglu(gate_up_nf2: Tensor, gate_n1: Tensor | None) -> Tensor:
+    """silu(g) · u · gate → (n, f) in the format of gate_up. Raises ValueError."""
+    n, f = _checked(gate_up_nf2, gate_n1)
+    out = gate_up_nf2.new_empty(n, f)
+    if out.numel():
+        grid = (triton.cdiv(n, 32), triton.cdiv(f, PIECE))
+        gate = None if gate_n1 is None else gate_n1.contiguous()
+        _forward_kernel[grid](gate_up_nf2.contiguous(), gate, out, n, f, M=32, num_warps=8, **EXACT)
+    return out
+
+
+def swiglu_backward(dh_nf: Tensor, gate_up_nf2: Tensor, gate_n1: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """→ d_gate_up (n, 2f) in the format of gate_up, d_gate (n, 1) in FP32 or None. Raises ValueError."""
+    n, f = _checked(gate_up_nf2, gate_n1, dh_nf)
+    out = torch.empty_like(gate_up_nf2, memory_format=torch.contiguous_format)
+    gate, shares = _gate(gate_n1, n, f)
+    if out.numel():
+        grid = (triton.cdiv(n, 32), triton.cdiv(f, PIECE))
+        arguments = (dh_nf.contiguous(), gate_up_nf2.contiguous(), gate, shares, out, n, f)
+        _backward_kernel[grid](*arguments, M=32, num_warps=8, **EXACT)
+    return out, None if shares is None else shares.sum(1, keepdim=True)
+
+
+def _gate(gate_n1: Tensor | None, n: int, f: int) -> tuple[Tensor | None, Tensor | None]:
+    """The gate, and room for what each 128 columns add to its gradient; rows that no kernel reaches have none."""
+    if gate_n1 is None:
+        return None, None
+    return gate_n1.contiguous(), gate_n1.new_zeros((n, triton.cdiv(f, PIECE)), dtype=torch.float32)
+
+
+def _in_one_pass(rows: OperandConfig | None, columns: OperandConfig | None) -> bool:
+    """Whether a block knows its scales."""
+    return all(operand is None or operand.scale_of in ("tile", "block") for operand in (rows, columns))
+
+
+def swiglu_quantize(
+    gate_up_nf2: Tensor,
+    gate_n1: Tensor | None,
+    ends_e: Tensor,
+    *,
+    rows: OperandConfig | None,
+    columns: OperandConfig | None,
+    power_of_two: bool | None = None,
+) -> tuple[Rows | None, Columns | None]:
+    """`quantize` of `swiglu`, in one pass where scales are of tiles or blocks. Raises ValueError."""
+    n, f = _checked(gate_up_nf2, gate_n1)
+    if not _in_one_pass(rows, columns) or not n * f:
+        return quantize(swiglu(gate_up_nf2, gate_n1), ends_e, rows=rows, columns=columns, power_of_two=power_of_two)
+    check(ends_e.dtype == torch.int32, "ends_e: int32")
+    e = len(ends_e)
+    pieces = pieces_at_most(n, e)
+    outputs = Outputs(gate_up_nf2, (n, f, pieces, e), rows, columns, power_of_two)
+    gate = None if gate_n1 is None else gate_n1.contiguous()
+    piece_ends_e = torch.empty_like(ends_e)
+    arguments = (gate_up_nf2.contiguous(), gate, ends_e.contiguous(), piece_ends_e, n, f, e)
+    grid = (pieces, triton.cdiv(f, PIECE))
+    _forward_quantize_kernel[grid](*arguments, **outputs.arguments, GROUPS=group_lanes(e), num_warps=WARPS, **EXACT)
+    return outputs.layouts(piece_ends_e)
+
+
+def swiglu_backward_quantize(
+    dh_nf: Tensor,
+    gate_up_nf2: Tensor,
+    gate_n1: Tensor | None,
+    ends_e: Tensor,
+    *,
+    rows: OperandConfig | None,
+    columns: OperandConfig | None,
+) -> tuple[Rows | None, Columns | None, Tensor | None]:
+    """`quantize` of d_gate_up and d_gate, in one pass where scales are of tiles or blocks and f is a multiple of 128.
+
+    d_gate of rows that belong to no group is zero if their dh is. Raises ValueError.
+    """
+    n, f = _checked(gate_up_nf2, gate_n1, dh_nf)
+    if not _in_one_pass(rows, columns) or f % PIECE or not n * f:
+        d_gate_up, d_gate = swiglu_backward(dh_nf, gate_up_nf2, gate_n1)
+        return *quantize(d_gate_up, ends_e, rows=rows, columns=columns), d_gate
+    check(ends_e.dtype == torch.int32, "ends_e: int32")
+    e = len(ends_e)
+    pieces = pieces_at_most(n, e)
+    outputs = Outputs(gate_up_nf2, (n, 2 * f, pieces, e), rows, columns, None)
+    gate, shares = _gate(gate_n1, n, f)
+    piece_ends_e = torch.empty_like(ends_e)
+    operands = (dh_nf.contiguous(), gate_up_nf2.contiguous(), gate, shares)
+    arguments = (*operands, ends_e.contiguous(), piece_ends_e, n, f, e)
+    grid = (pieces, f // PIECE)
+    _backward_quantize_kernel[grid](*arguments, **outputs.arguments, GROUPS=group_lanes(e), num_warps=WARPS, **EXACT)
+    return *outputs.layouts(piece_ends_e), None if shares is None else shares.sum(1, keepdim=True)

@@ -1,0 +1,76 @@
+"""Compile what the wrappers launch for a compute capability, without its GPU: python compile_kernels.py 9 0
+
+Prints a line of JSON a kernel: its name, the shared memory it needs, and the instructions of interest it has.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from moe_train.config import OperandConfig
+from moe_train.kernels import capability, fp8_matmul, grouped_matmul, quantize, rounding
+from moe_train.kernels.layouts import Columns, Rows, Weights
+
+INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
+run = JITFunction.run
+
+
+class Driver:
+    """What Triton asks of a device."""
+
+    def __init__(self, major: int, minor: int) -> None:
+        self.target = GPUTarget("cuda", 10 * major + minor, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+    found = [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]]
+    print(json.dumps({"kernel": self.fn.__name__, "shared": compiled.metadata.shared, "instructions": found}))
+
+
+def launch_all() -> None:
+    """Every kernel that multiplies or rounds, at sizes that are whole blocks."""
+    n, k, o, e = 1024, 256, 512, 4
+    ends_e = torch.arange(1, e + 1, dtype=torch.int32) * (n // e)
+
+    def fp8(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+    x, w = torch.zeros(n, k, dtype=torch.bfloat16), torch.zeros(e, o, k, dtype=torch.bfloat16)
+    tile = OperandConfig("e4m3", "tile", False)
+    quantize.quantize(x, ends_e, rows=tile, columns=tile)
+    weights = Weights(fp8(e, o, k), torch.zeros(e, o, k // 128), shared_rows=True)
+    fp8_matmul.grouped_product(Rows(fp8(n, k), torch.zeros(n, k // 128)), weights, ends_e, torch.bfloat16)
+    pieces = n // 128 + e
+    columns = Columns(fp8(k, 128 * pieces), torch.zeros(k, pieces), ends_e)
+    fp8_matmul.grouped_weight_product(columns, columns)
+    grouped_matmul.grouped_product(x, w, ends_e)
+    grouped_matmul.grouped_weight_product(x, x, ends_e)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    major, minor = int(sys.argv[1]), int(sys.argv[2])
+    triton.runtime.driver.set_active(Driver(major, minor))
+    card = capability.of_capability((major, minor))
+    for module in (rounding, fp8_matmul, grouped_matmul):
+        module.card = lambda _: card  # type: ignore[attr-defined]
+    JITFunction.run = compile_only
+    launch_all()

@@ -1,0 +1,44 @@
+"""What tests of kernels compare with, and how."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_train.kernels.layouts import PIECE, Columns, Rows
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Bitwise, but for NaN, which has several forms."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[found.element_size()]
+    nan = expected.float().isnan()
+    equal = found.view(bits) == expected.view(bits)
+    return bool(torch.where(nan, found.float().isnan(), equal).all())
+
+
+def held_to_reference(
+    found: tuple[Rows | None, Columns | None], expected: tuple[Rows | None, Columns | None], ends_e: Tensor
+) -> None:
+    for layout, other in zip(found, expected):
+        if layout is None or other is None:
+            assert layout is other
+            continue
+        assert layout.values.dtype == other.values.dtype
+        if isinstance(layout, Rows):
+            read = slice(0, int(ends_e[-1]))  # what belongs to no group is read by nobody
+            assert same(layout.values[read], other.values[read])
+            assert same(layout.scales[read], other.scales[read])
+        else:
+            assert torch.equal(layout.ends_e, other.ends_e)
+            pieces = int(layout.ends_e[-1])
+            assert same(layout.values[:, : pieces * PIECE], other.values[:, : pieces * PIECE])
+            assert same(layout.scales[:, :pieces], other.scales[:, :pieces])
+
+
+def by_autograd(dh: Tensor, gate_up: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """h, d_gate_up and d_gate in FP64."""
+    inputs = [t.double().requires_grad_() for t in (gate_up, gate) if t is not None]
+    g, u = inputs[0].chunk(2, -1)
+    h = g * torch.sigmoid(g) * u * (inputs[1] if gate is not None else 1)
+    d_gate_up, *d_gate = torch.autograd.grad(h, inputs, dh.double())
+    return h.detach(), d_gate_up, d_gate[0] if d_gate else None

@@ -1,0 +1,49 @@
+"""What Triton makes of the kernels for GPUs that are not here: it compiles, fits, and uses the hardware there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moe_train.errors import UserError
+from moe_train.kernels import capability
+from moe_train.kernels.capability import of_capability
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+
+
+@pytest.mark.parametrize(("major", "minor", "product"), [(8, 6, "mma.sync"), (9, 0, "wgmma.mma_async")])
+def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, product: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(SCRIPT), str(major), str(minor)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    card = of_capability((major, minor))
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == 5
+    for kernel in kernels:
+        assert kernel["shared"] <= card.shared_bytes, kernel
+        multiplies = kernel["kernel"] != "_quantize_kernel"
+        assert (product in kernel["instructions"]) == multiplies
+        assert card.multiplies_fp8 or "e4m3" not in kernel["instructions"]
+        if not multiplies:
+            assert "div.rn.f32" in kernel["instructions"]  # rounded as the reference rounds it
+            assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel["instructions"]) == card.rounds_fp8
+
+
+def test_a_device_without_kernels_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    with pytest.raises(UserError, match="CUDA device, not meta"):
+        capability.require(torch.device("meta"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="Triton, which is not installed"):
+        capability.require(torch.device("cuda"))

@@ -1,0 +1,75 @@
+"""SwiGLU in Triton against autograd in FP64; its FP8 forms bit for bit the rounding of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernel_checks import by_autograd, held_to_reference
+
+from moe_train.config import OperandConfig
+from moe_train.kernels import reference, swiglu
+
+TILE, BLOCK = OperandConfig("e4m3", "tile", False), OperandConfig("e5m2", "block", True)
+ROW = OperandConfig("e4m3", "row", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_values_and_gradients_are_those_of_fp64_rounded(
+    dtype: torch.dtype, gated: bool, random: Callable[..., Tensor]
+) -> None:
+    n, f = (40, 150) if random(1).device.type == "cpu" else (5000, 1408)
+    gate_up, dh = 3 * random(n, 2 * f, dtype=dtype), random(n, f, dtype=dtype)
+    gate = random(n, 1).sigmoid() if gated else None
+    h, d_gate_up, d_gate = by_autograd(dh, gate_up, gate)
+    found = swiglu.swiglu(gate_up, gate)
+    d_found, d_gate_found = swiglu.swiglu_backward(dh, gate_up, gate)
+    assert found.dtype == d_found.dtype == dtype
+    # Half a unit of the format, and FP32's error, which grows where 1 + g (1 - s) cancels.
+    relative, absolute = torch.finfo(dtype).eps / 2 + 1e-6, 1e-5 if dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(found.double(), h, rtol=relative, atol=absolute)
+    torch.testing.assert_close(d_found.double(), d_gate_up, rtol=relative, atol=absolute)
+    if d_gate is not None and d_gate_found is not None:
+        assert d_gate_found.dtype == torch.float32
+        torch.testing.assert_close(d_gate_found.double(), d_gate, rtol=1e-5, atol=1e-4)
+    else:
+        assert d_gate_found is None
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(TILE, BLOCK), (None, TILE), (ROW, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_in_the_same_pass_changes_no_bit(
+    rows: OperandConfig | None,
+    columns: OperandConfig | None,
+    dtype: torch.dtype,
+    ragged: tuple[int, Tensor],
+    random: Callable[..., Tensor],
+) -> None:
+    n, ends_e = ragged
+    for f in (128, 72) if n < 1000 else (1408, 1000):
+        gate_up, dh, gate = random(n, 2 * f, dtype=dtype), random(n, f, dtype=dtype), random(n, 1).sigmoid()
+        found = swiglu.swiglu_quantize(gate_up, gate, ends_e, rows=rows, columns=columns, power_of_two=True)
+        h = swiglu.swiglu(gate_up, gate)
+        expected = reference.quantize(h, ends_e, rows=rows, columns=columns, power_of_two=True)
+        held_to_reference(found, expected, ends_e)
+        *found, d_gate = swiglu.swiglu_backward_quantize(dh, gate_up, gate, ends_e, rows=rows, columns=columns)
+        d_gate_up, d_gate_expected = swiglu.swiglu_backward(dh, gate_up, gate)
+        expected = reference.quantize(d_gate_up, ends_e, rows=rows, columns=columns)
+        held_to_reference((found[0], found[1]), expected, ends_e)
+        read = slice(0, int(ends_e[-1]))
+        torch.testing.assert_close(d_gate[read], d_gate_expected[read], rtol=1e-5, atol=1e-4)
+
+
+def test_shapes_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="7 columns"):
+        swiglu.swiglu(random(3, 7), None)
+    with pytest.raises(ValueError, match="one number for each of 3 rows"):
+        swiglu.swiglu(random(3, 8), random(3))
+    with pytest.raises(ValueError, match="dh: 3 rows of 4"):
+        swiglu.swiglu_backward(random(3, 8), random(3, 8), None)
