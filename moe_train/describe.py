@@ -142,9 +142,11 @@ def _built(model: ModelConfig, vocab_size: int) -> Transformer:
 
 
 def _formats(built: Transformer, precision: PrecisionConfig, compute_dtype: str) -> list[dict[str, Any]]:
+    import torch
+
     from moe_train.precision import recipes
 
-    recipes.apply(built, precision)
+    recipes.apply(built, precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     wide = compute_dtype if precision.compute_dtype == "auto" else precision.compute_dtype
     return recipes.table(built, precision, wide)
 

@@ -54,6 +54,9 @@ class Fp8Config:
     # Layers whose input has scales that are powers of two: rounding it along rows, then along columns, then costs
     # nothing twice (section 3.3.3: the projection after attention).
     power_of_two_inputs_of: tuple[str, ...]
+    # What the input of a SwiGLU is kept in until the backward pass, which makes its result again (section 3.3.3); null:
+    # in the compute format.
+    swiglu_input: OperandConfig | None
     # Of sums over the inner dimension. hopper: 14 bits within 128 products, FP32 between (section 3.3.2).
     accumulation: Literal["float32", "hopper"]
 
@@ -65,4 +68,6 @@ class PrecisionConfig:
     name: str
     compute_dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 where the device multiplies it faster
     fp8: Fp8Config | None  # of linear layers; None: they run in the compute format too
+    # What multiplies in FP8 (precision/choice.py); an error where the device lacks it. auto: the run says what it took.
+    backend: Literal["auto", "emulated", "cublas", "triton"]
     evaluate_in_fp8: bool  # False: evaluation and generation use the compute format throughout

@@ -17,19 +17,23 @@ from moe_train.cost.flops import ATTENTION_CORE, HEAD, ROUTER, main_forward_flop
 Format = Literal["float32", "bfloat16", "float8"]
 
 
-def formats_of_parts(linear: Format) -> dict[str, Format]:
-    """In what format each part multiplies where linear layers use `linear`; parts not named use `linear`.
+def formats_of_parts(compute: Format) -> dict[str, Format]:
+    """In what format the parts multiply that no recipe rounds to FP8; parts not named are linear layers.
 
-    The router is FP32 (model/router.py). Attention core and head stay in BF16 where linear layers are FP8, as in
-    DeepSeek-V3 (arXiv 2412.19437, section 3.3.1).
+    The router is FP32 (model/router.py). Attention core and head stay in the compute format, as in DeepSeek-V3 (arXiv
+    2412.19437, section 3.3.1).
     """
-    wide: Format = "bfloat16" if linear == "float8" else linear
-    return {ROUTER: "float32", ATTENTION_CORE: wide, HEAD: wide}
+    return {ROUTER: "float32", ATTENTION_CORE: compute, HEAD: compute}
 
 
-def flops_by_format(model: ModelConfig, sequence_length: int, vocab_size: int, linear: Format) -> dict[Format, float]:
-    """Training FLOPs per token in each format. They add up to `training_flops_per_token`."""
-    formats = formats_of_parts(linear)
+def flops_by_format(
+    model: ModelConfig, sequence_length: int, vocab_size: int, compute: Format, linear: Format | None = None
+) -> dict[Format, float]:
+    """Training FLOPs per token in each format. They add up to `training_flops_per_token`.
+
+    linear: what linear layers multiply in, where that is not `compute`: float8 with a recipe and a device that has it.
+    """
+    formats, linear = formats_of_parts(compute), linear or compute
     found: dict[Format, float] = {}
     for parts in (
         main_forward_flops(model, sequence_length, vocab_size),

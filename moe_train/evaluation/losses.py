@@ -42,7 +42,7 @@ def evaluate_run(
     limit = None if limit == "all" else limit
     runtime = _runtime(trained)
     trained.model.to(runtime.device)
-    recipes.apply(trained.model, config.precision)
+    recipes.apply(trained.model, config.precision, runtime.device)
     with TemporaryDirectory() as folder:
         if files is None:
             text = texts.own_split(trained, split, limit)

@@ -60,7 +60,7 @@ def recompute(
         raise ValueError(f"{h800.name} needs its BF16 and FP8 peaks")
     seconds_per_token = PHASES["pre-training"] * 3600 / TOKENS  # of one device
     rate = flops / seconds_per_token
-    ideal = ideal_seconds(flops_by_format(model, SEQUENCE_LENGTH, vocab_size, "float8"), h800.peak_tflops)
+    ideal = ideal_seconds(flops_by_format(model, SEQUENCE_LENGTH, vocab_size, "bfloat16", "float8"), h800.peak_tflops)
     own = next(run for run in runs if run.model == "DeepSeek-V3")
     left_out = next(p for p in leave_one_out(runs) if p.run.model == own.model)
     fastest_first = sorted(runs, key=lambda run: -run.utilization)

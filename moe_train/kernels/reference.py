@@ -36,7 +36,7 @@ def _spread(quantized: rounding.Quantized) -> Tensor:
     return scales if scales.shape[-1] == pieces else scales.expand(*scales.shape[:-1], pieces)
 
 
-def _dequantized(values: Tensor, scales: Tensor) -> Tensor:
+def dequantized(values: Tensor, scales: Tensor) -> Tensor:
     """FP32 (…, rows, inner) of FP8 values with a scale for every row and piece."""
     return values.to(torch.float32) * scales.repeat_interleave(PIECE, -1)[..., : values.shape[-1]]
 
@@ -78,7 +78,7 @@ def quantize(
 
 def quantize_again(rows: Rows, ends_e: Tensor, columns: OperandConfig, *, power_of_two: bool | None = None) -> Columns:
     """See kernels/quantize.py."""
-    _, found = quantize(_dequantized(*rows), ends_e, rows=None, columns=columns, power_of_two=power_of_two)
+    _, found = quantize(dequantized(*rows), ends_e, rows=None, columns=columns, power_of_two=power_of_two)
     assert found is not None
     return found
 
@@ -101,10 +101,10 @@ def grouped_product(
     left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype, accumulation: Accumulation = "float32"
 ) -> Tensor:
     """See kernels/fp8_matmul.py. accumulation: how tensor cores add up, in precision/accumulate.py."""
-    weight = _dequantized(right.values, right.scales)
+    weight = dequantized(right.values, right.scales)
     out = left.scales.new_zeros(len(left.values), weight.shape[1], dtype=dtype)
     for group, start, end, _ in _groups(ends_e):
-        x = _dequantized(left.values[start:end], left.scales[start:end])
+        x = dequantized(left.values[start:end], left.scales[start:end])
         out[start:end] = product(x, weight[group], accumulation).to(dtype)
     return out
 
@@ -119,7 +119,7 @@ def grouped_weight_product(
     for group, end in enumerate(left.ends_e.tolist()):
         if end > start:
             tokens = slice(start * PIECE, end * PIECE)
-            one, other = (_dequantized(x.values[:, tokens], x.scales[:, start:end]) for x in (left, right))
+            one, other = (dequantized(x.values[:, tokens], x.scales[:, start:end]) for x in (left, right))
             out[group] = product(one, other, accumulation).to(out_dtype)
             start = end
     return out

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config import MoEConfig
@@ -18,7 +17,7 @@ from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequenc
 from moe_train.model.layers import SwiGLU
 from moe_train.model.router import Choice, Router
 from moe_train.precision.fp8 import Fp8Layer
-from moe_train.precision.matmul import grouped_linear
+from moe_train.precision.matmul import swiglu_linear
 
 
 class Routed(NamedTuple):
@@ -43,10 +42,8 @@ class Experts(nn.Module):
 
     def forward(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor) -> Tensor:
         """Rows sorted by expert, and the gate value of each → their gated outputs (n, d)."""
-        first, second = self.fp8 if self.fp8 and (self.training or self.evaluates_in_fp8) else (None, None)
-        gate, up = grouped_linear(x_nd, self.gate_up_proj, ends_e, first).chunk(2, dim=-1)
-        hidden_nf = F.silu(gate) * up * gate_n1.to(gate.dtype)
-        return grouped_linear(hidden_nf, self.down_proj, ends_e, second)
+        fp8 = self.fp8 if self.training or self.evaluates_in_fp8 else None
+        return swiglu_linear(x_nd, self.gate_up_proj, self.down_proj, row_weight=gate_n1, ends_e=ends_e, fp8=fp8)
 
 
 class MoELayer(nn.Module):

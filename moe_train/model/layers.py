@@ -7,11 +7,10 @@ visits, n token-expert pairs, f expert width, v vocabulary.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.precision.fp8 import Fp8Layer
-from moe_train.precision.matmul import linear
+from moe_train.precision.matmul import linear, swiglu_linear
 
 
 class Linear(nn.Module):
@@ -25,7 +24,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.fp8 if self.training or self.evaluates_in_fp8 else None)
+        return linear(x, self.weight, self.products)
+
+    @property
+    def products(self) -> Fp8Layer | None:
+        """Of FP8, where it multiplies in FP8 now."""
+        return self.fp8 if self.training or self.evaluates_in_fp8 else None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -44,6 +48,6 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+        first, second = self.gate_up_proj, self.down_proj
+        fp8 = None if first.products is None or second.products is None else (first.products, second.products)
+        return swiglu_linear(x, first.weight, second.weight, fp8=fp8)

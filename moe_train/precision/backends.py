@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -10,12 +10,15 @@ from torch import Tensor
 from moe_train.config import OperandConfig
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
+Rate = Literal["float32", "bfloat16", "float8"]
+
 
 class Backend(Protocol):
     """Rounds operands and multiplies them; kernels/layouts.py says how they lie in memory. Rows of group e of a tensor
     of n rows end before `ends_e[e]` (int32, on its device); a scale is never shared between groups."""
 
     name: str
+    multiplies_in: Rate  # whose peak rate its products could have
 
     def quantize(
         self,
@@ -44,5 +47,29 @@ class Backend(Protocol):
     def product(self, left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows (n, k) of group e times weight e (o, k) transposed → (n, o); zeros after the last group."""
 
-    def weight_product(self, left: Columns, right: Columns, ends_e: Tensor) -> Tensor:
+    def weight_product(self, left: Columns, right: Columns) -> Tensor:
         """For each group, left (o, tokens) times right (i, tokens) transposed → (e, o, i) in FP32."""
+
+    def swiglu(
+        self,
+        gate_up: Tensor,
+        row_weight: Tensor | None,
+        ends_e: Tensor,
+        *,
+        rows: OperandConfig | None,
+        columns: OperandConfig | None,
+        power_of_two: bool | None = None,
+    ) -> tuple[Rows | None, Columns | None]:
+        """silu(gate) · up · row_weight of gate_up (n, 2f), in its format, then rounded as `quantize` rounds it."""
+
+    def swiglu_backward(
+        self,
+        grad_h: Tensor,
+        gate_up: Tensor,
+        row_weight: Tensor | None,
+        ends_e: Tensor,
+        *,
+        rows: OperandConfig | None,
+        columns: OperandConfig | None,
+    ) -> tuple[Rows | None, Columns | None, Tensor | None]:
+        """The gradient of gate_up, rounded, and that of the rows' weights (n, 1)."""

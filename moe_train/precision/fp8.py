@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from moe_train.config import Fp8Config
-from moe_train.kernels.layouts import DTYPES, PIECE, Rows, Weights
+from moe_train.kernels.layouts import DTYPES, PIECE, Columns, Rows, Weights
 from moe_train.precision.backends import Backend
-from moe_train.precision.emulated import Emulated
 from moe_train.precision.formats import compute_dtype
 
 _held: object | None = None  # the step in progress, while weights cannot change
@@ -48,19 +47,22 @@ def holding_weights() -> Iterator[None]:
 
 
 class Fp8Layer:
-    """The products of one layer. `power_of_two_input`: the scales of its input are powers of two, whatever else is."""
+    """The products of one layer, which has to live until its backward pass.
 
-    def __init__(self, recipe: Fp8Config, power_of_two_input: bool = False, backend: Backend | None = None) -> None:
+    `power_of_two_input`: the scales of its input are powers of two, whatever else is.
+    """
+
+    def __init__(self, recipe: Fp8Config, backend: Backend, power_of_two_input: bool = False) -> None:
         self.recipe = recipe
         self.power_of_two_input = power_of_two_input
-        self.backend: Backend = backend or Emulated(recipe.accumulation)
+        self.backend = backend
         self._weights: tuple[Weights | None, Weights | None] = (None, None)
         self.key = next(_keys)
         _layers[self.key] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp8Layer:
         """A copied model's layer is another layer: its weights will differ."""
-        return Fp8Layer(self.recipe, self.power_of_two_input, self.backend)
+        return Fp8Layer(self.recipe, self.backend, self.power_of_two_input)
 
     def linear(self, x: Tensor, weight_oi: Tensor) -> Tensor:
         """x (…, in), weight (out, in) → (…, out) in the compute format."""
@@ -95,6 +97,18 @@ class Fp8Layer:
         assert chosen is not None
         return chosen
 
+    def quantized_input(self, x_ni: Tensor, ends_e: Tensor) -> Rows:
+        """As the forward product takes it, and as it is kept."""
+        operand = self.recipe.forward.activation
+        rows, _ = self.backend.quantize(x_ni, ends_e, rows=operand, columns=None, power_of_two=self.power_of_two)
+        assert rows is not None
+        return rows
+
+    def along_tokens(self, kept: Rows, ends_e: Tensor) -> Columns:
+        """A kept input as the weight gradient takes it."""
+        operand = self.recipe.weight_gradient.activation
+        return self.backend.quantize_again(kept, ends_e, operand, power_of_two=self.power_of_two)
+
     def let_go(self) -> None:
         """Of rounded weights."""
         self._weights = (None, None)
@@ -105,12 +119,10 @@ def _forward(
     x_ni: Tensor, weight: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The product, and its input as it is kept: values and scales. `weight`: (o, i), or (e, o, i) with `ends_e`."""
-    own = _layers[layer]
-    ends = _ends(x_ni, ends_e)
-    operand = own.recipe.forward.activation
-    kept, _ = own.backend.quantize(x_ni, ends, rows=operand, columns=None, power_of_two=own.power_of_two)
-    assert kept is not None
-    y = own.backend.product(kept, own.weights(_stacked(weight), backward=False), ends, x_ni.dtype)
+    own = layer_of(layer)
+    ends = ends_of(x_ni, ends_e)
+    kept = own.quantized_input(x_ni, ends)
+    y = own.backend.product(kept, own.weights(stacked(weight), backward=False), ends, x_ni.dtype)
     return y, kept.values, kept.scales
 
 
@@ -138,9 +150,9 @@ def _backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input (in that of the product's format) and of the weight (FP32); empty where not needed."""
-    own = _layers[layer]
+    own = layer_of(layer)
     recipe, backend = own.recipe, own.backend
-    ends = _ends(grad_no, ends_e)
+    ends = ends_of(grad_no, ends_e)
     rows, columns = backend.quantize(
         grad_no,
         ends,
@@ -149,11 +161,10 @@ def _backward(
     )
     grad_x, grad_weight = grad_no.new_empty(0), grad_no.new_empty(0, dtype=torch.float32)
     if rows is not None:
-        grad_x = backend.product(rows, own.weights(_stacked(weight), backward=True), ends, grad_no.dtype)
+        grad_x = backend.product(rows, own.weights(stacked(weight), backward=True), ends, grad_no.dtype)
     if columns is not None:
-        operand = recipe.weight_gradient.activation
-        inputs = backend.quantize_again(Rows(values, scales), ends, operand, power_of_two=own.power_of_two)
-        grad_weight = backend.weight_product(columns, inputs, ends).view_as(weight)
+        inputs = own.along_tokens(Rows(values, scales), ends)
+        grad_weight = backend.weight_product(columns, inputs).view_as(weight)
     return grad_x, grad_weight
 
 
@@ -194,9 +205,13 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _ends(rows: Tensor, ends_e: Tensor | None) -> Tensor:
+def layer_of(key: int) -> Fp8Layer:
+    return _layers[key]
+
+
+def ends_of(rows: Tensor, ends_e: Tensor | None) -> Tensor:
     return torch.full((1,), len(rows), dtype=torch.int32, device=rows.device) if ends_e is None else ends_e
 
 
-def _stacked(weight: Tensor) -> Tensor:
+def stacked(weight: Tensor) -> Tensor:
     return weight if weight.ndim == 3 else weight.unsqueeze(0)

@@ -1,19 +1,25 @@
-"""The seam: every matrix product of the model is one of the two functions here.
+"""The seam: every matrix product of the model is one of the functions here.
 
-`linear` multiplies all rows by one weight, `grouped_linear` multiplies runs of rows by one weight each (experts). A
-layer that a recipe gives FP8 products hands them over. Without them both take their number format from autocast, so
-FP32 master weights are read in BF16 where BF16 training is on; torch's own grouped matmul ignores autocast on the CPU,
-which is why the cast stands here and not in the layers.
+`linear` multiplies all rows by one weight, `grouped_linear` multiplies runs of rows by one weight each (experts),
+`swiglu_linear` is both products of a SwiGLU with the activation between. A layer that a recipe gives FP8 products hands
+them over. Without them all take their number format from autocast, so FP32 master weights are read in BF16 where BF16
+training is on; torch's own grouped matmul ignores autocast on the CPU, which is why the casts stand here and not in the
+layers.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_train.precision.cpu_grouped import CpuGroupedLinear
+from moe_train.precision import grouped
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer
+from moe_train.precision.fp8_swiglu import fp8_swiglu
+from moe_train.precision.swiglu import SwiGLUProducts
 
 
 def linear(x: Tensor, weight: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
@@ -24,16 +30,55 @@ def linear(x: Tensor, weight: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
 def grouped_linear(x_ni: Tensor, weight_eoi: Tensor, ends_e: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
     """Rows of group e, which end before `ends_e[e]` (int32, on the device of x), times weight_eoi[e] → (n, out).
 
-    No host synchronisation where the device has a grouped matmul (compute capability 9.x and 10.x); groups may be
-    empty. On a GPU the sizes `in` and `out` must fill 16 bytes (multiples of 8 in BF16, of 4 in FP32).
+    No host synchronisation on a GPU; groups may be empty. With compute capability 9.x and 10.x, where torch's own form
+    is taken, `in` and `out` must fill 16 bytes (multiples of 8 in BF16, of 4 in FP32).
     """
     if fp8 is not None:
         return fp8.grouped_linear(x_ni, weight_eoi, ends_e)
     dtype = compute_dtype(x_ni)
-    x_ni, weight_eoi = x_ni.to(dtype), weight_eoi.to(dtype)
-    product: Tensor
-    if x_ni.device.type == "cpu":
-        product = CpuGroupedLinear.apply(x_ni, weight_eoi, ends_e)  # type: ignore[no-untyped-call]
-    else:
-        product = F.grouped_mm(x_ni, weight_eoi.transpose(1, 2), offs=ends_e)
-    return product
+    out: Tensor = _Grouped.apply(x_ni.to(dtype), weight_eoi.to(dtype), ends_e)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ni: Tensor, weight_eoi: Tensor, ends_e: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ni, weight_eoi, ends_e)
+        return grouped.product(x_ni, weight_eoi, ends_e)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_ni, weight_eoi, ends_e = ctx.saved_tensors
+        grad_no = grad_outputs[0].contiguous()
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        return (
+            grouped.input_gradient(grad_no, weight_eoi, ends_e) if needs_x else None,
+            grouped.weight_gradient(grad_no, x_ni, ends_e) if needs_weight else None,
+            None,
+        )
+
+
+def swiglu_linear(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    row_weight: Tensor | None = None,
+    ends_e: Tensor | None = None,
+    fp8: tuple[Fp8Layer, Fp8Layer] | None = None,
+) -> Tensor:
+    """down(silu(gate x) · up x · row_weight): x (…, d) → (…, d) in the compute format, with one weight each.
+
+    With `ends_e` x is (n, d) in groups and the weights are stacked, as in `grouped_linear`. `row_weight` (n, 1).
+    """
+    if fp8 is not None:
+        return fp8_swiglu(x, gate_up_weight, down_weight, row_weight, ends_e, fp8)
+    dtype = compute_dtype(x)
+    out: Tensor = SwiGLUProducts.apply(  # type: ignore[no-untyped-call]
+        x.flatten(0, -2).to(dtype),
+        gate_up_weight.to(dtype),
+        down_weight.to(dtype),
+        None if row_weight is None else row_weight.to(dtype),
+        ends_e,
+    )
+    return out.view(*x.shape[:-1], -1)

@@ -4,44 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig
 from moe_train.errors import UserError
 from moe_train.model.experts import Experts
 from moe_train.model.layers import Linear
 from moe_train.model.transformer import Transformer
+from moe_train.precision.backends import Backend
+from moe_train.precision.choice import Choice, Device, choose
 from moe_train.precision.fp8 import Fp8Layer
 
 # Layers outside these are the embedding's, the head's and the final norm's, which stay in the compute format.
 _ROOMS = ("blocks.", "mtp.")
 
 
-def apply(model: Transformer, precision: PrecisionConfig) -> None:
-    """Give every linear layer of the blocks its FP8 products, if the recipe has any. Raises UserError."""
+def apply(model: Transformer, precision: PrecisionConfig, device: torch.device) -> Choice | None:
+    """Give every linear layer of the blocks its FP8 products, if the recipe has any.
+
+    Returns what multiplies them on `device` and why. Raises UserError where it lacks the backend asked for.
+    """
     recipe = precision.fp8
     if recipe is None:
-        return
+        return None
+    layers = _layers_of(model)
+    sizes = {size for module in layers.values() for weight in module.parameters() for size in weight.shape[-2:]}
+    choice = choose(precision, Device.of(device), sizes)
     known = set()
-    for name, module in model.named_modules():
+    for name, module in layers.items():
         layer = name.rpartition(".")[2]
-        if not name.startswith(_ROOMS) or not isinstance(module, Linear | Experts):
-            continue
         module.evaluates_in_fp8 = precision.evaluate_in_fp8
         if isinstance(module, Linear):
             known.add(layer)
-            module.fp8 = _layer(recipe, layer)
+            module.fp8 = _layer(recipe, layer, choice.backend)
         else:
             known |= {"gate_up_proj", "down_proj"}
-            module.fp8 = (_layer(recipe, "gate_up_proj"), _layer(recipe, "down_proj"))
+            module.fp8 = (_layer(recipe, "gate_up_proj", choice.backend), _layer(recipe, "down_proj", choice.backend))
     for layer in recipe.power_of_two_inputs_of:
         if layer not in known:
             raise UserError(
                 f"precision.fp8.power_of_two_inputs_of names {layer}, and the model has {', '.join(sorted(known))}: "
                 "choose among them"
             )
+    return choice
 
 
-def _layer(recipe: Fp8Config, name: str) -> Fp8Layer:
-    return Fp8Layer(recipe, power_of_two_input=name in recipe.power_of_two_inputs_of)
+def _layers_of(model: Transformer) -> dict[str, Linear | Experts]:
+    """Those a recipe is for, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(_ROOMS) and isinstance(module, Linear | Experts)
+    }
+
+
+def _layer(recipe: Fp8Config, name: str, backend: Backend) -> Fp8Layer:
+    return Fp8Layer(recipe, backend, power_of_two_input=name in recipe.power_of_two_inputs_of)
 
 
 def table(model: Transformer, precision: PrecisionConfig, compute_format: str) -> list[dict[str, Any]]:
@@ -49,9 +67,7 @@ def table(model: Transformer, precision: PrecisionConfig, compute_format: str) -
     rows: dict[str, dict[str, Any]] = {
         "embedding": {"layer": "embedding", "all": "a lookup in float32"},
     }
-    for name, module in model.named_modules():
-        if not name.startswith(_ROOMS) or not isinstance(module, Linear | Experts):
-            continue
+    for name, module in _layers_of(model).items():
         kind = ".".join(part for part in name.split(".")[1:] if not part.isdigit())
         if isinstance(module, Linear):
             rows[kind] = _row(kind, module.fp8, compute_format)
@@ -79,7 +95,7 @@ def _row(name: str, layer: Fp8Layer | None, compute_format: str) -> dict[str, An
             f"{_said(recipe.weight_gradient.gradient)} · {_said(recipe.weight_gradient.activation, layer)}"
         ),
         "accumulation": recipe.accumulation,
-        "backend": "emulated",
+        "backend": layer.backend.name,
     }
 
 

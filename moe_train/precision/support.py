@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 
 
@@ -16,3 +19,15 @@ def multiplies_bfloat16(device_type: str) -> bool:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     except AttributeError:  # torch's own probes are not public; without them stay on the safe side
         return False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else it traces into the driver's functions
+def takes_torchs_grouped_matmul(device: torch.device) -> bool:
+    """Whether torch's grouped matmul is the fast one there: on a GPU of 9.x or 10.x, and where Triton lacks."""
+    return device.type == "cuda" and _is_fast(device)
+
+
+@functools.cache
+def _is_fast(device: torch.device) -> bool:
+    capability = torch.cuda.get_device_capability(device)
+    return capability[0] in (9, 10) or capability < (8, 0) or importlib.util.find_spec("triton") is None

@@ -143,16 +143,16 @@ class Account:
 
     # --------------------------------------------------------------------------------------- work, state and energy
 
-    def set_work(self, vocab_size: int) -> None:
-        """What a token takes, known once the vocabulary is."""
+    def set_work(self, vocab_size: int, fp8_products_in: Format | None = None) -> None:
+        """What a token takes, known once the vocabulary is, and in what products rounded to FP8 are multiplied."""
         config, model = self.config, self.config.model.resolved()
         shape = (model, config.data.sequence_length, vocab_size)
-        linear: Format = "bfloat16" if self.runtime.dtype is torch.bfloat16 else "float32"
-        peaks = self._peaks(linear, needs_float32=model.moe is not None)
+        compute: Format = "bfloat16" if self.runtime.dtype is torch.bfloat16 else "float32"
+        peaks = self._peaks(compute, needs_float32=model.moe is not None or fp8_products_in == "float32")
         self.meter.work = Work(
             flops=training_flops_per_token(*shape),
             recomputed_flops=recomputed_flops_per_token(*shape) if config.activation_checkpointing else 0.0,
-            ideal_seconds=ideal_seconds(flops_by_format(*shape, linear), peaks),
+            ideal_seconds=ideal_seconds(flops_by_format(*shape, compute, fp8_products_in), peaks),
             peak_tflops=self.peak,
         )
 

@@ -105,7 +105,6 @@ class Run:
         )
         self.model_config = config.model.resolved()
         vocab_size = vocabulary(config, self.data)
-        account.set_work(vocab_size)
 
         self.model = Transformer(self.model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
         if checkpoint is not None:
@@ -118,17 +117,15 @@ class Run:
         else:
             self.model.initialise(config.seed)
         self.model.to(runtime.device)
-        recipes.apply(self.model, config.precision)
+        products = recipes.apply(self.model, config.precision, runtime.device)
+        account.set_work(vocab_size, None if products is None else products.backend.multiplies_in)
         self.optimizers = build_optimizers(self.model, config.optimizer)
         wrapped = runtime.accelerator.prepare(self.model)
         self.stepper = Stepper(config, runtime, self.model, wrapped, self.optimizers, self.batches)
 
         notes = [*runtime.notes, *self.account.notes]
-        if config.precision.fp8 is not None:
-            notes.append(
-                f"precision={config.precision.name}: products are rounded to FP8 and multiplied in FP32 (emulated), "
-                "which shows what it does to the loss and nothing of its speed"
-            )
+        if products is not None:
+            notes.append(products.note)
         self.steps_done = 0
         self.train_loss: float | None = None
         self.last_row: metrics.Metrics = {}

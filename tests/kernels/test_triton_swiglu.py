@@ -42,8 +42,10 @@ def test_values_and_gradients_are_those_of_fp64_rounded(
         assert d_gate_found is None
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(TILE, BLOCK), (None, TILE), (ROW, None)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"),
+    [(TILE, BLOCK, torch.bfloat16), (None, TILE, torch.float32), (ROW, None, torch.bfloat16)],
+)
 def test_rounding_in_the_same_pass_changes_no_bit(
     rows: OperandConfig | None,
     columns: OperandConfig | None,

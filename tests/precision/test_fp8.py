@@ -23,6 +23,7 @@ from moe_train.precision.emulated import Emulated
 from moe_train.precision.fp8 import Fp8Layer, holding_weights
 from moe_train.precision.quantize import quantize
 
+CPU = torch.device("cpu")
 RECIPES = sorted(path.stem for path in (CONFIGS / "precision").glob("fp8_*.yaml"))
 
 
@@ -72,7 +73,7 @@ def through(layer: Fp8Layer, x: Tensor, weight: Tensor, grad: Tensor, ends: Tens
 def test_each_product_is_that_of_its_rounded_operands(name: str) -> None:
     own = recipe(name)
     x, weight, grad, ends = case(SIZES)
-    y, grad_x, grad_weight = through(Fp8Layer(own), x, weight, grad, ends)
+    y, grad_x, grad_weight = through(Fp8Layer(own, Emulated()), x, weight, grad, ends)
     start = 0
     for group, end in enumerate(ends.tolist()):
         rows, g, w = x[start:end], grad[start:end], weight[group]
@@ -95,7 +96,7 @@ def test_each_product_is_that_of_its_rounded_operands(name: str) -> None:
 def test_under_autocast_only_the_result_is_rounded_to_bf16() -> None:
     x, weight, _, ends = case(SIZES)
     x = x.bfloat16().float()
-    layer = Fp8Layer(recipe("fp8_deepseek"))
+    layer = Fp8Layer(recipe("fp8_deepseek"), Emulated())
     exact = layer.grouped_linear(x, weight, ends)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.grouped_linear(x, weight, ends), exact.bfloat16())
@@ -114,7 +115,7 @@ FLOORS = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_left_of_the_signal_is_above_its_floor(name: str) -> None:
     x, weight, grad, ends = case(SIZES)
-    y, grad_x, grad_weight = through(Fp8Layer(recipe(name)), x, weight, grad, ends)
+    y, grad_x, grad_weight = through(Fp8Layer(recipe(name), Emulated()), x, weight, grad, ends)
     exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
     bounds = itertools.pairwise([0, *ends.tolist()])
     exact = torch.cat([exact_x[a:b] @ w.T for (a, b), w in zip(bounds, exact_weight, strict=True)])
@@ -134,7 +135,7 @@ def test_the_controls_lose_more_of_the_gradient_than_the_recipe_they_change() ->
     exact = grad.double() @ weight[0].double()
     lost = {}
     for name in ("fp8_deepseek", "fp8_e5m2_gradients", "fp8_block_gradients"):
-        _, grad_x, _ = through(Fp8Layer(recipe(name)), x, weight, grad, ends)
+        _, grad_x, _ = through(Fp8Layer(recipe(name), Emulated()), x, weight, grad, ends)
         lost[name] = signal_to_noise(grad_x[:256], exact[:256])  # the tokens with the smaller gradients
     assert lost["fp8_deepseek"] > lost["fp8_e5m2_gradients"] + 3
     assert lost["fp8_deepseek"] > lost["fp8_block_gradients"]
@@ -142,14 +143,14 @@ def test_the_controls_lose_more_of_the_gradient_than_the_recipe_they_change() ->
 
 def test_one_group_of_all_rows_is_a_linear_layer() -> None:
     x, weight, _, _ = case([64])
-    layer = Fp8Layer(recipe("fp8_deepseek"))
+    layer = Fp8Layer(recipe("fp8_deepseek"), Emulated())
     grouped = layer.grouped_linear(x, weight, torch.tensor([64], dtype=torch.int32))
     assert torch.equal(layer.linear(x.view(4, 16, -1), weight[0]).view(64, -1), grouped)
 
 
 def test_without_rows_there_is_an_empty_result_and_a_gradient_of_zero() -> None:
     x, weight, grad, ends = case([0, 0])
-    y, grad_x, grad_weight = through(Fp8Layer(recipe("fp8_deepseek")), x, weight, grad, ends)
+    y, grad_x, grad_weight = through(Fp8Layer(recipe("fp8_deepseek"), Emulated()), x, weight, grad, ends)
     assert (y.shape, grad_x.shape) == ((0, 136), (0, 200))
     assert not grad_weight.any()
 
@@ -168,7 +169,7 @@ class Counting(Emulated):
 
 def test_weights_are_rounded_once_a_step_and_anew_outside_of_one() -> None:
     backend = Counting()
-    layer = Fp8Layer(recipe("fp8_deepseek"), backend=backend)
+    layer = Fp8Layer(recipe("fp8_deepseek"), backend)
     weight = torch.nn.Parameter(torch.randn(136, 200))
 
     def micro_batches(count: int) -> list[tuple[bool, bool]]:
@@ -184,7 +185,7 @@ def test_weights_are_rounded_once_a_step_and_anew_outside_of_one() -> None:
 
 
 def test_a_copied_layer_does_not_share_rounded_weights() -> None:
-    layer = Fp8Layer(recipe("fp8_deepseek"))
+    layer = Fp8Layer(recipe("fp8_deepseek"), Emulated())
     copied = copy.deepcopy(layer)
     x, first, second = torch.randn(8, 200), torch.randn(136, 200), torch.randn(136, 200)
     with holding_weights():
@@ -198,7 +199,7 @@ def test_a_copied_layer_does_not_share_rounded_weights() -> None:
 def test_a_compiled_layer_has_no_graph_break_and_the_same_gradients(name: str, dtype: torch.dtype) -> None:
     x, weight, _, ends = case(SIZES)
     second = weight[0, :72, :136]
-    layers = Fp8Layer(recipe(name)), Fp8Layer(recipe(name))
+    layers = Fp8Layer(recipe(name), Emulated()), Fp8Layer(recipe(name), Emulated())
 
     def both(x: Tensor, w: Tensor, v: Tensor, ends: Tensor) -> Tensor:
         return layers[1].linear(layers[0].grouped_linear(x, w, ends).relu(), v)
@@ -218,7 +219,7 @@ def test_a_compiled_layer_has_no_graph_break_and_the_same_gradients(name: str, d
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_of_the_optimizer_is_seen_by_the_next(fused: bool) -> None:
     # torch's fused AdamW changes weights without counting up their version.
-    layer = Fp8Layer(recipe("fp8_deepseek"))
+    layer = Fp8Layer(recipe("fp8_deepseek"), Emulated())
     weight = torch.nn.Parameter(torch.randn(136, 200))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
     x = torch.randn(8, 200)
@@ -239,7 +240,7 @@ def test_what_is_kept_of_an_input_is_in_fp8() -> None:
     x, weight, _, ends = case(SIZES)
     x.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        Fp8Layer(recipe("fp8_deepseek")).grouped_linear(x, weight.requires_grad_(), ends)
+        Fp8Layer(recipe("fp8_deepseek"), Emulated()).grouped_linear(x, weight.requires_grad_(), ends)
     own = {weight.data_ptr()}
     sizes = {t.dtype: sum(k.nbytes for k in kept if k.dtype == t.dtype and k.data_ptr() not in own) for t in kept}
     assert sizes[torch.float8_e4m3fn] == x.numel()
@@ -252,7 +253,7 @@ def model(small_model: Callable[..., Transformer]) -> Transformer:
 
 
 def test_blocks_are_in_fp8_and_router_head_and_embedding_are_not(model: Transformer) -> None:
-    recipes.apply(model, precision("fp8_deepseek"))
+    recipes.apply(model, precision("fp8_deepseek"), CPU)
     in_fp8 = {name for name, m in model.named_modules() if isinstance(m, Linear | Experts) and m.fp8 is not None}
     assert in_fp8 == {
         name
@@ -277,9 +278,9 @@ def test_evaluation_is_in_fp8_only_where_asked_for(model: Transformer) -> None:
     model.eval()
     with torch.no_grad():
         plain = model.logits(tokens)
-        recipes.apply(model, precision("fp8_deepseek"))
+        recipes.apply(model, precision("fp8_deepseek"), CPU)
         assert torch.equal(model.logits(tokens), plain)
-        recipes.apply(model, precision("fp8_deepseek", evaluate_in_fp8=True))
+        recipes.apply(model, precision("fp8_deepseek", evaluate_in_fp8=True), CPU)
         assert not torch.equal(model.logits(tokens), plain)
 
 
@@ -289,7 +290,7 @@ def test_recomputed_activations_give_the_same_gradients(small_model: Callable[..
     for checkpointing in (False, True):
         model = small_model(dtype=torch.float32)
         model.activation_checkpointing = checkpointing
-        recipes.apply(model, precision("fp8_deepseek"))
+        recipes.apply(model, precision("fp8_deepseek"), CPU)
         model.train()
         model(tokens, targets).objective.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -300,7 +301,7 @@ def test_a_layer_that_does_not_exist_is_named(model: Transformer) -> None:
     content = yaml.safe_load((CONFIGS / "precision/fp8_deepseek.yaml").read_text())
     content["fp8"]["power_of_two_inputs_of"] = ["o_project"]
     with pytest.raises(UserError, match=r"names o_project, and the model has .*o_proj"):
-        recipes.apply(model, validated(PrecisionConfig, content, "recipe"))
+        recipes.apply(model, validated(PrecisionConfig, content, "recipe"), CPU)
 
 
 @pytest.mark.parametrize("name", RECIPES)

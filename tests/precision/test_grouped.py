@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.precision.cpu_grouped import ROWS
+from moe_train.precision.grouped import ROWS
 from moe_train.precision.matmul import grouped_linear
 
 
@@ -56,6 +56,20 @@ def test_a_group_without_rows_gets_a_gradient_of_exact_zeros() -> None:
     assert weight.grad is not None
     assert weight.grad[1].abs().max() == 0
     assert weight.grad[[0, 2]].abs().amax((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_there_is_no_graph_break_and_the_same_result(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(70, 16), torch.randn(3, 24, 16)
+    ends = torch.tensor([5, 5, 70], dtype=torch.int32)
+    found = []
+    for function in (grouped_linear, torch.compile(grouped_linear, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            y = function(*leaves, ends)
+        y.float().square().sum().backward()
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*found, strict=True))
 
 
 @pytest.mark.gpu

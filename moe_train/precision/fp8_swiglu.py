@@ -1,0 +1,201 @@
+"""SwiGLU between its two products in FP8: precision/swiglu.py with the operands of precision/fp8.py.
+
+What is kept of a row until the backward pass is the FP8 form of its input, and gate_up: in FP8 too where the recipe
+says so (`swiglu_input`; DeepSeek-V3, arXiv 2412.19437, section 3.3.3), else in the compute format. The backend rounds
+SwiGLU's result while it makes it, and gate_up's gradient likewise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_train.kernels.layouts import DTYPES, PIECE, Rows
+from moe_train.kernels.reference import dequantized
+from moe_train.precision.formats import compute_dtype
+from moe_train.precision.fp8 import Fp8Layer, ends_of, layer_of, stacked
+
+
+def fp8_swiglu(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    row_weight: Tensor | None,
+    ends_e: Tensor | None,
+    layers: tuple[Fp8Layer, Fp8Layer],
+) -> Tensor:
+    """As `swiglu_linear` of precision/matmul.py."""
+    dtype, (first, second) = compute_dtype(x), layers
+    swiglu_input = first.recipe.swiglu_input
+    out: Tensor = torch.ops.moe_train.fp8_swiglu_forward(
+        x.flatten(0, -2).to(dtype),
+        gate_up_weight,
+        down_weight,
+        None if row_weight is None else row_weight.to(dtype),
+        ends_e,
+        first.key,
+        second.key,
+        DTYPES[first.recipe.forward.activation.format],
+        None if swiglu_input is None else DTYPES[swiglu_input.format],
+    )[0]
+    return out.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op("moe_train::fp8_swiglu_forward", mutates_args=())
+def _forward(
+    x_nd: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    row_weight: Tensor | None,
+    ends_e: Tensor | None,
+    first_layer: int,
+    second_layer: int,
+    kept_in: torch.dtype,
+    gate_up_kept_in: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result, x as it is kept (values, scales) and gate_up as it is kept (scales empty unless in FP8)."""
+    first, second = layer_of(first_layer), layer_of(second_layer)
+    recipe, backend, ends = first.recipe, first.backend, ends_of(x_nd, ends_e)
+    x = first.quantized_input(x_nd, ends)
+    gate_up = backend.product(x, first.weights(stacked(first_weight), backward=False), ends, x_nd.dtype)
+    h, _ = backend.swiglu(
+        gate_up, row_weight, ends, rows=recipe.forward.activation, columns=None, power_of_two=second.power_of_two
+    )
+    assert h is not None
+    y = backend.product(h, second.weights(stacked(second_weight), backward=False), ends, x_nd.dtype)
+    if recipe.swiglu_input is None:
+        return y, x.values, x.scales, gate_up, gate_up.new_empty(0, dtype=torch.float32)
+    kept, _ = backend.quantize(gate_up, ends, rows=recipe.swiglu_input, columns=None)
+    assert kept is not None
+    return y, x.values, x.scales, kept.values, kept.scales
+
+
+@_forward.register_fake
+def _(
+    x_nd: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    row_weight: Tensor | None,
+    ends_e: Tensor | None,
+    first_layer: int,
+    second_layer: int,
+    kept_in: torch.dtype,
+    gate_up_kept_in: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (rows, inner), width = x_nd.shape, first_weight.shape[-2]
+
+    def scales(of: int) -> Tensor:
+        return x_nd.new_empty(rows, (of + PIECE - 1) // PIECE, dtype=torch.float32)
+
+    return (
+        x_nd.new_empty(rows, second_weight.shape[-2]),
+        x_nd.new_empty(rows, inner, dtype=kept_in),
+        scales(inner),
+        x_nd.new_empty(rows, width, dtype=gate_up_kept_in or x_nd.dtype),
+        x_nd.new_empty(0, dtype=torch.float32) if gate_up_kept_in is None else scales(width),
+    )
+
+
+@torch.library.custom_op("moe_train::fp8_swiglu_backward", mutates_args=())
+def _backward(
+    grad_nd: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    row_weight: Tensor | None,
+    ends_e: Tensor | None,
+    x_values: Tensor,
+    x_scales: Tensor,
+    gate_up_values: Tensor,
+    gate_up_scales: Tensor,
+    first_layer: int,
+    second_layer: int,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, both weights (FP32) and the rows' weights; empty where not needed."""
+    first, second = layer_of(first_layer), layer_of(second_layer)
+    recipe, backend, ends = first.recipe, first.backend, ends_of(grad_nd, ends_e)
+    nothing, nothing_wide = grad_nd.new_empty(0), grad_nd.new_empty(0, dtype=torch.float32)
+    gate_up = gate_up_values
+    if recipe.swiglu_input is not None:
+        gate_up = dequantized(gate_up_values, gate_up_scales).to(grad_nd.dtype)
+    gradient = recipe.input_gradient.gradient
+    along_tokens = recipe.weight_gradient.gradient if needs_weights else None
+    rows, columns = backend.quantize(grad_nd, ends, rows=gradient, columns=along_tokens)
+    assert rows is not None
+    grad_second = nothing_wide
+    if columns is not None:
+        h, _ = backend.swiglu(
+            gate_up, row_weight, ends, rows=recipe.forward.activation, columns=None, power_of_two=second.power_of_two
+        )
+        assert h is not None
+        grad_second = backend.weight_product(columns, second.along_tokens(h, ends)).view_as(second_weight)
+        del h, columns
+    grad_h = backend.product(rows, second.weights(stacked(second_weight), backward=True), ends, grad_nd.dtype)
+    rows, columns, grad_row_weight = backend.swiglu_backward(
+        grad_h, gate_up, row_weight, ends, rows=gradient if needs_x else None, columns=along_tokens
+    )
+    del grad_h, gate_up
+    grad_x, grad_first = nothing, nothing_wide
+    if columns is not None:
+        x = first.along_tokens(Rows(x_values, x_scales), ends)
+        grad_first = backend.weight_product(columns, x).view_as(first_weight)
+    if rows is not None:
+        grad_x = backend.product(rows, first.weights(stacked(first_weight), backward=True), ends, grad_nd.dtype)
+    if row_weight is None or grad_row_weight is None:
+        return grad_x, grad_first, grad_second, nothing
+    return grad_x, grad_first, grad_second, grad_row_weight.to(row_weight.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad_nd: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    row_weight: Tensor | None,
+    ends_e: Tensor | None,
+    x_values: Tensor,
+    x_scales: Tensor,
+    gate_up_values: Tensor,
+    gate_up_scales: Tensor,
+    first_layer: int,
+    second_layer: int,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        grad_nd.new_empty(x_values.shape if needs_x else (0,)),
+        first_weight.new_empty(first_weight.shape if needs_weights else (0,), dtype=torch.float32),
+        second_weight.new_empty(second_weight.shape if needs_weights else (0,), dtype=torch.float32),
+        grad_nd.new_empty((0,) if row_weight is None else row_weight.shape),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *kept, ctx.first, ctx.second, _, _ = inputs
+    _, *made = output
+    ctx.mark_non_differentiable(*made)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*kept, *made)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    no_number = (None,) * 5
+    if grad is None:
+        return (None,) * 4 + no_number
+    needs_x, needs_first, needs_second, needs_row_weight = ctx.needs_input_grad[:4]
+    grad_x, grad_first, grad_second, grad_row_weight = torch.ops.moe_train.fp8_swiglu_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.first, ctx.second, needs_x, needs_first or needs_second
+    )
+    return (
+        grad_x if needs_x else None,
+        grad_first if needs_first else None,
+        grad_second if needs_second else None,
+        grad_row_weight if needs_row_weight else None,
+        *no_number,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)

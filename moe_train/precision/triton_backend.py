@@ -1,0 +1,33 @@
+"""FP8 products by the project's own kernels: every recipe, experts included, with no group's size read on the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_train.kernels import fp8_matmul
+from moe_train.kernels import quantize as rounding
+from moe_train.kernels import swiglu as activation
+from moe_train.kernels.layouts import Columns, Rows, Weights
+from moe_train.precision.backends import Rate
+
+
+class Triton:
+    """A backend (precision/backends.py)."""
+
+    name = "triton"
+
+    quantize = staticmethod(rounding.quantize)
+    quantize_again = staticmethod(rounding.quantize_again)
+    round_weights = staticmethod(rounding.round_weights)
+    swiglu = staticmethod(activation.swiglu_quantize)
+    swiglu_backward = staticmethod(activation.swiglu_backward_quantize)
+
+    def __init__(self, multiplies_in: Rate) -> None:
+        self.multiplies_in = multiplies_in
+
+    def product(self, left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
+        return fp8_matmul.grouped_product(left, right, ends_e, dtype)
+
+    def weight_product(self, left: Columns, right: Columns) -> Tensor:
+        return fp8_matmul.grouped_weight_product(left, right)
