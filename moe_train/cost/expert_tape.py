@@ -29,17 +29,18 @@ def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
         tape.passing(WORKSPACE, 2 * INT64 * layer.tokens * moe.top_k * moe.num_experts)
     tape.make(ACTIVATIONS, INT64 * 3 * rows)  # pairs, places, experts
     exchanged = c * rows * hidden if layout.expert_parallel > 1 else 0
-    # Rows of tokens: read by the product as they are in FP32, through a cast in BF16.
-    tape.make(WORKSPACE, FP32 * rows * hidden if layer.given.narrow else 0)
-    tape.make(ACTIVATIONS, c * rows * hidden)
+    # Rows of tokens: read by the product as they are in FP32, through a form of its own else.
+    tape.make(WORKSPACE, FP32 * rows * hidden if layer.given.own_inputs else 0)
+    tape.make(ACTIVATIONS, layer.product_input(hidden, rows))
     tape.passing(WORKSPACE, exchanged)
     experts = moe.num_experts * width * hidden // layout.expert_parallel
     layer.weight_cast(2 * experts)
-    tape.make(ACTIVATIONS, c * rows * 5 * width)  # gate and up, silu(gate), their product, the same times the gate
+    tape.make(ACTIVATIONS, c * rows * 4 * width)  # gate and up, silu(gate), their product
+    layer.gated_forward(c * rows * width, layer.product_input(width, rows))  # the same times the gate
     layer.weight_cast(experts)
     tape.make(WORKSPACE, c * rows * hidden)
     tape.passing(WORKSPACE, exchanged)
-    if layer.given.narrow:
+    if layer.given.own_inputs:
         tape.drop(WORKSPACE, FP32 * rows * hidden)
     if moe.capacity_factor is None:
         tape.make(WORKSPACE, c * rows * hidden)  # back in the order of tokens
@@ -90,13 +91,13 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     if layer.given.narrow:
         tape.drop(WORKSPACE, layer.narrowed)
     _grouped_backward(layer, experts, across, part)
-    tape.drop(ACTIVATIONS, part)  # what the product read
+    tape.drop(ACTIVATIONS, layer.product_input(width, rows))  # what the product read
     tape.make(WORKSPACE, 2 * part)  # times the gate
     tape.drop(WORKSPACE, 2 * part)
     tape.drop(ACTIVATIONS, part)
     layer.gated_backward(part)
     _grouped_backward(layer, 2 * experts, 2 * part, across)
-    tape.drop(ACTIVATIONS, across)
+    tape.drop(ACTIVATIONS, layer.product_input(hidden, rows))
     if layer.given.narrow:
         tape.make(WORKSPACE, FP32 * rows * hidden)
         tape.drop(WORKSPACE, across)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config import ModelConfig
+from moe_train.cost.fp8_operands import rows_bytes
 from moe_train.cost.layout import Layout
 from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Tape
 
@@ -24,10 +25,16 @@ class Circumstances:
     gradients_exist: bool  # from micro-batches before, or in DDP's buckets: a new one is added to them and let go
     on_cuda: bool  # a norm is one kernel there, keeping its input alone; attention's result is stored by tokens
     layout: Layout
+    fp8: bool = False  # linear layers of the blocks multiply in FP8, and keep inputs and weights in it
 
     @property
     def narrow(self) -> bool:
         return self.compute_bytes < FP32
+
+    @property
+    def own_inputs(self) -> bool:
+        """Whether products keep a form of their own of an FP32 input, which is then not kept for them."""
+        return self.narrow or self.fp8
 
 
 class LayerTape:
@@ -76,11 +83,23 @@ class LayerTape:
             tape.drop(ACTIVATIONS, size)
 
     def cast_in(self, features: int) -> None:
-        """A product's own cast of its input, where it needs one."""
-        if self.given.narrow:
-            self.tape.make(ACTIVATIONS, self.c * self.tokens * features)
+        """A product's own form of its input, where it needs one."""
+        if self.given.own_inputs:
+            self.tape.make(ACTIVATIONS, self.product_input(features))
+
+    def product_input(self, features: int, rows: float | None = None) -> float:
+        """Bytes in which a product keeps its input of `rows` rows, those of all tokens if not given."""
+        rows = self.tokens if rows is None else rows
+        return rows_bytes(rows, features) if self.given.fp8 else self.c * rows * features
+
+    def let_input_go(self, features: int) -> None:
+        if self.given.own_inputs:
+            self.tape.drop(ACTIVATIONS, self.product_input(features))
 
     def weight_cast(self, weights: int) -> None:
+        """FP8 forms of weights outlive a layer: they are the step's (step_tape)."""
+        if self.given.fp8:
+            return
         if self.given.narrow and self.given.layout.shard == 1:  # a gathered one is in the compute format already
             self.tape.make(COPIES, self.c * weights)
 
@@ -88,8 +107,10 @@ class LayerTape:
         """A product's gradient of its weight: made in the compute format, kept in FP32.
 
         `share`: the parts it is cut into, those of the layout if not given. `cast`: the product read a cast of the
-        weight. `freed`: bytes of the result's gradient, of no use from here on.
+        weight; FP8 products make the gradient in FP32 at once. `freed`: bytes of the result's gradient, of no use from
+        here on.
         """
+        cast = cast and not self.given.fp8
         tape, narrow = self.tape, self.given.narrow and cast
         share = share or self.given.layout.shard
         own = (self.c if cast else FP32) * weights
@@ -141,7 +162,9 @@ class LayerTape:
         hidden = self.model.hidden_size
         self.cast_in(hidden)
         self.weight_cast(2 * width * hidden)
-        self.tape.make(ACTIVATIONS, 4 * self.c * self.tokens * width)  # gate and up, silu(gate), their product
+        part = self.c * self.tokens * width
+        self.tape.make(ACTIVATIONS, 3 * part)  # gate and up, silu(gate)
+        self.gated_forward(part, self.product_input(width))
         self.weight_cast(width * hidden)
         self.tape.make(WORKSPACE, self.narrowed)
 
@@ -154,13 +177,20 @@ class LayerTape:
         if self.given.narrow:
             tape.drop(WORKSPACE, self.narrowed)
         self.weight_gradient(width * hidden)
-        tape.drop(ACTIVATIONS, part)
+        tape.drop(ACTIVATIONS, self.product_input(width))
         self.gated_backward(part)
         tape.make(WORKSPACE, self.narrowed)
         self.weight_gradient(2 * width * hidden)
         tape.drop(WORKSPACE, 2 * part)
-        if self.given.narrow:
-            tape.drop(ACTIVATIONS, self.narrowed)
+        self.let_input_go(hidden)
+
+    def gated_forward(self, part: float, kept: float) -> None:
+        """silu(gate) · up, `part` bytes, which the next product keeps as it is or in a form of its own."""
+        if self.given.fp8:
+            self.tape.make(WORKSPACE, part)
+        self.tape.make(ACTIVATIONS, kept)
+        if self.given.fp8:
+            self.tape.drop(WORKSPACE, part)
 
     def gated_backward(self, part: float) -> None:
         """silu(gate) · up: from its gradient to that of gate and up, joined."""

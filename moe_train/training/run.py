@@ -119,7 +119,7 @@ class Run:
             self.model.initialise(config.seed)
         self.model.to(runtime.device)
         recipes.apply(self.model, config.precision)
-        self.optimizers = build_optimizers(self.model, config.optimizer)
+        self.optimizers = build_optimizers(self.model, config.optimizer, config.seed)
         wrapped = runtime.accelerator.prepare(self.model)
         self.stepper = Stepper(config, runtime, self.model, wrapped, self.optimizers, self.batches)
 
