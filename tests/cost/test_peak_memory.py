@@ -94,6 +94,7 @@ def predicted(
     optimizer: OptimizerConfig = ADAMW,
     micro_batches: int = 1,
     layout: Layout = SINGLE,
+    fp8: bool = False,
 ) -> PeakMemory:
     return peak_training_memory(
         config,
@@ -105,6 +106,7 @@ def predicted(
         activation_checkpointing=checkpointing,
         accumulates=micro_batches > 1,
         layout=layout,
+        fp8=fp8,
     )
 
 
@@ -208,6 +210,17 @@ def test_layouts_share_out_what_they_say(model_config: MakeConfig) -> None:
     assert copies.bytes >= predicted(config, (1, 512), micro_batches=2).bytes  # gradients live on in buckets
     both = predicted(config, (1, 512), layout=Layout.named("ep_fsdp2", 32, expert_parallel=8))
     assert both.bytes < min(sum(sharded.values()), sum(spread.values()))
+
+
+def test_sharded_weights_have_their_fp8_forms_in_two_blocks_at_a_time(model_config: MakeConfig) -> None:
+    config = model_config("base")
+    wide, fp8 = (
+        predicted(config, (1, 512), 2, layout=Layout.named("fsdp2", 8), fp8=each).parts for each in (False, True)
+    )
+    outside = 2 * VOCAB * config.hidden_size
+    blocks = (wide["gathered_weights"] - outside) / 2  # parameters of two, in BF16
+    assert fp8["gathered_weights"] - wide["gathered_weights"] == pytest.approx(2 * (1 + 4 / 128) * blocks, rel=0.02)
+    assert "weight_copies" not in fp8
 
 
 @pytest.mark.parametrize(
