@@ -18,7 +18,7 @@ from rich.text import Text
 
 from moe_train.compose import ComposedModel
 from moe_train.config import ModelConfig, PrecisionConfig
-from moe_train.cost import flops, memory
+from moe_train.cost import bytes_each, flops, memory
 from moe_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def describe(
 
     `sequence_length` None: that of a run, or 4,096, at which the published architectures were trained, for one that
     brings its own vocabulary. `vocab_size` None: the architecture's own, else the tokenizer's. `batch`: tokens a device
-    holds at once; None: one sequence. Raises UserError where the sequence is too short for the MTP modules.
+    holds at once; None: one sequence. Under `bytes_each`: what memory comes to for a parameter and for a token, as
+    composed and in BF16 with FP32 moments (keys: cost/bytes_each.py). Raises UserError where the sequence is too short
+    for the MTP modules.
     """
     model = composed.model.resolved()
     if sequence_length is None:
@@ -64,6 +66,8 @@ def describe(
         notes.append(f"vocab_size= is not given: {vocabulary:,} assumed, the default of a run's tokenizer")
     if batch is None:
         batch = sequence_length
+    compute_bytes = 2 if compute_dtype == "bfloat16" else 4
+    fp8 = composed.precision.fp8 is not None
     counts = flops.parameter_counts(model, vocabulary)
     lookups = 0 if model.tie_word_embeddings else vocabulary * model.hidden_size  # a tied one is multiplied as the head
     in_training = memory.training_memory(
@@ -71,8 +75,9 @@ def describe(
         vocabulary,
         batch,
         composed.optimizer,
-        compute_bytes=2 if compute_dtype == "bfloat16" else 4,
+        compute_bytes=compute_bytes,
         activation_checkpointing=activation_checkpointing,
+        fp8=fp8,
     )
     length = min(sequence_length, batch)
     peak = memory.peak_training_memory(
@@ -81,9 +86,10 @@ def describe(
         sequences=max(1, batch // length),
         sequence_length=length,
         optimizer=composed.optimizer,
-        compute_bytes=2 if compute_dtype == "bfloat16" else 4,
+        compute_bytes=compute_bytes,
         activation_checkpointing=activation_checkpointing,
         accumulates=False,
+        fp8=fp8,
     )
     built = _built(model, vocabulary)
     return {
@@ -111,6 +117,16 @@ def describe(
             "peak_moment": peak.moment,
             "assumptions": list(memory.ASSUMPTIONS),
         },
+        "bytes_each": bytes_each.compared(
+            model,
+            vocabulary,
+            batch,
+            composed.optimizer,
+            precision=composed.precision.name,
+            compute_dtype=compute_dtype,
+            fp8=fp8,
+            activation_checkpointing=activation_checkpointing,
+        ),
         "notes": notes,
     }
 
@@ -183,6 +199,8 @@ def show(description: dict[str, Any], console: Console | None = None) -> None:
             _precision_table(description["precision"]),
             Text(),
             _memory_table(description),
+            Text(),
+            _bytes_table(description["bytes_each"]),
         )
     )
     for note in description["notes"]:
@@ -266,6 +284,16 @@ def _memory_table(description: dict[str, Any]) -> RenderableType:
     lines += ["weights, gradients and optimizer states are exact, the rest is an estimate that assumes:"]
     lines += [f"- {assumption}" for assumption in content["assumptions"]]
     return Group(table, *(Text(line) for line in lines))
+
+
+def _bytes_table(ways: list[dict[str, Any]]) -> RenderableType:
+    shown = ways[:1] if ways[0] == ways[1] else ways
+    table = _table("bytes of each parameter, and of activations a token", "part", *(way["settings"] for way in shown))
+    for part in ways[0]["per_parameter"]:
+        table.add_row(part.replace("_", " "), *(f"{way['per_parameter'][part]:.2f}" for way in shown))
+    table.add_section()
+    table.add_row("activations a token", *(f"{way['activations_per_token']:,.0f}" for way in shown))
+    return table
 
 
 def _short(figure: float) -> str:

@@ -63,7 +63,7 @@ class Fp8Config:
 
 @dataclass(frozen=True, config=STRICT)
 class PrecisionConfig:
-    """In what number format matrix products run; weights, gradients and optimizer states stay in FP32."""
+    """In what number format matrix products run; weights and gradients stay in FP32."""
 
     name: str
     compute_dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 where the device multiplies it faster

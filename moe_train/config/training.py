@@ -9,10 +9,23 @@ from pydantic.dataclasses import dataclass
 
 from moe_train.config.fields import STRICT, Beta, Fraction, NonNegative, Positive, PositiveFloat, Rate, Size, require
 
+Moments = Literal["float32", "bfloat16"]
+
+
+def _check_rounding(moments: Moments, stochastic_rounding: bool) -> None:
+    require(
+        moments == "bfloat16" or not stochastic_rounding,
+        f"stochastic_rounding=true has nothing to round with moments={moments}: set moments=bfloat16, or leave it out",
+    )
+
 
 @dataclass(frozen=True, config=STRICT)
 class AdamWConfig:
-    """AdamW (arXiv 1711.05101); no decay on norms, biases and embeddings."""
+    """AdamW (arXiv 1711.05101); no decay on norms, biases and embeddings.
+
+    `moments` and `stochastic_rounding` are how both moments are kept between steps (training/moments.py). They have
+    values of their own here because configurations of older runs lack them.
+    """
 
     kind: Literal["adamw"]
     lr: Rate
@@ -20,11 +33,19 @@ class AdamWConfig:
     eps: PositiveFloat
     weight_decay: NonNegative
     max_grad_norm: PositiveFloat | None
+    moments: Moments = "float32"
+    stochastic_rounding: bool = False
+
+    def __post_init__(self) -> None:
+        _check_rounding(self.moments, self.stochastic_rounding)
 
 
 @dataclass(frozen=True, config=STRICT)
 class MuonConfig:
-    """Muon for hidden matrices, stacked experts included (arXiv 2502.16982); AdamW for the rest, at the same rate."""
+    """Muon for hidden matrices, stacked experts included (arXiv 2502.16982); AdamW for the rest, at the same rate.
+
+    `moments` and `stochastic_rounding`: of Muon's momentum and of AdamW's moments alike.
+    """
 
     kind: Literal["muon"]
     lr: Rate
@@ -35,6 +56,11 @@ class MuonConfig:
     max_grad_norm: PositiveFloat | None
     adamw_betas: tuple[Beta, Beta]
     adamw_eps: PositiveFloat
+    moments: Moments = "float32"
+    stochastic_rounding: bool = False
+
+    def __post_init__(self) -> None:
+        _check_rounding(self.moments, self.stochastic_rounding)
 
 
 OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]

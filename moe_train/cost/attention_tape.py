@@ -42,18 +42,26 @@ def attention_forward(layer: LayerTape) -> None:
                 tape.drop(ACTIVATIONS, FP32 * tokens * features)  # turned by position, then no longer needed
         tape.make(ACTIVATIONS, queries + 2 * keys)
         mixed = queries
-    tape.make(ACTIVATIONS, mixed * (2 if _by_heads(layer) else 1) + FP32 * tokens * heads)  # and log-sum-exps
+    tape.make(ACTIVATIONS, mixed + FP32 * tokens * heads)  # and log-sum-exps
+    tape.make(ACTIVATIONS, _mixed_input(layer, mixed))
     layer.weight_cast(hidden * _mixed_features(a))
     tape.make(WORKSPACE, layer.narrowed)
     if isinstance(a, MLAConfig):
         tape.drop(WORKSPACE, passing)
-        if layer.given.narrow:
+        if layer.given.own_inputs:
             tape.drop(ACTIVATIONS, FP32 * tokens * a.kv_lora_rank)  # the norm's result
 
 
 def _by_heads(layer: LayerTape) -> bool:
     """Whether the kernel's result is stored by heads, as joined queries are, and copied for the projection."""
     return isinstance(layer.model.attention, MLAConfig) and not layer.given.on_cuda
+
+
+def _mixed_input(layer: LayerTape, mixed: int) -> float:
+    """Bytes that the last projection keeps beside the kernel's result of `mixed` bytes."""
+    if layer.given.fp8:
+        return layer.product_input(_mixed_features(layer.model.attention))
+    return mixed if _by_heads(layer) else 0
 
 
 def _mixed_features(a: MLAConfig | GQAConfig) -> int:
@@ -70,7 +78,7 @@ def _query_forward(layer: LayerTape, a: MLAConfig) -> None:
     layer.weight_cast(hidden * a.q_lora_rank)
     layer.norm_forward(a.q_lora_rank, copied=True)
     layer.cast_in(a.q_lora_rank)
-    if layer.given.narrow:
+    if layer.given.own_inputs:
         layer.tape.drop(ACTIVATIONS, FP32 * layer.tokens * a.q_lora_rank)
     layer.weight_cast(a.q_lora_rank * wide)
 
@@ -93,8 +101,7 @@ def attention_backward(layer: LayerTape) -> None:
     if layer.given.narrow:
         tape.drop(WORKSPACE, layer.narrowed)
     layer.weight_gradient(hidden * _mixed_features(a))
-    if _by_heads(layer):
-        tape.drop(ACTIVATIONS, mixed)
+    tape.drop(ACTIVATIONS, _mixed_input(layer, mixed))
     tape.make(WORKSPACE, queries + keys + values)
     tape.drop(WORKSPACE, mixed)
     tape.drop(ACTIVATIONS, kept + mixed + FP32 * tokens * heads)
@@ -123,9 +130,8 @@ def _latent_backward(layer: LayerTape, a: MLAConfig, gradients: int) -> None:
     tape.make(WORKSPACE, layer.narrowed)
     layer.weight_gradient(hidden * (latent + a.qk_rope_head_dim))
     tape.drop(WORKSPACE, entering)
-    if layer.given.narrow:
-        tape.drop(ACTIVATIONS, layer.narrowed)
-    else:
+    layer.let_input_go(hidden)
+    if not layer.given.narrow:
         tape.drop(ACTIVATIONS, c * tokens * (latent + a.qk_rope_head_dim))
     layer.cast_back()
 
@@ -133,7 +139,7 @@ def _latent_backward(layer: LayerTape, a: MLAConfig, gradients: int) -> None:
 def _normed_product_backward(layer: LayerTape, features: int, *, own_input: bool) -> None:
     """From the gradient of a norm's result, as the product has it, to that of the norm's input, as it came."""
     tape, wide, own = layer.tape, FP32 * layer.tokens * features, layer.c * layer.tokens * features
-    tape.drop(ACTIVATIONS, own)  # what the product read
+    tape.drop(ACTIVATIONS, layer.product_input(features))  # what the product read
     if layer.given.narrow:
         tape.make(WORKSPACE, wide)
         tape.drop(WORKSPACE, own)
@@ -159,8 +165,7 @@ def _query_backward(layer: LayerTape, a: MLAConfig, queries: int) -> None:
     tape.make(WORKSPACE, layer.narrowed)
     layer.weight_gradient(hidden * wide)
     tape.drop(WORKSPACE, queries)
-    if layer.given.narrow:
-        tape.drop(ACTIVATIONS, layer.narrowed)
+    layer.let_input_go(hidden)
     layer.cast_back()
 
 
@@ -177,8 +182,7 @@ def _projections_backward(layer: LayerTape, a: GQAConfig, queries: int, keys: in
         layer.tape.make(WORKSPACE, layer.narrowed)
         layer.weight_gradient(hidden * heads * a.head_dim)
         layer.tape.drop(WORKSPACE, size)
-        if layer.given.narrow:
-            layer.tape.drop(ACTIVATIONS, layer.narrowed)
+        layer.let_input_go(hidden)
         layer.cast_back()
         if nth:
             layer.summed()

@@ -13,7 +13,7 @@ def block_forward(layer: LayerTape, moe: MoEConfig | None, *, again: bool = Fals
     """`again`: made anew from the block's input, as far as the backward pass needs it."""
     layer.norm_forward(layer.model.hidden_size)
     attention_forward(layer)
-    if layer.given.narrow:  # products read their own casts of it
+    if layer.given.own_inputs:  # which products read
         layer.tape.drop(ACTIVATIONS, layer.residual)
     layer.tape.make(ACTIVATIONS, layer.residual)
     layer.tape.drop(WORKSPACE, layer.narrowed)
@@ -25,7 +25,7 @@ def block_forward(layer: LayerTape, moe: MoEConfig | None, *, again: bool = Fals
     if not again:
         layer.tape.make(ACTIVATIONS, layer.residual)
     layer.tape.drop(WORKSPACE, layer.narrowed)
-    if layer.given.narrow and moe is None:
+    if layer.given.own_inputs and moe is None:
         layer.tape.drop(ACTIVATIONS, layer.residual)
 
 
@@ -34,13 +34,13 @@ def block_backward(layer: LayerTape, moe: MoEConfig | None) -> None:
     if moe is None:
         layer.swiglu_backward(layer.model.intermediate_size)
         layer.cast_back()
-        if not layer.given.narrow:
+        if not layer.given.own_inputs:
             layer.tape.drop(ACTIVATIONS, layer.residual)
     else:
         moe_backward(layer, moe)
     layer.norm_backward(layer.model.hidden_size, added=True)
     attention_backward(layer)
-    if not layer.given.narrow:
+    if not layer.given.own_inputs:
         layer.tape.drop(ACTIVATIONS, layer.residual)
     layer.norm_backward(layer.model.hidden_size, added=True)
     layer.tape.drop(WORKSPACE, layer.gathered)

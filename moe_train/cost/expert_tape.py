@@ -29,17 +29,17 @@ def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
         tape.passing(WORKSPACE, 2 * INT64 * layer.tokens * moe.top_k * moe.num_experts)
     tape.make(ACTIVATIONS, INT64 * 3 * rows)  # pairs, places, experts
     exchanged = c * rows * hidden if layout.expert_parallel > 1 else 0
-    # Rows of tokens: read by the product as they are in FP32, through a cast in BF16.
-    tape.make(WORKSPACE, FP32 * rows * hidden if layer.given.narrow else 0)
-    tape.make(ACTIVATIONS, c * rows * hidden)
+    # Rows of tokens: read by the product as they are in FP32, through a form of its own else.
+    tape.make(WORKSPACE, FP32 * rows * hidden if layer.given.own_inputs else 0)
+    tape.make(ACTIVATIONS, layer.product_input(hidden, rows))
     tape.passing(WORKSPACE, exchanged)
     experts = moe.num_experts * width * hidden // layout.expert_parallel
-    layer.weight_cast(2 * experts)
-    tape.make(ACTIVATIONS, c * rows * 5 * width)  # gate and up, silu(gate), their product, the same times the gate
-    layer.weight_cast(experts)
+    layer.weight_cast(3 * experts)
+    layer.gated_forward(c * rows * width)
     tape.make(WORKSPACE, c * rows * hidden)
+    tape.drop(WORKSPACE, c * rows * width)
     tape.passing(WORKSPACE, exchanged)
-    if layer.given.narrow:
+    if layer.given.own_inputs:
         tape.drop(WORKSPACE, FP32 * rows * hidden)
     if moe.capacity_factor is None:
         tape.make(WORKSPACE, c * rows * hidden)  # back in the order of tokens
@@ -89,14 +89,15 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
         tape.drop(ACTIVATIONS, FP32 * rows * hidden)
     if layer.given.narrow:
         tape.drop(WORKSPACE, layer.narrowed)
-    _grouped_backward(layer, experts, across, part)
-    tape.drop(ACTIVATIONS, part)  # what the product read
-    tape.make(WORKSPACE, 2 * part)  # times the gate
-    tape.drop(WORKSPACE, 2 * part)
-    tape.drop(ACTIVATIONS, part)
-    layer.gated_backward(part)
-    _grouped_backward(layer, 2 * experts, 2 * part, across)
-    tape.drop(ACTIVATIONS, across)
+    share = layout.expert_share // layout.expert_parallel
+    layer.gated_backward(part, experts, share)
+    tape.make(WORKSPACE, across)
+    if layout.expert_parallel > 1:
+        tape.passing(WORKSPACE, across)  # the side of the exchange that sends
+    tape.drop(WORKSPACE, 2 * part + across)
+    tape.drop(ACTIVATIONS, layer.kept_gate_up(part))
+    tape.drop(ACTIVATIONS, layer.product_input(hidden, rows))
+    layer.gated_weights(experts, share)
     if layer.given.narrow:
         tape.make(WORKSPACE, FP32 * rows * hidden)
         tape.drop(WORKSPACE, across)
@@ -113,12 +114,3 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     layer.weight_gradient(moe.num_experts * hidden, cast=False)
     tape.drop(ACTIVATIONS, layer.residual)
     layer.summed()
-
-
-def _grouped_backward(layer: LayerTape, weights: int, before: float, after: float) -> None:
-    """From the gradient of a grouped product's result to that of its rows, and of all experts' weights at once."""
-    tape, layout = layer.tape, layer.given.layout
-    tape.make(WORKSPACE, after)
-    layer.weight_gradient(weights, share=layout.expert_share // layout.expert_parallel, freed=before)
-    if layout.expert_parallel > 1:
-        tape.passing(WORKSPACE, max(before, after))  # the side of the exchange that sends

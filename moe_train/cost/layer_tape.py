@@ -10,10 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config import ModelConfig
+from moe_train.cost.fp8_operands import rows_bytes
 from moe_train.cost.layout import Layout
 from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Tape
 
 FP32, INT64 = 4, 8
+
+
+FP8_SHARE = 1 + 4 / 128  # bytes of an FP8 value and its share of a scale
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,16 @@ class Circumstances:
     gradients_exist: bool  # from micro-batches before, or in DDP's buckets: a new one is added to them and let go
     on_cuda: bool  # a norm is one kernel there, keeping its input alone; attention's result is stored by tokens
     layout: Layout
+    fp8: bool = False  # linear layers of the blocks multiply in FP8, and keep inputs and weights in it
 
     @property
     def narrow(self) -> bool:
         return self.compute_bytes < FP32
+
+    @property
+    def own_inputs(self) -> bool:
+        """Whether products keep a form of their own of an FP32 input, which is then not kept for them."""
+        return self.narrow or self.fp8
 
 
 class LayerTape:
@@ -76,11 +86,23 @@ class LayerTape:
             tape.drop(ACTIVATIONS, size)
 
     def cast_in(self, features: int) -> None:
-        """A product's own cast of its input, where it needs one."""
-        if self.given.narrow:
-            self.tape.make(ACTIVATIONS, self.c * self.tokens * features)
+        """A product's own form of its input, where it needs one."""
+        if self.given.own_inputs:
+            self.tape.make(ACTIVATIONS, self.product_input(features))
+
+    def product_input(self, features: int, rows: float | None = None) -> float:
+        """Bytes in which a product keeps its input of `rows` rows, those of all tokens if not given."""
+        rows = self.tokens if rows is None else rows
+        return rows_bytes(rows, features) if self.given.fp8 else self.c * rows * features
+
+    def let_input_go(self, features: int) -> None:
+        if self.given.own_inputs:
+            self.tape.drop(ACTIVATIONS, self.product_input(features))
 
     def weight_cast(self, weights: int) -> None:
+        """FP8 forms of weights outlive a layer: they are the step's (step_tape)."""
+        if self.given.fp8:
+            return
         if self.given.narrow and self.given.layout.shard == 1:  # a gathered one is in the compute format already
             self.tape.make(COPIES, self.c * weights)
 
@@ -88,8 +110,10 @@ class LayerTape:
         """A product's gradient of its weight: made in the compute format, kept in FP32.
 
         `share`: the parts it is cut into, those of the layout if not given. `cast`: the product read a cast of the
-        weight. `freed`: bytes of the result's gradient, of no use from here on.
+        weight; FP8 products make the gradient in FP32 at once. `freed`: bytes of the result's gradient, of no use from
+        here on.
         """
+        cast = cast and not self.given.fp8
         tape, narrow = self.tape, self.given.narrow and cast
         share = share or self.given.layout.shard
         own = (self.c if cast else FP32) * weights
@@ -140,36 +164,68 @@ class LayerTape:
         """Ends with its output in the workspace."""
         hidden = self.model.hidden_size
         self.cast_in(hidden)
-        self.weight_cast(2 * width * hidden)
-        self.tape.make(ACTIVATIONS, 4 * self.c * self.tokens * width)  # gate and up, silu(gate), their product
-        self.weight_cast(width * hidden)
+        self.weight_cast(3 * width * hidden)
+        part = self.c * self.tokens * width
+        self.gated_forward(part)
         self.tape.make(WORKSPACE, self.narrowed)
+        self.tape.drop(WORKSPACE, part)
 
     def swiglu_backward(self, width: int) -> None:
         """From the gradient of the residual stream; leaves that of the input in the compute format."""
         tape, hidden, part = self.tape, self.model.hidden_size, self.c * self.tokens * width
         if self.given.narrow:
             tape.make(WORKSPACE, self.narrowed)
-        tape.make(WORKSPACE, part)
+        self.gated_backward(part, width * hidden, self.given.layout.shard)
+        tape.make(WORKSPACE, self.narrowed)
         if self.given.narrow:
             tape.drop(WORKSPACE, self.narrowed)
-        self.weight_gradient(width * hidden)
-        tape.drop(ACTIVATIONS, part)
-        self.gated_backward(part)
-        tape.make(WORKSPACE, self.narrowed)
-        self.weight_gradient(2 * width * hidden)
         tape.drop(WORKSPACE, 2 * part)
-        if self.given.narrow:
-            tape.drop(ACTIVATIONS, self.narrowed)
+        tape.drop(ACTIVATIONS, self.kept_gate_up(part))
+        self.let_input_go(hidden)
+        self.gated_weights(width * hidden, self.given.layout.shard)
 
-    def gated_backward(self, part: float) -> None:
-        """silu(gate) · up: from its gradient to that of gate and up, joined."""
+    def kept_gate_up(self, part: float) -> float:
+        """Bytes of gate and up, of `part` bytes each in the compute format, as a recipe keeps them."""
+        return 2 * part * (FP8_SHARE / self.c if self.given.fp8 else 1)
+
+    def gated_weights(self, down_weights: int, share: int) -> None:
+        """Both weights' gradients, made in the products' format, are kept in FP32; products let go of their casts."""
+        tape, own_bytes = self.tape, self._gradient_bytes
+        for weights in (2 * down_weights, down_weights):
+            own = own_bytes * weights
+            if share > 1:  # whole until the layer is done, then summed over devices and cut
+                self.gathered += round(own)
+            elif own_bytes == FP32:
+                tape.drop(WORKSPACE, own)
+            if not self.given.gradients_exist:
+                tape.make(GRADIENTS, FP32 * weights / share)
+            elif share == 1:
+                tape.passing(WORKSPACE, FP32 * weights)
+            if share == 1 and own_bytes < FP32:
+                tape.drop(WORKSPACE, own)
+            if own_bytes < FP32 and self.given.layout.shard == 1:
+                tape.drop(COPIES, own)
+
+    @property
+    def _gradient_bytes(self) -> int:
+        """Of a weight's gradient as a product makes it."""
+        return FP32 if self.given.fp8 else self.c
+
+    def gated_forward(self, part: float) -> None:
+        """silu(gate) · up of `part` bytes, from gate and up, which alone are kept."""
+        self.tape.make(ACTIVATIONS, self.kept_gate_up(part))
+        self.tape.passing(WORKSPACE, 2 * part)
+        self.tape.make(WORKSPACE, part)
+
+    def gated_backward(self, part: float, down_weights: int, share: int) -> None:
+        """From the gradient of the second product to that of gate and up, joined, and both weights' in their format."""
         tape = self.tape
+        tape.passing(WORKSPACE, 2 * part)
+        tape.make(WORKSPACE, part)  # the result again
+        tape.make(WORKSPACE, self._gradient_bytes * down_weights)
+        tape.drop(WORKSPACE, part)
+        tape.make(WORKSPACE, part)  # its gradient
+        tape.passing(WORKSPACE, 6 * part)
         tape.make(WORKSPACE, 2 * part)
         tape.drop(WORKSPACE, part)
-        tape.drop(ACTIVATIONS, part)  # silu(gate)
-        tape.make(WORKSPACE, part)
-        tape.drop(WORKSPACE, part)
-        tape.drop(ACTIVATIONS, 2 * part)  # gate and up
-        tape.make(WORKSPACE, 2 * part)
-        tape.drop(WORKSPACE, 2 * part)
+        tape.make(WORKSPACE, 2 * self._gradient_bytes * down_weights)

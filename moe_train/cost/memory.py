@@ -12,11 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_train.config import MLAConfig, ModelConfig, OptimizerConfig
+from moe_train.config import MLAConfig, ModelConfig, MuonConfig, OptimizerConfig
 from moe_train.cost.flops import ROUTED_EXPERTS, layer_parameters, main_parameters, mtp_parameters
+from moe_train.cost.fp8_operands import weight_bytes
 from moe_train.cost.layer_tape import FP32, Circumstances
 from moe_train.cost.layout import SINGLE, Layout
-from moe_train.cost.optimizer_memory import muon_workspace, state_elements
+from moe_train.cost.optimizer_memory import (
+    HIDDEN_MATRICES,
+    adamw_workspace,
+    layer_matrices,
+    muon_workspace,
+    state_bytes,
+)
 from moe_train.cost.step_tape import StepTape
 from moe_train.cost.tape import (
     ACTIVATIONS,
@@ -33,10 +40,13 @@ from moe_train.cost.tape import (
 
 ASSUMPTIONS = (
     "one device holds the whole model; nothing is sharded or moved to the CPU",
-    "master weights, gradients, optimizer states and the residual stream are FP32",
+    "master weights, gradients and the residual stream are FP32; optimizer states are what optimizer.moments says",
     "attention is a fused kernel: no score matrix is kept",
     "norms keep their input and their result in FP32 (torch's plain form; a fused kernel keeps the input alone)",
     "in BF16 every product keeps its own cast of its input, and the cast weights are kept until the backward pass",
+    "with an FP8 recipe every linear layer of the blocks keeps its input, and a SwiGLU's, in FP8 and its weight in FP8, "
+    "for each of two products, until the step ends (a byte a value, 4 of scale for 128 of a row); products are of a "
+    "kernel that reads FP8: what the emulated backend makes beside them, in FP32, is left out",
     "experts are evenly loaded; a place that capacity leaves empty is kept like a filled one",
     "activation checkpointing keeps the inputs of every layer, and one layer's activations are alive at a time",
     "dropout off; allocator overhead and communication buffers are left out",
@@ -79,27 +89,29 @@ def peak_training_memory(
     accumulates: bool,
     layout: Layout = SINGLE,
     device_type: DeviceType = "cpu",
+    fp8: bool = False,
 ) -> PeakMemory:
     """The most bytes of tensors at once during a step of a run under way, on each device of `layout`.
 
     `sequences` of `sequence_length` tokens go through at once, a micro-batch; `accumulates`: gradients of earlier ones
-    are there already. `compute_bytes`: 2 where matrix products run in BF16, 4 in FP32. Raises UserError where the model
-    cannot be laid out so.
+    are there already. `compute_bytes`: 2 where matrix products run in BF16, 4 in FP32. `fp8`: those of linear layers in
+    the blocks run in FP8. Raises UserError where the model cannot be laid out so.
 
-    Measured on one CPU (`tensor_peak`, docs/log.md): within 10%. Not measured: `device_type="cuda"`, which differs by
-    fused norms and by how attention stores its result, and every layout but `single`. With `ddp` and `ep`, gradients
-    live on in DDP's buckets. With `fsdp2`, two blocks (one ahead) are whole in the compute format beside embedding and
-    head, the gradients of a block are whole until it is done, and Muon gathers each batch of matrices (arXiv
-    2502.16982, section 2.3). With `ep…`, as many rows are received as sent.
+    Measured on one CPU (`tensor_peak`, docs/log.md): within 10%. Not measured: FP8, for a backend that keeps operands
+    as ASSUMPTIONS says; `device_type="cuda"`, which differs by fused norms and by how attention stores its result;
+    every layout but `single`. With `ddp` and `ep`, gradients live on in DDP's buckets. With `fsdp2`, two blocks (one
+    ahead) are whole in the compute format, and in FP8 where they multiply in it, beside embedding and head, the
+    gradients of a block are whole until it is done, and Muon gathers each batch of matrices (arXiv 2502.16982, section
+    2.3). With `ep…`, as many rows are received as sent.
     """
     model = model.resolved()
     layout.check(model)
-    given = Circumstances(compute_bytes, accumulates or layout.keeps_gradients, device_type == "cuda", layout)
+    given = Circumstances(compute_bytes, accumulates or layout.keeps_gradients, device_type == "cuda", layout, fp8)
     tape = Tape()
     for part, size in _between_steps(model, vocab_size, optimizer, layout).items():
         if part != GRADIENTS or given.gradients_exist:
             tape.make(part, size)
-    gathered = _gathered(model, vocab_size, compute_bytes, layout)
+    gathered = _gathered(model, vocab_size, given)
     tape.make(GATHERED, gathered)
     step = StepTape(tape, model, vocab_size, sequences, sequence_length, given, activation_checkpointing)
     step.forward()
@@ -107,10 +119,7 @@ def peak_training_memory(
     step.backward()
     tape.drop(GATHERED, gathered)
     backward_end = len(tape.events)
-    workspace = muon_workspace(
-        model, optimizer, muon_bytes=_muon_bytes(device_type), expert_parallel=layout.expert_parallel
-    )
-    tape.passing(OPTIMIZER, workspace)
+    tape.passing(OPTIMIZER, _optimizer_workspace(model, vocab_size, optimizer, layout, device_type))
     highest = tape.highest()
     parts = tape.held(highest)
     moment: Moment = "forward end" if highest <= forward_end else "backward" if highest <= backward_end else "optimizer"
@@ -125,14 +134,15 @@ def training_memory(
     *,
     compute_bytes: int,
     activation_checkpointing: bool,
+    fp8: bool = False,
 ) -> dict[str, int]:
     """Bytes by part, each at its own most, on a device that takes `tokens` tokens at once (a micro-batch).
 
     Not all are alive together: `peak_training_memory` says what is. `compute_bytes`: 2 where matrix products run in
-    BF16, 4 in FP32. MTP modules are taken to have all positions.
+    BF16, 4 in FP32; `fp8`: those of linear layers in FP8. MTP modules are taken to have all positions.
     """
     model = model.resolved()
-    given = Circumstances(compute_bytes, False, False, SINGLE)
+    given = Circumstances(compute_bytes, False, False, SINGLE, fp8)
     tape = Tape()
     step = StepTape(tape, model, vocab_size, 1, tokens, given, activation_checkpointing)
     step.forward()
@@ -160,19 +170,34 @@ def _between_steps(model: ModelConfig, vocab_size: int, optimizer: OptimizerConf
     """Bytes of weights, gradients and optimizer states on each device."""
     main, mtp = main_parameters(model, vocab_size), mtp_parameters(model)
     routed = main.get(ROUTED_EXPERTS, 0) + mtp.get(ROUTED_EXPERTS, 0)
-    routed_states = state_elements({ROUTED_EXPERTS: routed}, {}, optimizer)
-
-    def share(of_all: int, of_routed: int) -> int:
-        return round(FP32 * (of_routed / layout.expert_share + (of_all - of_routed) / layout.shard))
-
-    parameters = share(sum(main.values()) + sum(mtp.values()), routed)
+    routed_states = state_bytes({ROUTED_EXPERTS: routed}, {}, optimizer)
+    parameters = _share(FP32 * (sum(main.values()) + sum(mtp.values())), FP32 * routed, layout)
     routing_biases = 0 if model.moe is None else model.num_routers * model.moe.num_experts
-    states = share(state_elements(main, mtp, optimizer), routed_states)
+    states = _share(state_bytes(main, mtp, optimizer), routed_states, layout)
     return {WEIGHTS: parameters + FP32 * routing_biases, GRADIENTS: parameters, STATES: states}
 
 
-def _gathered(model: ModelConfig, vocab_size: int, compute_bytes: int, layout: Layout) -> int:
+def _share(of_all: int, of_routed: int, layout: Layout) -> int:
+    """What a device holds of a total, of which `of_routed` is of routed experts."""
+    return round(of_routed / layout.expert_share + (of_all - of_routed) / layout.shard)
+
+
+def _optimizer_workspace(
+    model: ModelConfig, vocab_size: int, optimizer: OptimizerConfig, layout: Layout, device_type: DeviceType
+) -> int:
+    """Bytes of working copies on each device; Muon and the AdamW beside it take their steps one after the other."""
+    parts = (main_parameters(model, vocab_size), mtp_parameters(model))
+    muons = HIDDEN_MATRICES if isinstance(optimizer, MuonConfig) else ()
+    adamws = [{part: count for part, count in of.items() if part not in muons} for of in parts]
+    routed = sum(of.get(ROUTED_EXPERTS, 0) for of in adamws)
+    adamw = adamw_workspace(_share(sum(sum(of.values()) for of in adamws), routed, layout), optimizer)
+    muon = muon_workspace(model, optimizer, muon_bytes=_muon_bytes(device_type), expert_parallel=layout.expert_parallel)
+    return max(adamw, muon)
+
+
+def _gathered(model: ModelConfig, vocab_size: int, given: Circumstances) -> int:
     """Bytes of weights that sharding over devices makes whole: embedding and head, and the two largest blocks."""
+    layout = given.layout
     if layout.shard == 1:
         return 0
     outside = vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
@@ -182,8 +207,12 @@ def _gathered(model: ModelConfig, vocab_size: int, compute_bytes: int, layout: L
             continue
         parts = layer_parameters(model, is_moe)
         parts[ROUTED_EXPERTS] = parts.get(ROUTED_EXPERTS, 0) // layout.expert_parallel
-        blocks.append(sum(parts.values()))
-    return compute_bytes * (outside + 2 * max(blocks))
+        size = float(given.compute_bytes * sum(parts.values()))
+        if given.fp8:
+            matrices = list(layer_matrices(model, is_moe, layout.expert_parallel))
+            size += weight_bytes(matrices, ("forward", "input_gradient"))
+        blocks.append(size)
+    return given.compute_bytes * outside + round(2 * max(blocks))
 
 
 def _muon_bytes(device_type: DeviceType) -> int:

@@ -20,7 +20,24 @@ HIDDEN_MATRICES = (ATTENTION_PROJECTIONS, DENSE_FFN, ROUTED_EXPERTS, SHARED_EXPE
 # Elements that go through Muon's iteration together, at most, but for a single tensor (training/muon.py).
 MUON_BATCH_ELEMENTS = 2**26
 
+# Elements of BF16 moments that exist in FP32 at a time: a share of an optimizer's, so that the copies stay small
+# beside what BF16 saves, within what a device works through efficiently.
+CHUNK_SHARE, SMALLEST_CHUNK, LARGEST_CHUNK = 32, 2**16, 2**24
+
 _FP32 = 4
+# Bytes an element of a chunk, with rounding to the nearest and at random: AdamW has both moments in FP32, Muon the
+# momentum and Nesterov's direction; random numbers and bits are 6 (training/adamw.py, muon.py, moments.py).
+_ADAMW_CHUNK, _MUON_CHUNK = (8, 14), (8, 10)
+
+
+def chunk_elements(elements: int) -> int:
+    """How many of an optimizer's `elements` are widened to FP32 at a time where its moments are stored in BF16."""
+    return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, elements // CHUNK_SHARE))
+
+
+def state_bytes(main: dict[str, int], mtp: dict[str, int], optimizer: OptimizerConfig) -> int:
+    """Of what is kept between steps, but for step counters, one number a tensor."""
+    return (2 if optimizer.moments == "bfloat16" else _FP32) * state_elements(main, mtp, optimizer)
 
 
 def state_elements(main: dict[str, int], mtp: dict[str, int], optimizer: OptimizerConfig) -> int:
@@ -31,8 +48,15 @@ def state_elements(main: dict[str, int], mtp: dict[str, int], optimizer: Optimiz
     return 2 * parameters - sum(parts.get(part, 0) for parts in (main, mtp) for part in HIDDEN_MATRICES)
 
 
+def adamw_workspace(parameters: int, optimizer: OptimizerConfig) -> int:
+    """Bytes of AdamW's working copies for its `parameters` on a device; with FP32 moments it is one fused operation."""
+    if optimizer.moments == "float32" or not parameters:
+        return 0
+    return _ADAMW_CHUNK[optimizer.stochastic_rounding] * min(chunk_elements(parameters), parameters)
+
+
 def muon_workspace(model: ModelConfig, optimizer: OptimizerConfig, *, muon_bytes: int, expert_parallel: int = 1) -> int:
-    """Bytes of Muon's working copies at their most; AdamW, one fused operation in place, has none.
+    """Bytes of Muon's working copies at their most; 0 with AdamW alone.
 
     `muon_bytes`: of a number in the iteration, 2 where the device multiplies BF16 natively (training/muon.py). Of a
     batch of matrices exist its directions, the iterate before and after, and a Gram matrix and its polynomial.
@@ -40,6 +64,9 @@ def muon_workspace(model: ModelConfig, optimizer: OptimizerConfig, *, muon_bytes
     if not isinstance(optimizer, MuonConfig):
         return 0
     batches: dict[tuple[int, int], list[int]] = {}
+    chunk = chunk_elements(
+        sum(count * rows * columns for count, rows, columns in hidden_matrices(model, expert_parallel))
+    )
     most = 0
     for count, rows, columns in hidden_matrices(model, expert_parallel):
         batch = batches.setdefault((rows, columns), [])
@@ -49,8 +76,12 @@ def muon_workspace(model: ModelConfig, optimizer: OptimizerConfig, *, muon_bytes
         batch.append(size)
         elements = sum(batch)
         gram = 2 * elements * min(rows, columns) // max(rows, columns)
-        # While directions are made, the last one exists in FP32 as well.
-        making = muon_bytes * elements + (_FP32 * batch[-1] if muon_bytes < _FP32 else 0)
+        # While directions are made, the last one exists in FP32 as well, or a chunk of it.
+        if optimizer.moments == "bfloat16":
+            last = _MUON_CHUNK[optimizer.stochastic_rounding] * min(chunk, batch[-1])
+        else:
+            last = _FP32 * batch[-1] if muon_bytes < _FP32 else 0
+        making = muon_bytes * elements + last
         most = max(most, making, muon_bytes * (3 * elements + gram))
     return most
 
@@ -62,10 +93,11 @@ def hidden_matrices(model: ModelConfig, expert_parallel: int = 1) -> Iterator[tu
         for _ in range(count):
             if nth == len(layer_kinds(model)):
                 yield 1, model.hidden_size, 2 * model.hidden_size
-            yield from _of_layer(model, is_moe, expert_parallel)
+            yield from layer_matrices(model, is_moe, expert_parallel)
 
 
-def _of_layer(model: ModelConfig, is_moe: bool, expert_parallel: int) -> Iterator[tuple[int, int, int]]:
+def layer_matrices(model: ModelConfig, is_moe: bool, expert_parallel: int) -> Iterator[tuple[int, int, int]]:
+    """Those of one layer, which are also the ones that an FP8 recipe is for."""
     hidden, a = model.hidden_size, model.attention
     heads = a.num_attention_heads
     if isinstance(a, MLAConfig):

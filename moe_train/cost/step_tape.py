@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 from moe_train.config import ModelConfig
 from moe_train.cost.block_tape import block_backward, block_forward
+from moe_train.cost.fp8_operands import Direction, weight_bytes
 from moe_train.cost.layer_tape import FP32, Circumstances, LayerTape
+from moe_train.cost.optimizer_memory import layer_matrices
 from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, HEAD_GRADIENTS, LOSS, WORKSPACE, Tape
 
 # Elements of the logits that are alive at a time (model/loss.py).
@@ -48,7 +50,7 @@ class StepTape:
             self._module_forward(last)
             self._loss(last)
         self.tape.drop(ACTIVATIONS, last.residual)
-        if self.activation_checkpointing:  # autocast's casts live as long as the forward pass
+        if self.activation_checkpointing and not self.given.fp8:  # autocast's casts live as long as the forward pass
             self.tape.drop(COPIES, self.tape.held().get(COPIES, 0))
 
     def backward(self) -> None:
@@ -65,10 +67,31 @@ class StepTape:
             self._block_backward(main, self.model.is_moe_layer(index))
         self._lookup_backward(main.residual, added=self.model.tie_word_embeddings or self.model.mtp_depth > 0)
         self._settle()
+        if self.given.fp8:
+            self.tape.drop(COPIES, self.tape.held().get(COPIES, 0))
 
     # -------------------------------------------------------------------------------------------------- blocks
 
+    def _rounded(self, is_moe: bool, *, backward: bool = False, module: bool = False) -> None:
+        """FP8 forms of a block's weights, held from their first use to the end of the step.
+
+        Those of input gradients are there from the start where micro-batches went before. Sharded ones are let go with
+        the gathered weights (memory.py).
+        """
+        given = self.given
+        if not given.fp8 or given.layout.shard > 1 or (backward and given.gradients_exist):
+            return
+        matrices = list(layer_matrices(self.model, is_moe, given.layout.expert_parallel))
+        if module:
+            matrices.append((1, self.model.hidden_size, 2 * self.model.hidden_size))
+        if backward:
+            self.tape.make(COPIES, weight_bytes(matrices, ["input_gradient"]))
+        else:
+            directions: list[Direction] = ["forward", "input_gradient"] if given.gradients_exist else ["forward"]
+            self.tape.make(COPIES, weight_bytes(matrices, directions))
+
     def _block_forward(self, layer: LayerTape, is_moe: bool) -> None:
+        self._rounded(is_moe)
         if not self.activation_checkpointing:
             block_forward(layer, self.model.moe if is_moe else None)
             return
@@ -104,6 +127,7 @@ class StepTape:
         moe = self.model.moe if is_moe else None
         if self.activation_checkpointing:
             block_forward(layer, moe, again=True)
+        self._rounded(is_moe, backward=True)
         block_backward(layer, moe)
 
     # ---------------------------------------------------------------------------------------------------- heads
@@ -166,6 +190,7 @@ class StepTape:
 
     def _module_forward(self, layer: LayerTape) -> None:
         self.tape.make(ACTIVATIONS, layer.residual)  # the embeddings of later tokens
+        self._rounded(self.model.moe is not None, module=True)
         if self.activation_checkpointing:
             self._checkpointed(layer, self.model.moe is not None)
             layer.weight_cast(2 * self.model.hidden_size**2)
@@ -183,7 +208,7 @@ class StepTape:
         tape.drop(ACTIVATIONS, 2 * layer.residual)  # the norms' results
         tape.make(ACTIVATIONS, layer.residual)
         block_forward(layer, self.model.moe)
-        if not self.given.narrow:  # the product reads it as it is
+        if not self.given.own_inputs:  # the product reads it as it is
             tape.make(ACTIVATIONS, 2 * layer.residual)
         tape.drop(WORKSPACE, 2 * layer.residual)
         layer.norm_forward(hidden)
@@ -198,6 +223,7 @@ class StepTape:
         if self.activation_checkpointing:
             self._within_module(layer, again=True)
         layer.norm_backward(hidden)
+        self._rounded(self.model.moe is not None, backward=True, module=True)
         block_backward(layer, self.model.moe)
         if self.given.narrow:
             tape.make(WORKSPACE, layer.narrowed)
@@ -205,7 +231,7 @@ class StepTape:
         tape.make(WORKSPACE, 2 * layer.narrowed)
         layer.weight_gradient(2 * hidden**2)
         tape.drop(WORKSPACE, layer.narrowed)
-        tape.drop(ACTIVATIONS, 2 * layer.narrowed)
+        tape.drop(ACTIVATIONS, layer.product_input(2 * hidden))
         if self.given.narrow:
             tape.make(WORKSPACE, 2 * layer.residual)
             tape.drop(WORKSPACE, 2 * layer.narrowed)

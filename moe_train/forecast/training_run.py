@@ -155,6 +155,7 @@ def _peak(plan: Plan, layout: Layout, activation_checkpointing: bool) -> PeakMem
         accumulates=True,
         layout=layout,
         device_type="cuda",
+        fp8=plan.precision == "fp8",
     )
 
 
@@ -193,8 +194,6 @@ def _notes(
         notes.append(f"no published run was made on {plan.hardware.name}: the share of its peak is that of others")
     if fits is False:
         notes.append("it does not fit: raise num_gpus, lower micro_batch or sequence_length, or choose parallel=auto")
-    if plan.precision == "fp8":
-        notes.append("memory is that of BF16 training")
     if checkpointing:
         notes.append("what is recomputed is not added to the hours: published runs recomputed some as well")
     price = plan.hardware

@@ -19,7 +19,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from moe_train.cost.optimizer_memory import chunk_elements
 from moe_train.precision.support import multiplies_bfloat16
+from moe_train.training.moments import NEAREST, Rounding, load_states, store
 
 # A quintic whose slope at 0 is as steep as it can be; singular values end within about 0.7 to 1.2, not at 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -55,7 +57,8 @@ class Muon(torch.optim.Optimizer):
     """Muon with decoupled weight decay; parameters are (out, in) or (E, out, in), each expert a matrix of its own.
 
     The update is scaled by 0.2·sqrt(max(out, in)), which gives it the root mean square of AdamW's, so that AdamW's
-    learning rate and weight decay carry over (arXiv 2502.16982, section 2.2).
+    learning rate and weight decay carry over (arXiv 2502.16982, section 2.2). `momentum_dtype`: what the momentum is
+    stored in, FP32 or BF16; in BF16, `rounding` says how. It is updated and used in FP32 either way.
     """
 
     def __init__(
@@ -66,9 +69,15 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool,
         ns_steps: int,
         weight_decay: float,
+        momentum_dtype: torch.dtype = torch.float32,
+        rounding: Rounding = NEAREST,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
+        self.momentum_dtype, self.rounding = momentum_dtype, rounding
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.numbers = {parameter: number for number, parameter in enumerate(parameters)}
+        self.chunk = chunk_elements(sum(parameter.numel() for parameter in parameters))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim not in (2, 3):
@@ -91,6 +100,9 @@ class Muon(torch.optim.Optimizer):
                 self._step_batch(batch, group)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        load_states(self, state_dict, self.momentum_dtype)
+
     def _step_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """One step of parameters whose matrices have one shape."""
         directions = [self._direction(parameter, group) for parameter in parameters]
@@ -106,11 +118,35 @@ class Muon(torch.optim.Optimizer):
         assert gradient is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
+            state["momentum_buffer"] = torch.zeros_like(
+                gradient, dtype=self.momentum_dtype, memory_format=torch.contiguous_format
+            )
         momentum = state["momentum_buffer"]
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        return direction.reshape(-1, *parameter.shape[-2:]).to(fast_dtype(parameter.device))
+        if self.momentum_dtype == torch.float32:
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            direction = direction.to(fast_dtype(parameter.device))
+        else:
+            direction = self._through_float32(parameter, gradient, state, group)
+        return direction.reshape(-1, *parameter.shape[-2:])
+
+    def _through_float32(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> Tensor:
+        """Direction (numel,) of a momentum that is wider only while its chunk is updated.
+
+        Workspace a number of the chunk: 8 bytes with Nesterov's direction, 10 where rounding is stochastic.
+        """
+        state["step"] = state.get("step", torch.tensor(0.0)) + 1  # what random numbers are drawn for
+        number = self.numbers[parameter]
+        generator = self.rounding.generator(int(state["step"].item()), number, parameter.device)
+        direction = torch.empty(parameter.numel(), dtype=fast_dtype(parameter.device), device=parameter.device)
+        flat = (gradient.reshape(-1), state["momentum_buffer"].view(-1), direction)
+        for grad, narrow, out in zip(*(each.split(self.chunk) for each in flat), strict=True):
+            momentum = narrow.float().lerp_(grad, 1 - group["momentum"])
+            store(momentum, narrow, generator)
+            out.copy_(grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
+        return direction
 
 
 def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

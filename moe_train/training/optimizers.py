@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from moe_train.config import AdamWConfig, OptimizerConfig
+from moe_train.training.adamw import BF16AdamW
+from moe_train.training.moments import Rounding
 from moe_train.training.muon import Muon
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> list[torch.optim.Optimizer]:
     """One or two optimizers over all trainable parameters of the bare model (before any wrapper renames them).
 
-    Every group keeps its peak rate under "base_lr", for `set_lr`. A head tied to the embedding is the embedding.
+    `seed`: of stochastic rounding, where the configuration has it. Every group keeps its peak rate under "base_lr", for
+    `set_lr`. A head tied to the embedding is the embedding.
     """
     # id, as tensors compare by value
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
@@ -27,7 +30,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     optimizers: list[torch.optim.Optimizer] = []
     if isinstance(config, AdamWConfig):
         groups = _decay_groups(list(trainable.values()), embeddings, config.weight_decay)
-        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+        optimizers.append(_adamw(groups, config, config.betas, config.eps, seed))
     else:
         hidden = [p for name, p in trainable.items() if _is_hidden_matrix(name, p) and id(p) not in embeddings]
         taken = {id(p) for p in hidden}
@@ -41,16 +44,25 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
                     nesterov=config.nesterov,
                     ns_steps=config.ns_steps,
                     weight_decay=config.weight_decay,
+                    momentum_dtype=getattr(torch, config.moments),
+                    rounding=Rounding(config.stochastic_rounding, seed, stream=1),
                 )
             )
         if rest:
             groups = _decay_groups(rest, embeddings, config.weight_decay)
-            betas, eps = config.adamw_betas, config.adamw_eps
-            optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=True))
+            optimizers.append(_adamw(groups, config, config.adamw_betas, config.adamw_eps, seed))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
+
+
+def _adamw(
+    groups: list[dict[str, Any]], config: OptimizerConfig, betas: tuple[float, float], eps: float, seed: int
+) -> torch.optim.Optimizer:
+    if config.moments == "float32":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=True)
+    return BF16AdamW(groups, lr=config.lr, betas=betas, eps=eps, rounding=Rounding(config.stochastic_rounding, seed))
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

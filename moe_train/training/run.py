@@ -119,7 +119,7 @@ class Run:
         self.model.to(runtime.device)
         products = recipes.apply(self.model, config.precision, runtime.device)
         account.set_work(vocab_size, None if products is None else products.backend.multiplies_in)
-        self.optimizers = build_optimizers(self.model, config.optimizer)
+        self.optimizers = build_optimizers(self.model, config.optimizer, config.seed)
         wrapped = runtime.accelerator.prepare(self.model)
         self.stepper = Stepper(config, runtime, self.model, wrapped, self.optimizers, self.batches)
 

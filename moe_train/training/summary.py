@@ -74,6 +74,7 @@ def predicted_peak_bytes(run: Run) -> int:
         accumulates=share > run.stepper.micro_batch_size,
         layout=Layout.named("ddp" if runtime.world_size > 1 else "single", runtime.world_size),
         device_type=runtime.device_type,
+        fp8=config.precision.fp8 is not None,
     ).bytes
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_train.config import AdamWConfig, MuonConfig, OptimizerConfig
+from moe_train.config import AdamWConfig, MuonConfig, OptimizerConfig, RunConfig
 from moe_train.cost.memory import cache_elements_per_token, training_memory
 from moe_train.cost.step_tape import LOGITS_CHUNK_ELEMENTS
 from moe_train.model import loss
 from moe_train.model.attention import LayerCache
 from moe_train.model.transformer import Transformer
+from moe_train.precision import recipes
 from moe_train.training.optimizers import build_optimizers
 
 SmallModel = Callable[..., Transformer]
 
 ADAMW = AdamWConfig("adamw", 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
 MUON = MuonConfig("muon", 1e-3, 0.95, True, 5, 0.1, 1.0, (0.9, 0.95), 1e-8)
+NARROW = [replace(ADAMW, moments="bfloat16"), replace(MUON, moments="bfloat16", stochastic_rounding=True)]
 ARMS = {
     "mla": [],
     "mla_q_compressed": ["attention.q_lora_rank=12"],
@@ -42,6 +45,7 @@ def estimate(
     optimizer: OptimizerConfig = ADAMW,
     compute_bytes: int = 4,
     activation_checkpointing: bool = False,
+    fp8: bool = False,
 ) -> dict[str, int]:
     return training_memory(
         model.config,
@@ -50,6 +54,7 @@ def estimate(
         optimizer,
         compute_bytes=compute_bytes,
         activation_checkpointing=activation_checkpointing,
+        fp8=fp8,
     )
 
 
@@ -78,7 +83,7 @@ def kept_bytes(model: Transformer, compute_bytes: int) -> int:
 
 
 @pytest.mark.parametrize("arm", ["mla", "gqa", "dense", "mtp"])
-@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda config: config.kind)
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON, *NARROW], ids=lambda config: f"{config.kind}_{config.moments}")
 def test_weights_gradients_and_states_are_exact(arm: str, optimizer: OptimizerConfig, small_model: SmallModel) -> None:
     model = small_model(*ARMS[arm], dtype=torch.float32)
     optimizers = build_optimizers(model, optimizer)
@@ -106,6 +111,32 @@ def test_what_autograd_keeps_is_estimated_within_fifteen_percent(
     expected = estimate(model, compute_bytes=compute_bytes)
     kept = expected["activations"] + expected["weight_copies"] + expected["head_gradients"]
     assert kept == pytest.approx(kept_bytes(model, compute_bytes), rel=0.15)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("compute_bytes", [2, 4], ids=["bfloat16", "float32"])
+def test_what_autograd_keeps_with_an_fp8_recipe_is_estimated_within_fifteen_percent(
+    arm: str, compute_bytes: int, small_model: SmallModel, compose_run: Callable[..., RunConfig]
+) -> None:
+    """Inputs of linear layers in FP8; the weights' FP8 forms are no tensors that autograd keeps."""
+    model = small_model(*ARMS[arm], dtype=torch.float32)
+    recipes.apply(model, compose_run("precision=fp8_deepseek").precision)
+    expected = estimate(model, compute_bytes=compute_bytes, fp8=True)
+    kept = expected["activations"] + expected["head_gradients"]
+    assert kept == pytest.approx(kept_bytes(model, compute_bytes), rel=0.15)
+    assert expected["activations"] < estimate(model, compute_bytes=compute_bytes)["activations"]
+
+
+def test_fp8_forms_of_weights_take_a_byte_a_value_and_a_scale_for_128_twice(small_model: SmallModel) -> None:
+    model = small_model("moe=null", "attention=gqa_4x32", dtype=torch.float32)
+    expected = 0
+    for name, weight in model.named_parameters():
+        if name.startswith("blocks.") and weight.ndim == 2:
+            rows, columns = weight.shape
+            expected += 2 * weight.numel() + 4 * (rows * -(-columns // 128) + columns * -(-rows // 128))
+    for checkpointing in (False, True):
+        copies = estimate(model, compute_bytes=2, activation_checkpointing=checkpointing, fp8=True)["weight_copies"]
+        assert copies == expected
 
 
 @pytest.mark.parametrize("arm", ARMS)

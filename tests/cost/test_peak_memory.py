@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ MakeConfig = Callable[..., ModelConfig]
 VOCAB = 4096
 ADAMW = AdamWConfig("adamw", 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
 MUON = MuonConfig("muon", 1e-3, 0.95, True, 5, 0.1, 1.0, (0.9, 0.95), 1e-8)
+ADAMW_BF16, MUON_BF16 = (replace(config, moments="bfloat16") for config in (ADAMW, MUON))
+ADAMW_AT_RANDOM, MUON_AT_RANDOM = (replace(config, stochastic_rounding=True) for config in (ADAMW_BF16, MUON_BF16))
 # model and its overrides; sequences, length; compute bytes, checkpointing, optimizer, micro-batches
 CASES: dict[str, tuple[list[str], tuple[int, int], int, bool, OptimizerConfig, int]] = {
     "nano": (["nano"], (8, 256), 4, False, ADAMW, 1),
@@ -55,6 +58,10 @@ CASES: dict[str, tuple[list[str], tuple[int, int], int, bool, OptimizerConfig, i
     "switch": (["nano", "moe=switch"], (4, 256), 2, False, MUON, 1),
     "expert_choice": (["nano", "moe=expert_choice"], (4, 256), 4, True, ADAMW, 1),
     "batch_loss": (["nano", "moe=batch_loss"], (4, 256), 4, False, MUON, 2),
+    "adamw_bf16": (["nano"], (2, 128), 2, False, ADAMW_BF16, 1),
+    "adamw_at_random": (["nano"], (2, 128), 2, True, ADAMW_AT_RANDOM, 2),
+    "muon_bf16": (["nano"], (2, 128), 4, False, MUON_BF16, 1),
+    "muon_at_random": (["nano"], (1, 16), 2, True, MUON_AT_RANDOM, 1),  # the peak is the optimizer's
 }
 
 
@@ -87,6 +94,7 @@ def predicted(
     optimizer: OptimizerConfig = ADAMW,
     micro_batches: int = 1,
     layout: Layout = SINGLE,
+    fp8: bool = False,
 ) -> PeakMemory:
     return peak_training_memory(
         config,
@@ -98,6 +106,7 @@ def predicted(
         activation_checkpointing=checkpointing,
         accumulates=micro_batches > 1,
         layout=layout,
+        fp8=fp8,
     )
 
 
@@ -125,8 +134,9 @@ def test_every_tensor_that_is_made_is_let_go_again(name: str, more: list[str], m
     config = model_config(*kinds[name], *more)
     parts = (main_parameters(config, VOCAB), mtp_parameters(config))
     matrices = sum(size for of in parts for part, size in of.items() if part != "norms")
-    for compute_bytes, on_cuda, checkpointing in itertools.product((2, 4), (False, True), (False, True)):
-        circumstances = Circumstances(compute_bytes, False, on_cuda, SINGLE)
+    either = (False, True)
+    for compute_bytes, on_cuda, checkpointing, fp8 in itertools.product((2, 4), either, either, either):
+        circumstances = Circumstances(compute_bytes, False, on_cuda, SINGLE, fp8)
         step = StepTape(Tape(), config, VOCAB, 3, 40, circumstances, checkpointing)
         step.forward()
         step.backward()
@@ -150,9 +160,25 @@ def test_more_sequences_or_longer_ones_never_take_less(
     assert predicted(config, (sequences, length + more), compute_bytes, checkpointing).bytes >= least
 
 
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda config: config.kind)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_working_copies_of_bf16_moments_do_not_undo_what_they_save(
+    optimizer: OptimizerConfig, checkpointing: bool, stochastic: bool, model_config: MakeConfig
+) -> None:
+    narrow = replace(optimizer, moments="bfloat16", stochastic_rounding=stochastic)
+    for name in ("nano", "base", "deepseek_v2_lite"):
+        wide_peak, narrow_peak = (
+            predicted(model_config(name), (1, 16), 2, checkpointing, each) for each in (optimizer, narrow)
+        )
+        saved = wide_peak.parts["optimizer_states"] // 2
+        assert narrow_peak.parts["optimizer_states"] == saved
+        assert narrow_peak.bytes <= wide_peak.bytes - 0.85 * saved
+
+
 def test_the_moment_of_the_peak_follows_what_dominates(model_config: MakeConfig) -> None:
     config = model_config("nano")
-    assert predicted(config, (16, 256)).moment == "forward end"
+    assert predicted(config, (8, 64)).moment == "forward end"
     assert predicted(config, (16, 256), checkpointing=True).moment == "backward"
     assert predicted(config, (1, 16), checkpointing=True, optimizer=MUON).moment == "optimizer"
 
@@ -184,6 +210,17 @@ def test_layouts_share_out_what_they_say(model_config: MakeConfig) -> None:
     assert copies.bytes >= predicted(config, (1, 512), micro_batches=2).bytes  # gradients live on in buckets
     both = predicted(config, (1, 512), layout=Layout.named("ep_fsdp2", 32, expert_parallel=8))
     assert both.bytes < min(sum(sharded.values()), sum(spread.values()))
+
+
+def test_sharded_weights_have_their_fp8_forms_in_two_blocks_at_a_time(model_config: MakeConfig) -> None:
+    config = model_config("base")
+    wide, fp8 = (
+        predicted(config, (1, 512), 2, layout=Layout.named("fsdp2", 8), fp8=each).parts for each in (False, True)
+    )
+    outside = 2 * VOCAB * config.hidden_size
+    blocks = (wide["gathered_weights"] - outside) / 2  # parameters of two, in BF16
+    assert fp8["gathered_weights"] - wide["gathered_weights"] == pytest.approx(2 * (1 + 4 / 128) * blocks, rel=0.02)
+    assert "weight_copies" not in fp8
 
 
 @pytest.mark.parametrize(
@@ -278,8 +315,8 @@ def steps(config, shape):
 
 steps(nano, (1, 32))
 before = resident_bytes()
-peak = here.predicted(tiny, (14, 256))
-steps(tiny, (14, 256))
+peak = here.predicted(tiny, (16, 256))
+steps(tiny, (16, 256))
 # Not ru_maxrss, which a process takes over from the one that started it.
 (high,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
 most = 1024 * int(high)

@@ -79,6 +79,29 @@ def test_settings_change_what_is_described(describe: Describe, tmp_path: Path) -
     assert content["memory"]["bytes"] == sum(bytes_of.values())
 
 
+def test_bytes_of_a_parameter_and_a_token_stand_beside_those_of_bf16_with_fp32_moments(
+    describe: Describe, tmp_path: Path
+) -> None:
+    settings = ["optimizer=adamw", "optimizer.moments=bfloat16", "precision=fp8_deepseek"]
+    result = describe("model=deepseek_v3", *settings, "json=v3.json")
+    narrow, plain = written(result, tmp_path / "v3.json")["bytes_each"]
+    assert narrow["settings"] == "fp8_deepseek, bfloat16; adamw, moments bfloat16"
+    assert plain["settings"] == "bfloat16; adamw, moments float32"
+    for row, states, copies in ((narrow, 4, 2 * (1 + 4 / 128)), (plain, 8, 2)):
+        each = row["per_parameter"]
+        assert each["weights"] == pytest.approx(each["gradients"], rel=1e-4) == pytest.approx(4, rel=1e-4)
+        assert each["optimizer_states"] == states
+        assert each["weight_copies"] == pytest.approx(copies, rel=0.01)  # of blocks alone
+        assert each["together"] == pytest.approx(sum(each[k] for k in each if k != "together"))
+    assert narrow["activations_per_token"] < 0.9 * plain["activations_per_token"]
+    assert f"{narrow['activations_per_token']:,.0f}" in result.stdout
+
+    default = describe("model=nano", "json=nano.json")
+    same = written(default, tmp_path / "nano.json")["bytes_each"]
+    assert same[0] == same[1]
+    assert default.stdout.count("moments float32") == 1
+
+
 def test_a_new_architecture_is_one_yaml_file(describe: Describe, tmp_path: Path) -> None:
     (tmp_path / "architect's own" / "model").mkdir(parents=True)
     (tmp_path / "architect's own" / "model" / "mine.yaml").write_text(ARCHITECTURE)

@@ -34,12 +34,23 @@ def same_parameters(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [
+        ("adamw", ["moments=float32"]),
+        ("muon", ["moments=float32"]),
+        ("adamw", ["moments=bfloat16"]),
+        ("adamw", ["moments=bfloat16", "stochastic_rounding=true"]),
+        ("muon", ["moments=bfloat16", "stochastic_rounding=true"]),
+    ],
+    ids=["adamw", "muon", "adamw_bf16", "adamw_bf16_at_random", "muon_bf16_at_random"],
+)
 def test_a_run_killed_again_and_again_ends_bit_identical_to_one_never_interrupted(
-    optimizer: str, commands: Commands
+    optimizer: str, moments: list[str], commands: Commands
 ) -> None:
     log_every = 1 if optimizer == "adamw" else 3  # averages between logs must survive a kill as well
     settings = [*EXACT, f"optimizer={optimizer}", f"tracking.log_every_steps={log_every}", "micro_batch_size=2"]
+    settings += [f"optimizer.{setting}" for setting in moments]
     commands.train("run_dir=whole", *settings)
     dice = random.Random(optimizer)
     kills = 0

@@ -78,6 +78,8 @@ def test_other_settings_than_the_runs_are_refused_by_name_but_its_end_may_move(c
     opened(compose_run("run_dir=run", "stop.steps=5"))
     with pytest.raises(UserError, match=r"optimizer\.lr=0\.\d+, not 0\.5"):
         open_run_folder(compose_run("run_dir=run", "resume=auto", "stop.steps=5", "optimizer.lr=0.5"))
+    with pytest.raises(UserError, match=r'optimizer\.moments="float32", not "bfloat16": give the settings it was'):
+        open_run_folder(compose_run("run_dir=run", "resume=auto", "stop.steps=5", "optimizer.moments=bfloat16"))
     opened(compose_run("run_dir=run", "resume=auto", "stop.steps=9"))
     assert load_run_config(Path("run")).stop.steps == 9
     assert Path("run/config.1.yaml").exists()
