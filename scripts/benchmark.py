@@ -29,6 +29,7 @@ from pydantic import Field
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py has it, before torch is loaded
 
+from moe_train.benchmark.choices import KEYS, SUITES, chosen
 from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
 from moe_train.compose import compose_run, split_overrides
 from moe_train.errors import UsageError, UserError, reported
@@ -52,24 +53,21 @@ def main() -> None:
     arguments = parse_arguments(Arguments, own, usage=USAGE)
     check_json_target(arguments.json)
     if arguments.suite is None and not arguments.profile:
-        raise UsageError(
-            "suite= is missing: choose step, peer, tax, kernels, experts, precision, startup, smoke or all"
-        )
+        raise UsageError(f"suite= is missing: choose from {', '.join(SUITES)}, or all")
+    names = chosen(arguments.suite) if arguments.suite else []
     if arguments.suite is None and (arguments.save or arguments.json):
         raise UsageError("save= and json= keep the figures of a suite: give suite=")
     if arguments.out is not None and not arguments.profile:
         raise UsageError("out= is the folder of a profile: give profile=true as well")
-    from moe_train.benchmark.bench import KEYS, Bench, Effort
-
     overrides, config_dir, unknown = split_overrides(others, KEYS)
     parse_arguments(Arguments, unknown, usage=USAGE)  # says what is wrong with them
     config = compose_run(overrides, "benchmark", config_dir)
+    folder = _profile_folder(arguments.out) if arguments.profile else None
 
     from moe_train.benchmark import profiling, results, suites, tables
+    from moe_train.benchmark.bench import Bench, Effort
     from moe_train.training.runtime import start_runtime
 
-    names = suites.chosen(arguments.suite) if arguments.suite else []
-    folder = _profile_folder(arguments.out) if arguments.profile else None
     runtime = start_runtime(config)
     if runtime.world_size > 1:
         raise UserError("a benchmark is of one device: start it as one process")

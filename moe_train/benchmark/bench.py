@@ -18,13 +18,6 @@ from moe_train.compose import compose_run
 from moe_train.config import RunConfig
 from moe_train.training.runtime import Runtime
 
-# The groups and keys of configs/train.yaml that a benchmark takes: those that change what a step does.
-KEYS = (
-    *("model", "optimizer", "precision", "data", "schedule"),
-    *("batch_size", "micro_batch_size", "num_threads", "z_loss_weight", "activation_checkpointing"),
-    *("seed", "deterministic"),
-)
-
 
 @dataclass(frozen=True)
 class Effort:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PACKAGE = Path(__file__).resolve().parents[1]
-_WATCHING = {__file__, torch.utils._python_dispatch.__file__, torch.overrides.__file__}
+_THIS = Path(__file__).resolve()
+_TORCH = Path(torch.__file__).resolve().parent
 
 _OF_VALUES = {
     "aten::_local_scalar_dense",
@@ -58,18 +60,18 @@ class HostReads:
 
     def note(self) -> None:
         """One more, at the innermost frame of the package, or of whoever called torch from outside of it."""
-        outside = None
-        frame = sys._getframe(1)
+        place: types.FrameType | None = None
+        frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
-            file = frame.f_code.co_filename
-            if file not in _WATCHING:
-                if Path(file).is_relative_to(PACKAGE):
-                    outside = frame
-                    break
-                outside = outside or frame
-            frame = frame.f_back  # type: ignore[assignment]
-        if outside is not None:
-            self.places[f"{Path(outside.f_code.co_filename).name}:{outside.f_code.co_name}"] += 1
+            file = Path(frame.f_code.co_filename)
+            if file.is_relative_to(PACKAGE) and file != _THIS:
+                place = frame
+                break
+            if place is None and file != _THIS and not file.is_relative_to(_TORCH):
+                place = frame
+            frame = frame.f_back
+        if place is not None:
+            self.places[f"{Path(place.f_code.co_filename).name}:{place.f_code.co_name}"] += 1
 
     @property
     def everywhere(self) -> dict[str, int]:
@@ -89,7 +91,7 @@ class _Functions(TorchFunctionMode):
         self.reads = reads
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (Tensor.tolist, Tensor.numpy):
             self.reads.note()
@@ -102,7 +104,7 @@ class _Operations(TorchDispatchMode):
         self.reads = reads
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if _reads_values(func, args, kwargs or {}, result):

@@ -83,7 +83,7 @@ class PeerArm:
         """Nats a token of the first batch in FP32; leaves the gradients."""
         loss = self._loss(self.model, *self.batches[0])
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def _loss(self, model: Callable[..., Any], inputs: Tensor, targets: Tensor) -> Tensor:
         # Our targets are shifted already.

@@ -8,7 +8,7 @@ from moe_train.benchmark import experts, fp8_recipes, kernels, peer, step, tax
 from moe_train.benchmark.bench import Bench, Effort
 from moe_train.benchmark.figures import Figure
 
-_USUAL = ("model=nano", "batch_size=4", "data.sequence_length=128", "optimizer=adamw")
+USUAL = ("model=nano", "batch_size=4", "data.sequence_length=128", "optimizer=adamw")
 _EFFORT = Effort(rounds=3, budget_seconds=5.0, shortest_seconds=0.005)
 
 
@@ -16,10 +16,10 @@ def run(bench: Bench) -> list[Figure]:
     """Does it all run, and about how does this machine do? Three rounds on a small model, so not for comparisons."""
     small = dataclasses.replace(bench, effort=_EFFORT, compiles_peer=False)
     return [
-        *step.run(small, *_USUAL, with_a_run=False),
-        *tax.run(small, *_USUAL),
-        *peer.run(small, *_USUAL),
-        *experts.run(small, *_USUAL),
-        *kernels.run(small, *_USUAL),
-        *fp8_recipes.run(small, *_USUAL, names=("fp8_deepseek",)),
+        *step.run(small, *USUAL, with_a_run=False),
+        *tax.run(small, *USUAL),
+        *peer.run(small, *USUAL),
+        *experts.run(small, *USUAL),
+        *kernels.run(small, *USUAL),
+        *fp8_recipes.run(small, *USUAL, names=("fp8_deepseek",)),
     ]

@@ -22,9 +22,9 @@ def peak_bytes(step: Callable[[], object], state: Sequence[Tensor], device: torc
         torch.cuda.reset_peak_memory_stats(device)
         step()
         torch.cuda.synchronize(device)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state}
-        peak = int(torch.cuda.max_memory_allocated(device))
-        return peak - before + sum(storages.values())
+        storages: dict[int, int] = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state}
+        needed: int = torch.cuda.max_memory_allocated(device) - before
+        return needed + sum(storages.values())
     with TensorPeak(state) as meter:
         step()
-    return meter.peak
+    return int(meter.peak)

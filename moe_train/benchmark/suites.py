@@ -1,4 +1,4 @@
-"""The suites by name, and a benchmark from the first ceiling to the table."""
+"""The suites of `choices.py`, and a benchmark from the first ceiling to the table."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from moe_train.benchmark import (
 from moe_train.benchmark.bench import Bench, vocabulary
 from moe_train.benchmark.figures import Figure
 from moe_train.benchmark.results import Content, content_of, load_average
-from moe_train.errors import UsageError
 
-SUITES: dict[str, Callable[[Bench], list[Figure]]] = {
+_RUN: dict[str, Callable[[Bench], list[Figure]]] = {
     "step": step.run,
     "peer": peer.run,
     "tax": tax.run,
@@ -33,19 +32,23 @@ SUITES: dict[str, Callable[[Bench], list[Figure]]] = {
 }
 
 
-def chosen(text: str) -> list[str]:
-    """The suites of `suite=a,b` or `suite=all`, which is all but the short one. Raises UsageError."""
-    if text == "all":
-        return [name for name in SUITES if name != "smoke"]
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in SUITES:
-            raise UsageError(f"suite={name} is unknown: choose from {', '.join(SUITES)}, several with commas, or all")
-    return names
+def check(bench: Bench, name: str) -> None:
+    """Raise UserError where the model is none that the suite can compare."""
+    settings = smoke.USUAL if name == "smoke" else tax.usual(bench)
+    config = bench.config(*settings)
+    if name in ("tax", "smoke"):
+        tax.dense_twin(config)
+    if name in ("experts", "smoke"):
+        for count in (experts.FEW, experts.MANY):
+            experts.with_experts(config, count)
+    if name == "kernels":
+        kernels.shapes(config, bench.on_gpu)
 
 
 def run(bench: Bench, names: Sequence[str]) -> Content:
     """What the suites `names` measured on the runtime's device."""
+    for name in names:
+        check(bench, name)
     load = load_average()
     config = bench.config(*step.usual(bench))
     hidden, tokens = (
@@ -59,6 +62,6 @@ def run(bench: Bench, names: Sequence[str]) -> Content:
     for name in names:
         sys.stdout.write(f"measuring suite={name}\n")
         sys.stdout.flush()
-        figures += SUITES[name](bench.filed_under(name))
+        figures += _RUN[name](bench.filed_under(name))
         bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared
     return content_of(bench.runtime, names, limits, figures, load)
