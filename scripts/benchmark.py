@@ -75,6 +75,8 @@ def main() -> None:
     bench = Bench("step", tuple(overrides), config_dir, runtime, effort, arguments.compile)
     file = results.results_file(runtime)
     earlier = results.read(file) if arguments.save else None
+    if arguments.save:
+        file.parent.mkdir(parents=True, exist_ok=True)
     if names:
         content = suites.run(bench, names)
         tables.show(content)

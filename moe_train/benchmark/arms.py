@@ -13,7 +13,7 @@ from moe_train.benchmark.bench import made_up_tokens, vocabulary
 from moe_train.config import RunConfig
 from moe_train.cost.flops import training_flops_per_token
 from moe_train.data.batches import Batches
-from moe_train.model.transformer import Losses, Transformer
+from moe_train.model.transformer import Transformer
 from moe_train.precision import recipes
 from moe_train.precision.fp8 import holding_weights
 from moe_train.training.optimizers import build_optimizers
@@ -70,12 +70,6 @@ class TrainingArm:
             for piece, target in zip(inputs.split(size), targets.split(size)):
                 (self._stepper.wrapped(piece, target).objective / self.tokens).backward()
         self.model.zero_grad(set_to_none=True)
-
-    def loss(self) -> float:
-        """Nats a token of the first batch in FP32; leaves the gradients, which are of the routers' losses too."""
-        losses: Losses = self.model(*self.batches[0])
-        (losses.objective / self.tokens).backward()
-        return float(losses.nll / self.tokens)
 
     def state(self) -> list[Tensor]:
         """Everything it holds between steps."""

@@ -55,6 +55,7 @@ def _compared(bench: Bench, settings: tuple[str, ...], name: str) -> list[Figure
     high = bench.config(*settings, without=["precision"])
     low = bench.config(*settings, f"precision={name}", without=["precision"])
     of, suite, device = f"{name}: {described(low, bench.runtime)}", bench.suite, bench.runtime.device
+    bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared
     try:
         arms = {"high": TrainingArm(high, bench.runtime), "low": TrainingArm(low, bench.runtime)}
         seconds = interleaved(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_train.benchmark import tax
 from moe_train.benchmark.arms import TrainingArm, rates
@@ -15,6 +16,7 @@ from moe_train.benchmark.figures import Figure, estimate, measured, not_measured
 from moe_train.benchmark.peer_arm import PeerArm
 from moe_train.benchmark.step_memory import peak_bytes
 from moe_train.benchmark.timing import interleaved
+from moe_train.model.transformer import Transformer
 
 # In FP32, before anything is timed: orders of summation differ, nothing else may.
 LOSS_TOLERANCE = 1e-5
@@ -61,13 +63,23 @@ def run(bench: Bench, *usually: str) -> list[Figure]:
 
 
 def relative_difference(ours: TrainingArm, theirs: PeerArm) -> tuple[float, float]:
-    """Of the loss and of the gradient's norm of a whole batch in FP32."""
-    losses, norms = [], []
-    for arm in (ours, theirs):
-        losses.append(arm.loss())
-        norms.append(float(nn.utils.get_total_norm([p.grad for p in arm.model.parameters() if p.grad is not None])))
-        arm.model.zero_grad(set_to_none=True)
-    return abs(losses[0] / losses[1] - 1), abs(norms[0] / norms[1] - 1)
+    """Of the loss and of the gradient's norm of one sequence, of copies of both models on the CPU, in FP32."""
+    inputs, targets = (tensor[:1].cpu() for tensor in ours.batches[0])
+    # Not in training mode: transformers has none of the routers' losses.
+    own = Transformer(ours.model_config, ours.vocab_size).eval()
+    own.load_state_dict({name: tensor.cpu() for name, tensor in ours.model.state_dict().items()})
+    loss = own(inputs, targets).objective / ours.tokens
+    other = copy.deepcopy(theirs.model).cpu().eval()
+    their_loss = theirs.loss(other, inputs, targets)
+    return _difference(loss, their_loss), _difference(_gradient_norm(own, loss), _gradient_norm(other, their_loss))
+
+
+def _gradient_norm(model: nn.Module, loss: Tensor) -> Tensor:
+    return nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def _difference(mine: Tensor, other: Tensor) -> float:
+    return abs(float((mine / other).detach()) - 1)
 
 
 def _try_to_compile(bench: Bench, theirs: PeerArm) -> str | None:

@@ -73,20 +73,14 @@ class PeerArm:
         self._steps += 1
         for piece, target in zip(inputs.split(self._rows), targets.split(self._rows)):
             with torch.autocast(self.runtime.device_type, torch.bfloat16, enabled=self.runtime.dtype is torch.bfloat16):
-                loss = self._loss(model, piece, target)
+                loss = self.loss(model, piece, target)
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def loss(self) -> float:
-        """Nats a token of the first batch in FP32; leaves the gradients."""
-        loss = self._loss(self.model, *self.batches[0])
-        loss.backward()
-        return float(loss.detach())
-
-    def _loss(self, model: Callable[..., Any], inputs: Tensor, targets: Tensor) -> Tensor:
-        # Our targets are shifted already.
+    def loss(self, model: Callable[..., Any], inputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed over the tokens given and divided by those of a step; our targets are shifted already."""
         out = model(
             input_ids=inputs, labels=targets, shift_labels=targets, num_items_in_batch=self.tokens, use_cache=False
         )
