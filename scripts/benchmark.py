@@ -57,6 +57,8 @@ def main() -> None:
     names = chosen(arguments.suite) if arguments.suite else []
     if arguments.suite is None and (arguments.save or arguments.json):
         raise UsageError("save= and json= keep the figures of a suite: give suite=")
+    if arguments.compile is not None and not {"peer", "smoke"} & set(names):
+        raise UsageError("compile= is about transformers' model: give it with suite=peer")
     if arguments.out is not None and not arguments.profile:
         raise UsageError("out= is the folder of a profile: give profile=true as well")
     overrides, config_dir, unknown = split_overrides(others, KEYS)

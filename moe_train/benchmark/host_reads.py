@@ -93,7 +93,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy):
+        if func in (Tensor.tolist, Tensor.numpy) and args[0].device.type == "cpu":  # elsewhere a copy comes first
             self.reads.note()
         return func(*args, **(kwargs or {}))
 

@@ -67,12 +67,12 @@ def merged(earlier: Content, new: Content) -> Content:
     return new | {"runs": [made for made in runs if made["suites"]] + new["runs"], "figures": kept + new["figures"]}
 
 
-def results_file(runtime: Runtime, folder: Path = RESULTS) -> Path:
+def results_file(runtime: Runtime) -> Path:
     """Where `save=true` keeps the results of a device; a CPU's by its threads too."""
     name = re.sub(r"[^a-z0-9]+", "_", runtime.device_name.lower()).strip("_") or runtime.device_type
     if runtime.device_type == "cpu":
         name += f"_{runtime.num_threads}_threads"
-    return folder / f"{name}.json"
+    return RESULTS / f"{name}.json"
 
 
 def read(path: Path) -> Content | None:

@@ -13,8 +13,9 @@ _EFFORT = Effort(rounds=3, budget_seconds=5.0, shortest_seconds=0.005)
 
 
 def run(bench: Bench) -> list[Figure]:
-    """Does it all run, and about how does this machine do? Three rounds on a small model, so not for comparisons."""
-    small = dataclasses.replace(bench, effort=_EFFORT, compiles_peer=False)
+    """Does it all run, and about how does this machine do? Three rounds on a small model: not for comparisons."""
+    effort = _EFFORT if bench.effort == Effort() else dataclasses.replace(_EFFORT, rounds=bench.effort.rounds)
+    small = dataclasses.replace(bench, effort=effort, compiles_peer=bool(bench.compiles_peer))
     return [
         *step.run(small, *USUAL, with_a_run=False),
         *tax.run(small, *USUAL),

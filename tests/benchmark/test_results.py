@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moe_train.benchmark import results
 from moe_train.benchmark.ceilings import Ceilings
 from moe_train.benchmark.figures import Figure, estimate
 from moe_train.benchmark.results import content_of, merged, read, results_file
@@ -51,11 +52,9 @@ def test_results_of_another_device_and_other_files_are_not_touched(runtime: Runt
         read(tmp_path / "list.json")
 
 
-def test_a_device_has_a_file_of_its_own_and_a_cpu_one_for_each_number_of_threads(
-    runtime: Runtime, tmp_path: Path
-) -> None:
-    file = results_file(runtime, tmp_path)
-    assert file.parent == tmp_path
+def test_a_device_has_a_file_of_its_own_and_a_cpu_one_for_each_number_of_threads(runtime: Runtime) -> None:
+    file = results_file(runtime)
+    assert file.parent == results.RESULTS
     assert file.name.endswith("_1_threads.json")
     assert " " not in file.name
 
