@@ -66,7 +66,7 @@ def main() -> None:
     config = compose_run(overrides, "benchmark", config_dir)
     folder = _profile_folder(arguments.out) if arguments.profile else None
 
-    from moe_train.benchmark import profiling, results, suites, tables
+    from moe_train.benchmark import profiling, results, suites
     from moe_train.benchmark.bench import Bench, Effort
     from moe_train.training.runtime import start_runtime
 
@@ -81,7 +81,6 @@ def main() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     if names:
         content = suites.run(bench, names)
-        tables.show(content)
         if arguments.json:
             write_json(arguments.json, content)
         if arguments.save:

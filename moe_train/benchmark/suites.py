@@ -14,6 +14,7 @@ from moe_train.benchmark import (
     smoke,
     startup,
     step,
+    tables,
     tax,
 )
 from moe_train.benchmark.bench import Bench, vocabulary
@@ -46,7 +47,7 @@ def check(bench: Bench, name: str) -> None:
 
 
 def run(bench: Bench, names: Sequence[str]) -> Content:
-    """What the suites `names` measured on the runtime's device."""
+    """What the suites `names` measured on the runtime's device, shown as it comes."""
     for name in names:
         check(bench, name)
     load = load_average()
@@ -58,10 +59,13 @@ def run(bench: Bench, names: Sequence[str]) -> Content:
     # Of a dense FFN and of the output head: what most of a small model's products are like.
     sizes = [(tokens, hidden, 2 * config.model.intermediate_size), (tokens, hidden, vocabulary(config))]
     limits = ceilings.measure(bench.runtime.device, bench.runtime.dtype, sizes, rounds=5)
+    tables.show_device(bench.runtime, limits, load)
     figures: list[Figure] = []
     for name in names:
         sys.stdout.write(f"measuring suite={name}\n")
         sys.stdout.flush()
-        figures += _RUN[name](bench.filed_under(name))
+        found = _RUN[name](bench.filed_under(name))
+        tables.show(found)
+        figures += found
         bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared
     return content_of(bench.runtime, names, limits, figures, load)

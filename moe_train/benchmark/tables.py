@@ -1,15 +1,19 @@
-"""Figures as tables in the terminal."""
+"""Figures as tables in the terminal, each suite's as soon as it is measured."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import date
 from itertools import groupby
-from typing import Any
 
-from rich.console import Console, Group, RenderableType
+import torch
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_train.benchmark.results import Content
+from moe_train.benchmark.ceilings import Ceilings
+from moe_train.benchmark.figures import Figure
+from moe_train.training.runtime import Runtime
 
 _FORMS = {
     "tokens/s": "{:,.0f}",
@@ -26,48 +30,41 @@ def shown(value: float, unit: str) -> str:
     return f"{value / 1e6:,.1f} MB" if unit == "bytes" else _FORMS[unit].format(value)
 
 
-def show(content: Content, console: Console | None = None) -> None:
-    """A table for the device and one for each suite, on stdout by default."""
-    console = console or Console()
-    (made,) = content["runs"]
-    console.print(_ceilings(content, made))
-    for (suite, of), figures in groupby(content["figures"], key=lambda figure: (figure["suite"], figure["of"])):
-        console.print(_group(suite, of, list(figures)))
-    load = made["load_before"]
+def show_device(runtime: Runtime, ceilings: Ceilings, load: float | None) -> None:
+    """What everything else is held against. `load`: see results.py."""
+    title = f"{runtime.device_name}, {runtime.num_threads} threads, torch {torch.__version__}, {date.today()}"
+    table = _table(title, "at its best")
+    rows = [(f"{ceilings.dtype} product, large and square", ceilings.matmul, "TFLOP/s")]
+    rows += [(f"{ceilings.dtype} product, {sizes}", rate, "TFLOP/s") for sizes, rate in ceilings.products.items()]
+    rows.append(("copy, bytes read and written", ceilings.copy, "GB/s"))
+    for name, rate, unit in rows:
+        table.add_row(name, shown(rate.value, unit), f"{shown(rate.low, unit)} to {shown(rate.high, unit)}")
+    console = Console()
+    console.print(table)
     if load is not None and load > 0.5:
-        console.print(
-            Text(f"note: {load:.1f} processes wanted a core before the first measurement: with others at work, figures "
-                 "are rough, ratios less so"),
-            soft_wrap=True,
-        )  # fmt: skip
+        note = f"note: {load:.1f} processes wanted a core before the first measurement: with others at work, figures "
+        console.print(Text(f"{note}are rough, ratios less so"), soft_wrap=True)
 
 
-def _ceilings(content: Content, made: dict[str, Any]) -> Table:
-    found = made["ceilings"]
-    table = Table(title=f"{content['device']}, {content['num_threads']} threads, torch {content['versions']['torch']}, "
-                        f"{content['date']}", title_justify="left")  # fmt: skip
-    table.add_column("at its best")
+def show(figures: Sequence[Figure]) -> None:
+    """A table for each thing measured, and below it what there is to say."""
+    console = Console()
+    for (suite, of), group in groupby(figures, key=lambda figure: (figure.suite, figure.of)):
+        table = _table(f"suite={suite}" + (f": {of}" if of else ""), "figure")
+        notes = []
+        for figure in group:
+            name = figure.name.replace("_", " ")
+            between = "" if figure.spread is None else " to ".join(shown(each, figure.unit) for each in figure.spread)
+            value = "not measured" if figure.value is None else shown(figure.value, figure.unit)
+            table.add_row(name, value, between)
+            if figure.note is not None:
+                notes.append(Text(f"  {name}: {figure.note}"))
+        console.print(table, *notes, sep="\n")
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, overflow="fold")
     for column in ("median", "quartiles"):
         table.add_column(column, justify="right")
-    rows = [(f"{found['dtype']} product, large and square", found["matmul"], "TFLOP/s")]
-    rows += [(f"{found['dtype']} product, {sizes}", rate, "TFLOP/s") for sizes, rate in found["products"].items()]
-    rows.append(("copy, bytes read and written", found["copy"], "GB/s"))
-    for name, (value, low, high, _), unit in rows:
-        table.add_row(name, shown(value, unit), f"{shown(low, unit)} to {shown(high, unit)}")
     return table
-
-
-def _group(suite: str, of: str, figures: list[dict[str, Any]]) -> RenderableType:
-    """What was measured of one thing, and below it what there is to say."""
-    table = Table(title=f"suite={suite}" + (f": {of}" if of else ""), title_justify="left")
-    table.add_column("figure", overflow="fold")
-    for column in ("median", "quartiles"):
-        table.add_column(column, justify="right")
-    notes = []
-    for figure in figures:
-        spread, value, name = figure["spread"], figure["value"], figure["name"].replace("_", " ")
-        between = "" if spread is None else " to ".join(shown(each, figure["unit"]) for each in spread)
-        table.add_row(name, "not measured" if value is None else shown(value, figure["unit"]), between)
-        if figure["note"] is not None:
-            notes.append(Text(f"  {name}: {figure['note']}"))
-    return Group(table, *notes)

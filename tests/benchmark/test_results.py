@@ -12,7 +12,7 @@ from moe_train.benchmark import results
 from moe_train.benchmark.ceilings import Ceilings
 from moe_train.benchmark.figures import Figure, estimate
 from moe_train.benchmark.results import content_of, merged, read, results_file
-from moe_train.benchmark.tables import show
+from moe_train.benchmark.tables import show, show_device
 from moe_train.errors import UserError
 from moe_train.training.runtime import Runtime
 
@@ -59,13 +59,12 @@ def test_a_device_has_a_file_of_its_own_and_a_cpu_one_for_each_number_of_threads
     assert " " not in file.name
 
 
-def test_every_unit_and_a_figure_that_is_missing_are_shown(
-    runtime: Runtime, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_unit_and_a_missing_figure_are_shown(runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
     units = ("tokens/s", "share", "ratio", "s", "count", "bytes")
     figures = [Figure("step", f"figure_{unit}", 0.5, unit) for unit in units]
     figures.append(Figure("step", "lacking", None, "s", note="no such device"))
-    show(content_of(runtime, ["step"], CEILINGS, figures, load=2.0))
+    show_device(runtime, CEILINGS, load=2.0)
+    show(figures)
     said = capsys.readouterr().out
     for text in ("50.0%", "0.500", "not measured", "lacking: no such device", "GB/s", "1 × 2 × 3", "2.0 processes"):
         assert text in said
