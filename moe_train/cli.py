@@ -150,6 +150,8 @@ def check_json_target(path: Path | None, out: Path | None = None, key: str = "js
         raise UserError(f"{key}={path} exists already: choose another file or remove it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{key}={path}: there is no folder {path.absolute().parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{key}={path}: the folder {path.absolute().parent} cannot be written: choose another")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -60,8 +60,10 @@ class ComposedModel:
 _OF_A_MODEL = ("model", "optimizer", "precision")  # the groups of configs/train.yaml it is made of
 
 
-def split_overrides(arguments: list[str]) -> tuple[list[str], Path | None, list[str]]:
-    """What of a script's arguments is meant for `compose_model`: overrides, --config-dir's folder; and the others."""
+def split_overrides(
+    arguments: list[str], keys: tuple[str, ...] = _OF_A_MODEL
+) -> tuple[list[str], Path | None, list[str]]:
+    """What of a script's arguments is meant for hydra: overrides of `keys`, --config-dir's folder; and the others."""
     overrides, others = [], []
     folder: Path | None = None
     rest = iter(arguments)
@@ -72,7 +74,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], Path | None, list[
             if not value:
                 raise UsageError("--config-dir needs a folder: --config-dir DIR with DIR/model/NAME.yaml in it")
             folder = Path(value)
-        elif re.split(r"[./]", key.lstrip("+~"))[0] in _OF_A_MODEL:
+        elif re.split(r"[./]", key.lstrip("+~"))[0] in keys:
             overrides.append(argument)
         else:
             others.append(argument)
@@ -87,12 +89,7 @@ def compose_model(overrides: list[str], config_dir: Path | None = None) -> Compo
     if not any(override.startswith("model=") for override in overrides):
         names = ", ".join(sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
         raise UsageError(f"model= is missing: choose one of {names}")
-    search = []
-    if config_dir is not None:
-        if not config_dir.is_dir():
-            raise UserError(f"--config-dir {config_dir}: there is no such folder: give one with model/NAME.yaml in it")
-        quoted = str(config_dir.absolute()).replace("\\", "\\\\").replace("'", "\\'")  # for hydra's grammar
-        search = [f"hydra.searchpath=['file://{quoted}']"]
+    search = _search_path(config_dir)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             composed = compose("train", overrides=[*search, *overrides])
@@ -102,6 +99,27 @@ def compose_model(overrides: list[str], config_dir: Path | None = None) -> Compo
     except Exception as error:  # hydra raises errors of its own, of omegaconf, of its parsers and plain ValueErrors
         raise explain_hydra_error(error, config_dir) from None
     return validated(ComposedModel, plain, "configuration")
+
+
+def compose_run(overrides: list[str], name: str, config_dir: Path | None = None) -> RunConfig:
+    """The run of `python train.py name=NAME OVERRIDES…`, composed in this process. Raises UserError."""
+    search = _search_path(config_dir)
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = compose("train", overrides=[*search, f"name={name}", *overrides])
+    except Exception as error:
+        raise explain_hydra_error(error, config_dir) from None
+    return to_run_config(composed)
+
+
+def _search_path(config_dir: Path | None) -> list[str]:
+    """hydra's override that makes it look into a folder of the user's own as well."""
+    if config_dir is None:
+        return []
+    if not config_dir.is_dir():
+        raise UserError(f"--config-dir {config_dir}: there is no such folder: give one with model/NAME.yaml in it")
+    quoted = str(config_dir.absolute()).replace("\\", "\\\\").replace("'", "\\'")  # for hydra's grammar
+    return [f"hydra.searchpath=['file://{quoted}']"]
 
 
 def validated(schema: type[T], values: Any, where: str) -> T:

@@ -11,12 +11,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
-def launch_job(overrides: Sequence[str]) -> int:
-    """Run `train.py` with the overrides in one process on the devices there are; returns its exit status."""
+def launch_job(overrides: Sequence[str], output: IO[str] | None = None) -> int:
+    """Run `train.py` with the overrides in one process on the devices there are; returns its exit status.
+
+    output: a file for what it says; None: it speaks for itself.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += [
         "--quiet",
@@ -31,4 +35,5 @@ def launch_job(overrides: Sequence[str]) -> int:
     ]
     # accelerate would set one thread a process; the training runtime shares the cores out itself.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run([*command, str(TRAIN), *overrides], env=environment, check=False).returncode
+    command += [str(TRAIN), *overrides]
+    return subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode

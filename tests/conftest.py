@@ -18,25 +18,12 @@ if not torch.cuda.is_available():
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from small_model import SMALL
 from text import write_corpus
 
 from moe_train.compose import CONFIGS, to_run_config, validated
 from moe_train.config import ModelConfig, RunConfig
 from moe_train.model.transformer import Transformer
-
-SMALL = [
-    "model.hidden_size=32",
-    "model.num_hidden_layers=3",
-    "model.intermediate_size=48",
-    "model.attention.num_attention_heads=2",
-    "model.attention.kv_lora_rank=16",
-    "model.attention.qk_nope_head_dim=8",
-    "model.attention.qk_rope_head_dim=8",
-    "model.attention.v_head_dim=16",
-    "model.moe.num_experts=8",
-    "model.moe.top_k=2",
-    "model.moe.moe_intermediate_size=16",
-]
 
 
 @pytest.fixture(autouse=True)

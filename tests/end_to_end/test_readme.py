@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import ROOT, Commands
+from small_model import SMALL
 
 from moe_train.forecast.published import published_runs
 from moe_train.forecast.utilization_model import leave_one_out
@@ -33,6 +34,7 @@ def test_every_other_command_of_the_readme_runs(commands: Commands, text_corpus:
         commands.run(*made_small(shlex.split(command, comments=True), commands))
 
 
+NARROW = ["model.intermediate_size=44", "data.vocab_size=320", "data.sequence_length=16", "num_threads=1"]
 SHAPE = ["model.hidden_size=32", "model.num_hidden_layers=2"]
 
 
@@ -66,7 +68,7 @@ def made_small(words: list[str], commands: Commands) -> list[str]:
             "model=nano",
             *SHAPE,
         ]
-    extra = {"generate.py": ["max_new_tokens=3"], "upcycle.py": SHAPE}
+    extra = {"generate.py": ["max_new_tokens=3"], "upcycle.py": SHAPE, "benchmark.py": [*SMALL, *NARROW]}
     return [words[0], str(ROOT / words[1]), *words[2:], *extra.get(script, [])]
 
 
@@ -83,6 +85,7 @@ def test_the_map_names_every_module_and_no_other() -> None:
         "interop",
         "generation",
         "evaluation",
+        "benchmark",
     ):
         for file in (ROOT / "moe_train" / folder).glob("[a-z]*.py"):
             assert re.search(rf"\b{file.stem}\b", described), f"{folder}/{file.name}"

@@ -1,0 +1,94 @@
+"""What every suite is given: the user's settings, the device, and how much time to take.
+
+A suite composes its runs from its usual settings and the user's on top, with the keys of `train.py`. Its tokens are
+made up, as frequent as words are in text (the law of Zipf and Mandelbrot), so that nothing has to be prepared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_train.compose import compose_run
+from moe_train.config import RunConfig
+from moe_train.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time a comparison takes: rounds at most, and seconds after which three rounds are enough."""
+
+    rounds: int = 9
+    budget_seconds: float = 60.0
+    shortest_seconds: float = 0.05  # of one measurement of a kernel
+
+
+@dataclass(frozen=True)
+class Bench:
+    """`suite` is the name that figures are filed under."""
+
+    suite: str
+    given: tuple[str, ...]  # overrides as the user gave them
+    config_dir: Path | None
+    runtime: Runtime
+    effort: Effort
+    compiles_peer: bool | None = None  # None: where it is known to pay
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.runtime.device_type == "cuda"
+
+    def config(self, *usual: str, without: Sequence[str] = ()) -> RunConfig:
+        """The run of the suite's usual overrides and the user's, which win; `without`: groups the suite decides on."""
+        given = [override for override in self.given if _group(override) not in without]
+        return compose_run(with_usual(usual, given), "benchmark", self.config_dir)
+
+    def overrides(self, *usual: str) -> list[str]:
+        """The same for a command line."""
+        folder = [] if self.config_dir is None else ["--config-dir", str(self.config_dir.absolute())]
+        return [*folder, *with_usual(usual, self.given)]
+
+    def filed_under(self, suite: str) -> Bench:
+        return dataclasses.replace(self, suite=suite)
+
+
+def with_usual(usual: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Usual settings that are not given otherwise, then the given ones. Another model brings settings of its own."""
+    keys = {_key(override) for override in given}
+    kept = [o for o in usual if _key(o) not in keys and not ("model" in keys and _group(o) == "model")]
+    return [*kept, *given]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _group(override: str) -> str:
+    return _key(override).split("/")[0].split(".")[0]
+
+
+def vocabulary(config: RunConfig) -> int:
+    """The model's, or what a tokenizer of the configured size comes to: a multiple of 64."""
+    return config.model.vocab_size or -(-config.data.vocab_size // 64) * 64
+
+
+def made_up_tokens(config: RunConfig, batches: int) -> npt.NDArray[np.uint32]:
+    """As many tokens as `batches` batches and one more token take."""
+    ranks = np.arange(vocabulary(config))
+    frequencies = 1 / (ranks + 2.7)
+    count = batches * config.batch_size * config.data.sequence_length + 1
+    drawn = np.random.default_rng(config.seed).choice(ranks, count, p=frequencies / frequencies.sum())
+    return drawn.astype(np.uint32)
+
+
+def described(config: RunConfig, runtime: Runtime) -> str:
+    """What is trained, in a few words."""
+    rows, length = config.micro_batch_size or config.batch_size, config.data.sequence_length
+    dtype = {"bfloat16": "BF16", "float32": "FP32"}[str(runtime.dtype).removeprefix("torch.")]
+    precision = dtype if config.precision.fp8 is None else config.precision.name
+    return f"{config.model.name}, {rows} × {length} tokens, {precision}, {config.optimizer.kind}"

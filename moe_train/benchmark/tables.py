@@ -1,0 +1,70 @@
+"""Figures as tables in the terminal, each suite's as soon as it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date
+from itertools import groupby
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe_train.benchmark.ceilings import Ceilings
+from moe_train.benchmark.figures import Figure
+from moe_train.training.runtime import Runtime
+
+_FORMS = {
+    "tokens/s": "{:,.0f}",
+    "share": "{:.1%}",
+    "ratio": "{:.3f}",
+    "s": "{:.2f} s",
+    "count": "{:.0f}",
+    "TFLOP/s": "{:.4g} TFLOP/s",
+    "GB/s": "{:.4g} GB/s",
+}
+
+
+def shown(value: float, unit: str) -> str:
+    return f"{value / 1e6:,.1f} MB" if unit == "bytes" else _FORMS[unit].format(value)
+
+
+def show_device(runtime: Runtime, ceilings: Ceilings, load: float | None) -> None:
+    """What everything else is held against. `load`: see results.py."""
+    title = f"{runtime.device_name}, {runtime.num_threads} threads, torch {torch.__version__}, {date.today()}"
+    table = _table(title, "at its best")
+    rows = [(f"{ceilings.dtype} product, large and square", ceilings.matmul, "TFLOP/s")]
+    rows += [(f"{ceilings.dtype} product, {sizes}", rate, "TFLOP/s") for sizes, rate in ceilings.products.items()]
+    rows.append(("copy, bytes read and written", ceilings.copy, "GB/s"))
+    for name, rate, unit in rows:
+        table.add_row(name, shown(rate.value, unit), f"{shown(rate.low, unit)} to {shown(rate.high, unit)}")
+    console = Console()
+    console.print(table)
+    if load is not None and load > 0.5:
+        note = f"note: {load:.1f} processes wanted a core before the first measurement: with others at work, figures "
+        console.print(Text(f"{note}are rough, ratios less so"), soft_wrap=True)
+
+
+def show(figures: Sequence[Figure]) -> None:
+    """A table for each thing measured, and below it what there is to say."""
+    console = Console()
+    for (suite, of), group in groupby(figures, key=lambda figure: (figure.suite, figure.of)):
+        table = _table(f"suite={suite}" + (f": {of}" if of else ""), "figure")
+        notes = []
+        for figure in group:
+            name = figure.name.replace("_", " ")
+            between = "" if figure.spread is None else " to ".join(shown(each, figure.unit) for each in figure.spread)
+            value = "not measured" if figure.value is None else shown(figure.value, figure.unit)
+            table.add_row(name, value, between)
+            if figure.note is not None:
+                notes.append(Text(f"  {name}: {figure.note}"))
+        console.print(table, *notes, sep="\n")
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, overflow="fold")
+    for column in ("median", "quartiles"):
+        table.add_column(column, justify="right")
+    return table

@@ -1,0 +1,104 @@
+"""What training costs on this device: arms that take turns, medians with quartiles, ceilings measured in the same run.
+
+    step       a whole training step: tokens/s, share of the measured matmul rate, overhead of the loop, host reads
+    tax        an MoE against its dense twin of equal FLOPs a token
+    peer       the same weights in transformers' own architecture
+    experts    8 and 256 experts, equally many of them a token
+    kernels    each direction of the experts' grouped products, and rounding to FP8
+    precision  FP8 recipes against the compute format
+    startup    from the command to the first step
+    smoke      a little of each, within a minute on two cores;  all: every suite but this
+
+python scripts/benchmark.py suite=NAME[,NAME…] [rounds=9] [compile=true|false] [json=FILE] [save=true] [profile=true \
+[out=DIR]] [--config-dir DIR] [settings of train.py: model, optimizer, precision, data, batch_size, num_threads, …]
+
+save=true keeps the figures in docs/results/DEVICE.json, beside those of other suites. profile=true writes a trace, the
+slowest operations and memory of suite=step's model into out= (by default under outputs/).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py has it, before torch is loaded
+
+from moe_train.benchmark.choices import KEYS, SUITES, chosen
+from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
+from moe_train.compose import compose_run, split_overrides
+from moe_train.errors import UsageError, UserError, reported
+
+USAGE = (__doc__ or "").strip()
+
+
+@dataclass
+class Arguments:
+    suite: str | None = None
+    rounds: Annotated[int, Field(ge=3, le=1000)] | None = None
+    compile: bool | None = None
+    json: Path | None = None
+    save: bool = False
+    profile: bool = False
+    out: Path | None = None
+
+
+def main() -> None:
+    own, others = divide_arguments(Arguments, sys.argv[1:])
+    arguments = parse_arguments(Arguments, own, usage=USAGE)
+    check_json_target(arguments.json)
+    if arguments.suite is None and not arguments.profile:
+        raise UsageError(f"suite= is missing: choose from {', '.join(SUITES)}, or all")
+    names = chosen(arguments.suite) if arguments.suite else []
+    if arguments.suite is None and (arguments.save or arguments.json):
+        raise UsageError("save= and json= keep the figures of a suite: give suite=")
+    if arguments.compile is not None and not {"peer", "smoke"} & set(names):
+        raise UsageError("compile= is about transformers' model: give it with suite=peer")
+    if arguments.out is not None and not arguments.profile:
+        raise UsageError("out= is the folder of a profile: give profile=true as well")
+    overrides, config_dir, unknown = split_overrides(others, KEYS)
+    parse_arguments(Arguments, unknown, usage=USAGE)  # says what is wrong with them
+    config = compose_run(overrides, "benchmark", config_dir)
+    folder = _profile_folder(arguments.out) if arguments.profile else None
+
+    from moe_train.benchmark import profiling, results, suites
+    from moe_train.benchmark.bench import Bench, Effort
+    from moe_train.training.runtime import start_runtime
+
+    runtime = start_runtime(config)
+    if runtime.world_size > 1:
+        raise UserError("a benchmark is of one device: start it as one process")
+    effort = Effort() if arguments.rounds is None else Effort(rounds=arguments.rounds)
+    bench = Bench("step", tuple(overrides), config_dir, runtime, effort, arguments.compile)
+    file = results.results_file(runtime)
+    earlier = results.read(file) if arguments.save else None
+    if arguments.save:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if names:
+        content = suites.run(bench, names)
+        if arguments.json:
+            write_json(arguments.json, content)
+        if arguments.save:
+            write_json(file, content if earlier is None else results.merged(earlier, content))
+            sys.stdout.write(f"kept in {file}\n")
+    if folder is not None:
+        sys.stdout.write(f"profile in {profiling.run(bench, folder)}\n")
+
+
+def _profile_folder(out: Path | None) -> Path:
+    """A new or empty folder. Raises UserError."""
+    folder = out or Path("outputs") / "profiles" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out={folder} is there already and not an empty folder: choose another or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+if __name__ == "__main__":
+    with reported(wants_traceback()):
+        main()

@@ -1,0 +1,116 @@
+"""Arms are comparable: the twin has equal FLOPs, transformers the same loss, 256 experts as many active parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_train.benchmark import experts, peer, tax
+from moe_train.benchmark.arms import TrainingArm
+from moe_train.benchmark.bench import Bench, vocabulary, with_usual
+from moe_train.benchmark.peer_arm import PeerArm
+from moe_train.benchmark.step_memory import peak_bytes
+from moe_train.compose import compose_run
+from moe_train.cost.flops import training_flops_per_token
+from moe_train.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("model", ["nano", "tiny", "small", "base"])
+def test_the_dense_twin_has_the_same_flops_depth_and_attention(model: str) -> None:
+    config = compose_run([f"model={model}"], "test")
+    twin, ratio = tax.dense_twin(config)
+    assert twin.model.moe is None
+    assert twin.model.attention == config.model.attention
+    assert twin.model.num_hidden_layers == config.model.num_hidden_layers
+    flops = [training_flops_per_token(each.model, 256, vocabulary(config)) for each in (twin, config)]
+    assert flops[0] / flops[1] == pytest.approx(ratio)
+    assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_a_twin_that_cannot_be_equal_and_a_model_without_experts_are_refused() -> None:
+    narrow = ["model=nano", "model.moe.moe_intermediate_size=1", "model.moe.first_k_dense_replace=0"]
+    narrow += ["data.vocab_size=320", "data.sequence_length=16"]
+    with pytest.raises(UserError, match=r"times its FLOPs a token.*choose a larger model"):
+        tax.dense_twin(compose_run(narrow, "test"))
+    for model in ("dense_nano", "llama_3_1_8b"):
+        with pytest.raises(UserError, match="has no experts"):
+            tax.dense_twin(compose_run([f"model={model}"], "test"))
+    with pytest.raises(UserError, match="has no experts"):
+        experts.with_experts(compose_run(["model=llama_3_1_8b"], "test"), 8)
+
+
+def test_8_and_256_experts_have_the_same_active_parameters_but_for_the_router() -> None:
+    config = compose_run(["model=tiny"], "test")
+    few, many = (experts.with_experts(config, count) for count in (experts.FEW, experts.MANY))
+    assert experts.active_without_routers(few) == experts.active_without_routers(many)
+    with pytest.raises(UserError, match=r"with 8 experts: top_k=9 is more than num_experts=8"):
+        experts.with_experts(compose_run(["model=tiny", "model.moe.top_k=9"], "test"), 8)
+
+
+@pytest.mark.parametrize("more", [(), ("micro_batch_size=2",), ("model.moe=null",)])
+def test_transformers_computes_the_loss_and_gradients_of_our_weights(
+    more: tuple[str, ...], bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    config = bench(*more).config("model=nano", "optimizer=adamw")
+    ours = TrainingArm(config, bench().runtime)
+    theirs = PeerArm(ours, tmp_path)
+    loss, gradient = peer.relative_difference(ours, theirs)
+    assert loss < peer.LOSS_TOLERANCE
+    assert gradient < peer.GRADIENT_TOLERANCE
+
+    before = [parameter.detach().clone() for parameter in theirs.model.parameters()]
+    theirs.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, theirs.model.parameters(), strict=True))
+
+    with torch.no_grad():  # other weights are found out
+        theirs.model.get_input_embeddings().weight.mul_(1.5)
+    loss, gradient = peer.relative_difference(ours, theirs)
+    assert loss > peer.LOSS_TOLERANCE
+    assert gradient > peer.GRADIENT_TOLERANCE
+
+
+def test_arms_that_compute_different_things_are_not_timed(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer, "relative_difference", lambda ours, theirs: (0.1, 0.0))
+    figures = {figure.name: figure for figure in peer.run(bench())}
+    assert figures["peer_speedup"].value is None
+    assert "do not compute the same" in str(figures["peer_speedup"].note)
+
+
+def test_a_step_of_an_arm_changes_no_weight_and_counts_its_tokens(bench: Callable[..., Bench]) -> None:
+    arm = TrainingArm(bench("micro_batch_size=2").config("model=nano"), bench().runtime)
+    before = {name: tensor.detach().clone() for name, tensor in arm.model.named_parameters()}
+    arm.step()
+    arm.forward_backward()
+    for name, tensor in arm.model.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+        assert tensor.grad is None
+    assert arm.tokens == 4 * 16
+    per_token = training_flops_per_token(arm.model_config, 16, arm.vocab_size)
+    assert arm.flops_per_step == pytest.approx(64 * per_token)
+
+
+def test_the_peak_of_a_step_holds_the_state_and_what_the_step_makes() -> None:
+    state = torch.zeros(1024)
+    peak = peak_bytes(lambda: state + 1, [state], CPU)
+    assert peak == 2 * state.nbytes
+
+
+def test_given_settings_win_over_usual_ones_and_another_model_brings_its_own() -> None:
+    usual = ("model=base", "model.moe.num_experts=64", "batch_size=4")
+    assert with_usual(usual, ["batch_size=8"]) == ["model=base", "model.moe.num_experts=64", "batch_size=8"]
+    assert with_usual(usual, ["model=nano"]) == ["batch_size=4", "model=nano"]
+    assert with_usual(usual, ["model.moe.num_experts=8"])[-1] == "model.moe.num_experts=8"
+
+
+def test_settings_of_a_suite_can_be_kept_from_the_user(bench: Callable[..., Bench]) -> None:
+    given = dataclasses.replace(bench(), given=("optimizer=muon", "model=nano"))
+    assert given.config("optimizer=adamw").optimizer.kind == "muon"
+    assert given.config("optimizer=adamw", without=["optimizer"]).optimizer.kind == "adamw"

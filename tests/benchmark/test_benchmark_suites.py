@@ -1,0 +1,138 @@
+"""What single suites measure: the right product, the right share, the right command."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_train.benchmark import choices, jobs, kernels, profiling, startup, step, suites
+from moe_train.benchmark.bench import Bench, made_up_tokens
+from moe_train.benchmark.ceilings import measure
+from moe_train.benchmark.overhead import overhead_shares
+from moe_train.compose import compose_run
+from moe_train.errors import UserError
+
+CPU = torch.device("cpu")
+SHAPE = kernels.Shape("test", rows=50, experts=4, inputs=8, outputs=6)
+
+
+def test_suites_are_chosen_by_name() -> None:
+    assert choices.chosen("step,tax,step") == ["step", "tax"]
+    assert "smoke" not in choices.chosen("all")
+    assert len(choices.chosen("all")) == len(choices.SUITES) - 1
+    assert set(choices.SUITES) == set(suites._RUN)
+
+
+@pytest.mark.parametrize("direction", kernels.DIRECTIONS)
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+def test_a_direction_of_a_kernel_is_that_product_alone(
+    direction: str, kernel: kernels.Kernel, bench: Callable[..., Bench]
+) -> None:
+    recipe = bench().config("model=nano", "precision=fp8_deepseek", without=["precision"]).precision.fp8
+    assert recipe is not None
+    made = kernels.call(kernel.make(recipe), direction, SHAPE, CPU, torch.float32)
+    result = made()
+    found = result[0] if isinstance(result, tuple) else result
+    shapes = {"forward": (50, 6), "input_gradient": (50, 8), "weight_gradient": (4, 6, 8)}
+    assert isinstance(found, torch.Tensor)
+    assert tuple(found.shape) == shapes[direction]
+    made()  # can be repeated
+    dense = kernels.dense(direction, SHAPE, CPU, torch.float32)()
+    assert isinstance(dense, torch.Tensor)
+    assert dense.shape == {"forward": (50, 6), "input_gradient": (50, 8), "weight_gradient": (6, 8)}[direction]
+
+
+def test_groups_are_ragged_and_take_every_row() -> None:
+    ends = kernels.ragged_ends(SHAPE, CPU)
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    assert ends[-1] == SHAPE.rows
+    assert sizes.min() >= 0
+    assert len(set(sizes.tolist())) > 1
+
+
+def test_the_experts_of_a_model_have_two_products_and_a_gpu_wide_ones_too() -> None:
+    config = compose_run(["model=tiny"], "test")
+    gate_up, down = kernels.shapes(config, on_gpu=False)
+    assert (gate_up.rows, gate_up.experts, gate_up.inputs, gate_up.outputs) == (4096 * 6, 64, 256, 192)
+    assert (down.inputs, down.outputs) == (96, 256)
+    assert kernels.shapes(config, on_gpu=True)[-1].inputs == 2048
+    with pytest.raises(UserError, match="has no experts"):
+        kernels.shapes(compose_run(["model=llama_3_1_8b"], "test"), on_gpu=False)
+
+
+def test_overhead_is_what_passed_and_was_no_step_and_what_steps_waited_for_data() -> None:
+    def row(step: int, seconds: float, each: float, waited: float) -> dict[str, float]:
+        return {
+            "step": step,
+            "progress/seconds": seconds,
+            "throughput/step_seconds": each,
+            "throughput/data_wait_fraction": waited,
+        }
+
+    rows = [row(10, 100.0, 9.0, 0.5), row(20, 110.0, 1.0, 0.0), row(30, 130.0, 1.0, 0.0), row(40, 140.0, 1.0, 0.1)]
+    assert overhead_shares(rows) == pytest.approx([0.0, 0.5, 0.1])
+
+
+def test_a_job_that_fails_gives_the_reason(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.py ended with exit status 1: unknown key model.experts"):
+        jobs.finished_job(["model.experts=3"], tmp_path)
+
+
+def test_what_a_run_cannot_tell_is_not_measured(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(overrides: object, folder: Path) -> Path:
+        raise UserError("no data")
+
+    monkeypatch.setattr(startup, "finished_job", fails)
+    monkeypatch.setattr("moe_train.benchmark.overhead.finished_job", fails)
+    assert [(f.name, f.value, f.note) for f in startup.run(bench())] == [("startup_seconds", None, "no data")]
+    figures = {figure.name: figure for figure in step.run(bench(), "model=nano")}
+    assert figures["overhead_fraction"].note == "no data"
+    assert figures["host_synchronizations"].value == 0
+    rate = figures["tokens_per_second"].value
+    assert rate is not None
+    assert math.isfinite(rate)
+    assert rate > 0
+
+
+def test_start_up_is_the_runs_own_figure_without_the_first_launch_which_prepares_the_data(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = iter([60.0, 8.0, 10.0, 9.0])
+
+    def job(overrides: Sequence[str], folder: Path) -> Path:
+        assert "stop={steps: 1, tokens: null, flops: null, seconds: null, usd: null}" in overrides
+        (tmp_path / "summary.json").write_text(json.dumps({"startup_seconds": next(clock)}))
+        return tmp_path
+
+    monkeypatch.setattr(startup, "finished_job", job)
+    (figure,) = startup.run(bench())
+    assert (figure.name, figure.value, figure.repetitions) == ("startup_seconds", 9.0, 3)
+
+
+def test_ceilings_are_rates_above_zero() -> None:
+    found = measure(CPU, torch.float32, [(8, 16, 32)], rounds=3)
+    for rate in (found.matmul, found.copy, found.products["8 × 16 × 32"]):
+        assert 0 < rate.low <= rate.value <= rate.high < math.inf
+
+
+def test_made_up_tokens_are_the_same_each_time_and_as_uneven_as_text() -> None:
+    config = compose_run(["model=nano"], "test")
+    tokens = made_up_tokens(config, batches=2)
+    assert (tokens == made_up_tokens(config, batches=2)).all()
+    assert len(tokens) == 2 * 16 * 256 + 1
+    assert tokens.max() < 4096
+    assert (tokens < 64).mean() > 0.3
+
+
+def test_a_profile_leaves_a_trace_and_the_slowest_operations(
+    bench: Callable[..., Bench], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profiling.run(bench("model=nano"), tmp_path)
+    assert (tmp_path / "trace.json").stat().st_size > 0
+    assert "aten::mm" in (tmp_path / "operations.txt").read_text()
+    assert "slowest operations" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""Medians, quartiles and paired ratios on made-up numbers, and arms that take turns."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_train.benchmark import timing
+from moe_train.benchmark.figures import estimate, measured, not_measured, paired
+from moe_train.benchmark.timing import interleaved, seconds_a_call
+
+CPU = torch.device("cpu")
+
+
+def test_an_estimate_is_the_median_and_the_quartiles() -> None:
+    assert estimate([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0, 5)
+    assert estimate([7.0]) == (7.0, 7.0, 7.0, 1)
+
+
+def test_a_round_in_which_everything_is_slow_does_not_move_a_paired_ratio() -> None:
+    a, b = [2.0, 20.0, 2.0, 200.0], [1.0, 10.0, 1.0, 100.0]
+    assert paired(a, b) == (2.0, 2.0, 2.0, 4)
+    assert paired([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], scale=10.0).value == 20.0
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=3, max_size=9), st.floats(0.1, 10))
+def test_a_constant_ratio_comes_out_whatever_the_rounds_were_like(rounds: list[float], ratio: float) -> None:
+    found = paired([ratio * each for each in rounds], rounds)
+    assert found.value == pytest.approx(ratio)
+    assert found.high - found.low == pytest.approx(0, abs=1e-9)
+
+
+def test_arms_of_different_numbers_of_rounds_are_not_paired() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        paired([1.0], [1.0, 2.0])
+
+
+def test_what_was_not_measured_has_a_reason_and_no_value() -> None:
+    figure = not_measured("tax", "moe_tax", "ratio", "no such device")
+    assert (figure.value, figure.spread, figure.note) == (None, None, "no such device")
+    assert measured("tax", "moe_tax", estimate([1.0, 2.0, 3.0]), "ratio").spread == (1.5, 2.5)
+
+
+def test_arms_take_turns_and_each_round_begins_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    arms = {name: lambda name=name: calls.append(name) for name in "abc"}
+    monkeypatch.setattr(timing, "seconds_a_call", lambda run, device, calls=1: run() or 1.0)
+    seconds = interleaved(arms, CPU, rounds=4)
+    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_spent_budget_leaves_three_rounds() -> None:
+    seconds = interleaved({"a": lambda: None}, CPU, rounds=50, budget_seconds=0.0)
+    assert len(seconds["a"]) == 3
+
+
+def test_a_short_call_is_repeated_until_it_fills_the_time_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def record(run: timing.Call, device: torch.device, calls: int = 1) -> float:
+        asked.append(calls)
+        return 0.01
+
+    monkeypatch.setattr(timing, "seconds_a_call", record)
+    interleaved({"a": lambda: None}, CPU, rounds=3, shortest_seconds=0.055)
+    assert asked == [1, 6, 6, 6]
+
+
+def test_the_time_of_a_call_is_the_mean_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 16.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert seconds_a_call(lambda: None, CPU, calls=3) == 2.0
