@@ -35,8 +35,8 @@ class TrainingArm:
         )
         self.model.initialise(config.seed)
         self.model.to(runtime.device)
-        recipes.apply(self.model, config.precision)
-        self.optimizers = build_optimizers(self.model, config.optimizer)
+        recipes.apply(self.model, config.precision, runtime.device)
+        self.optimizers = build_optimizers(self.model, config.optimizer, config.seed)
         batches = Batches(made_up_tokens(config, _BATCHES), config.data.sequence_length, config.batch_size, config.seed)
         self._stepper = Stepper(
             config, runtime, self.model, runtime.accelerator.prepare(self.model), self.optimizers, batches

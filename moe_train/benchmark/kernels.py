@@ -17,8 +17,9 @@ from moe_train.benchmark.bench import Bench
 from moe_train.benchmark.ceilings import copying, square_matmul_tflops
 from moe_train.benchmark.figures import Figure, estimate, measured, not_measured, paired
 from moe_train.benchmark.timing import Call, interleaved
-from moe_train.config import Fp8Config, OperandConfig, RunConfig
+from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig, RunConfig
 from moe_train.errors import UserError
+from moe_train.precision.choice import Device, choose
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import grouped_linear
 from moe_train.precision.quantize import quantize
@@ -31,17 +32,18 @@ class Kernel:
     """`make` gives the product for a recipe (that of `precision=`, by default fp8_deepseek)."""
 
     name: str
-    make: Callable[[Fp8Config], Multiply]
+    make: Callable[[PrecisionConfig, Shape, torch.device], Multiply]
     note: str | None = None
 
 
-def _fp8(recipe: Fp8Config) -> Multiply:
-    layer = Fp8Layer(recipe)
+def _fp8(precision: PrecisionConfig, shape: Shape, device: torch.device) -> Multiply:
+    assert precision.fp8 is not None
+    layer = Fp8Layer(precision.fp8, choose(precision, Device.of(device), {shape.inputs, shape.outputs}).backend)
     return lambda x, weight, ends: grouped_linear(x, weight, ends, layer)
 
 
 KERNELS = (
-    Kernel("grouped", lambda _: grouped_linear),
+    Kernel("grouped", lambda *_: grouped_linear),
     Kernel("grouped_fp8", _fp8, "through the seam's FP8 layer, both operands rounded in every call"),
 )
 
@@ -70,12 +72,15 @@ DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
 
 def run(bench: Bench, *usually: str) -> list[Figure]:
     config = bench.config(*(usually or tax.usual(bench)))
-    recipe = config.precision.fp8 or bench.config("precision=fp8_deepseek", without=["precision"]).precision.fp8
+    precision = config.precision
+    if precision.fp8 is None:
+        precision = bench.config("precision=fp8_deepseek", without=["precision"]).precision
+    recipe = precision.fp8
     assert recipe is not None
     figures = []
     for shape in shapes(config, bench.on_gpu):
         try:
-            figures += _grouped(bench, shape, recipe)
+            figures += _grouped(bench, shape, precision)
         except torch.OutOfMemoryError:
             figures.append(not_measured(bench.suite, "grouped", "share", "out of memory", shape.said))
     return figures + _rounding(bench, shapes(config, bench.on_gpu)[-2], recipe)
@@ -134,12 +139,15 @@ def dense(direction: str, shape: Shape, device: torch.device, dtype: torch.dtype
     return products[direction]
 
 
-def _grouped(bench: Bench, shape: Shape, recipe: Fp8Config) -> list[Figure]:
+def _grouped(bench: Bench, shape: Shape, precision: PrecisionConfig) -> list[Figure]:
     device, dtype, suite = bench.runtime.device, bench.runtime.dtype, bench.suite
     peak = square_matmul_tflops(device, dtype)
     figures = []
     for direction in DIRECTIONS:
-        arms = {kernel.name: call(kernel.make(recipe), direction, shape, device, dtype) for kernel in KERNELS}
+        arms = {
+            kernel.name: call(kernel.make(precision, shape, device), direction, shape, device, dtype)
+            for kernel in KERNELS
+        }
         arms["dense"] = dense(direction, shape, device, dtype)
         seconds = _times(bench, arms)
         for kernel in KERNELS:

@@ -33,9 +33,8 @@ def test_suites_are_chosen_by_name() -> None:
 def test_a_direction_of_a_kernel_is_that_product_alone(
     direction: str, kernel: kernels.Kernel, bench: Callable[..., Bench]
 ) -> None:
-    recipe = bench().config("model=nano", "precision=fp8_deepseek", without=["precision"]).precision.fp8
-    assert recipe is not None
-    made = kernels.call(kernel.make(recipe), direction, SHAPE, CPU, torch.float32)
+    precision = bench().config("model=nano", "precision=fp8_deepseek", without=["precision"]).precision
+    made = kernels.call(kernel.make(precision, SHAPE, CPU), direction, SHAPE, CPU, torch.float32)
     result = made()
     found = result[0] if isinstance(result, tuple) else result
     shapes = {"forward": (50, 6), "input_gradient": (50, 8), "weight_gradient": (4, 6, 8)}
