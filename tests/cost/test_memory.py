@@ -120,7 +120,7 @@ def test_what_autograd_keeps_with_an_fp8_recipe_is_estimated_within_fifteen_perc
 ) -> None:
     """Inputs of linear layers in FP8; the weights' FP8 forms are no tensors that autograd keeps."""
     model = small_model(*ARMS[arm], dtype=torch.float32)
-    recipes.apply(model, compose_run("precision=fp8_deepseek").precision)
+    recipes.apply(model, compose_run("precision=fp8_deepseek").precision, torch.device("cpu"))
     expected = estimate(model, compute_bytes=compute_bytes, fp8=True)
     kept = expected["activations"] + expected["head_gradients"]
     assert kept == pytest.approx(kept_bytes(model, compute_bytes), rel=0.15)
