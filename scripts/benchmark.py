@@ -12,6 +12,7 @@
 python scripts/benchmark.py suite=NAME[,NAME…] [rounds=9] [compile=true|false] [json=FILE] [save=true] [profile=true \
 [out=DIR]] [--config-dir DIR] [settings of train.py: model, optimizer, precision, data, batch_size, num_threads, …]
 
+compile=false leaves out torch.compile of transformers' model, which takes minutes on a CPU; with smoke it is left out.
 save=true keeps the figures in docs/results/DEVICE.json, beside those of other suites. profile=true writes a trace, the
 slowest operations and memory of suite=step's model into out= (by default under outputs/).
 """

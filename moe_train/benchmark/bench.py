@@ -37,7 +37,7 @@ class Bench:
     config_dir: Path | None
     runtime: Runtime
     effort: Effort
-    compiles_peer: bool | None = None  # None: where it is known to pay
+    compiles_peer: bool | None = None  # None: in suite=peer, not in smoke
 
     @property
     def on_gpu(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def run(bench: Bench, *usually: str) -> list[Figure]:
         return [not_measured(suite, name, "ratio", reason, of) for name in ("peer_speedup", "peak_memory_ratio")]
     arms = {"ours": ours.step, "theirs": theirs.step}
     compiling = _try_to_compile(bench, theirs)
-    if compiling is None:
+    if not isinstance(compiling, str):
         arms["compiled"] = theirs.compiled_step
     seconds = interleaved(
         arms, bench.runtime.device, rounds=bench.effort.rounds, budget_seconds=2 * bench.effort.budget_seconds
@@ -52,10 +53,11 @@ def run(bench: Bench, *usually: str) -> list[Figure]:
         measured(suite, "peer_tokens_per_second", estimate(rates(ours.tokens, seconds["theirs"])), speed, of),
     ]
     name = "peer_tokens_per_second_compiled"
-    if compiling is None:
-        figures.append(measured(suite, name, estimate(rates(ours.tokens, seconds["compiled"])), speed, of))
-    else:
+    if isinstance(compiling, str):
         figures.append(not_measured(suite, name, speed, compiling, of))
+    else:
+        rate = estimate(rates(ours.tokens, seconds["compiled"]))
+        figures.append(measured(suite, name, rate, speed, of, f"compiled in {compiling:,.0f} s"))
     mine, yours = (peak_bytes(arm.step, arm.state(), device) for arm in (ours, theirs))
     memory = f"{mine / 1e6:,.0f} MB against {yours / 1e6:,.0f} MB (eager) at the peak of a step"
     figures.append(Figure(suite, "peak_memory_ratio", mine / yours, "ratio", of, note=memory))
@@ -82,15 +84,15 @@ def _difference(mine: Tensor, other: Tensor) -> float:
     return abs(float((mine / other).detach()) - 1)
 
 
-def _try_to_compile(bench: Bench, theirs: PeerArm) -> str | None:
-    """Why there is no compiled arm, None if there is one."""
-    wanted = bench.on_gpu if bench.compiles_peer is None else bench.compiles_peer
-    if not wanted:
-        return "not tried on a CPU, where compiling takes minutes: compile=true tries it"
+def _try_to_compile(bench: Bench, theirs: PeerArm) -> str | float:
+    """The seconds that it took, or why there is no compiled arm."""
+    if bench.compiles_peer is False:
+        return "not tried, as it takes minutes on a CPU: suite=peer compile=true tries it"
+    began = time.perf_counter()
     try:
         theirs.compiled_step()
     except Exception as error:  # whatever dynamo, inductor or a missing compiler raise
         torch._dynamo.reset()
         theirs.model.zero_grad(set_to_none=True)
         return f"torch.compile fails here: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return None
+    return time.perf_counter() - began

@@ -17,7 +17,6 @@ from moe_train.training.runtime import Runtime
 
 _FORMS = {
     "tokens/s": "{:,.0f}",
-    "share": "{:.1%}",
     "ratio": "{:.3f}",
     "s": "{:.2f} s",
     "count": "{:.0f}",
@@ -27,6 +26,8 @@ _FORMS = {
 
 
 def shown(value: float, unit: str) -> str:
+    if unit == "share":
+        return f"{100 * value:.3g}%"  # an overhead of hundredths of a percent is a figure too
     return f"{value / 1e6:,.1f} MB" if unit == "bytes" else _FORMS[unit].format(value)
 
 

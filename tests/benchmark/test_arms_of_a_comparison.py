@@ -114,3 +114,17 @@ def test_settings_of_a_suite_can_be_kept_from_the_user(bench: Callable[..., Benc
     given = dataclasses.replace(bench(), given=("optimizer=muon", "model=nano"))
     assert given.config("optimizer=adamw").optimizer.kind == "muon"
     assert given.config("optimizer=adamw", without=["optimizer"]).optimizer.kind == "adamw"
+
+
+def test_a_model_that_cannot_be_compiled_is_compared_as_it_is(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(self: PeerArm) -> None:
+        raise RuntimeError("no working\ncompiler")
+
+    monkeypatch.setattr(PeerArm, "compiled_step", no_compiler)
+    figures = {figure.name: figure for figure in peer.run(bench(), "model=nano")}
+    compiled = figures["peer_tokens_per_second_compiled"]
+    assert (compiled.value, compiled.note) == (None, "torch.compile fails here: RuntimeError: no working compiler")
+    assert "against eager" in str(figures["peer_speedup"].note)
+    assert figures["peak_memory_ratio"].value is not None

@@ -66,5 +66,5 @@ def test_every_unit_and_a_missing_figure_are_shown(runtime: Runtime, capsys: pyt
     show_device(runtime, CEILINGS, load=2.0)
     show(figures)
     said = capsys.readouterr().out
-    for text in ("50.0%", "0.500", "not measured", "lacking: no such device", "GB/s", "1 × 2 × 3", "2.0 processes"):
+    for text in ("50%", "0.500", "not measured", "lacking: no such device", "GB/s", "1 × 2 × 3", "2.0 processes"):
         assert text in said
