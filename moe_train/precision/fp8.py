@@ -47,10 +47,7 @@ def holding_weights() -> Iterator[None]:
 
 
 class Fp8Layer:
-    """The products of one layer, which has to live until its backward pass.
-
-    `power_of_two_input`: the scales of its input are powers of two, whatever else is.
-    """
+    """The products of one layer. `power_of_two_input`: the scales of its input are powers of two, whatever else is."""
 
     def __init__(self, recipe: Fp8Config, backend: Backend, power_of_two_input: bool = False) -> None:
         self.recipe = recipe
@@ -185,6 +182,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, weight, ends_e, ctx.layer, _ = inputs
+    ctx.owner = owner_of(ctx.layer)
     _, values, scales = output
     ctx.mark_non_differentiable(values, scales)
     ctx.set_materialize_grads(False)
@@ -203,6 +201,11 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def owner_of(key: int) -> Fp8Layer | None:
+    """For a graph to keep its layer alive; a number that torch.compile traces has none, and there the code keeps it."""
+    return _layers.get(key) if isinstance(key, int) else None
 
 
 def layer_of(key: int) -> Fp8Layer:

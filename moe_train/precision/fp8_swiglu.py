@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_train.kernels.layouts import DTYPES, PIECE, Rows
 from moe_train.kernels.reference import dequantized
 from moe_train.precision.formats import compute_dtype
-from moe_train.precision.fp8 import Fp8Layer, ends_of, layer_of, stacked
+from moe_train.precision.fp8 import Fp8Layer, ends_of, layer_of, owner_of, stacked
 
 
 def fp8_swiglu(
@@ -175,6 +175,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *kept, ctx.first, ctx.second, _, _ = inputs
+    ctx.owners = owner_of(ctx.first), owner_of(ctx.second)
     _, *made = output
     ctx.mark_non_differentiable(*made)
     ctx.set_materialize_grads(False)

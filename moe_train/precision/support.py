@@ -24,7 +24,8 @@ def multiplies_bfloat16(device_type: str) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else it traces into the driver's functions
 def takes_torchs_grouped_matmul(device: torch.device) -> bool:
     """Whether torch's grouped matmul is the fast one there: on a GPU of 9.x or 10.x, and where Triton lacks."""
-    return device.type == "cuda" and _is_fast(device)
+    # On meta tensors as well, where torch's FLOP counter knows it.
+    return device.type == "meta" or (device.type == "cuda" and _is_fast(device))
 
 
 @functools.cache
