@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from moe_train.config.fields import STRICT
+from moe_train.config.fields import STRICT, require
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -71,3 +71,9 @@ class PrecisionConfig:
     # What multiplies in FP8 (precision/choice.py); an error where the device lacks it. auto: the run says what it took.
     backend: Literal["auto", "emulated", "cublas", "triton"]
     evaluate_in_fp8: bool  # False: evaluation and generation use the compute format throughout
+
+    def __post_init__(self) -> None:
+        require(
+            self.fp8 is not None or self.backend == "auto",
+            f"backend={self.backend} says what multiplies in FP8, and precision={self.name} has no FP8: leave it auto",
+        )

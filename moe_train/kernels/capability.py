@@ -1,4 +1,4 @@
-"""What a device does for the kernels: which Triton there is, what of FP8 is in hardware, how much fits beside a core.
+"""What a device does for the kernels: what of FP8 is in hardware, and how much fits beside a core.
 
     compute capability   FP8 in hardware             shared memory of a block
     8.0                  no                          163 KB
@@ -14,12 +14,9 @@ from FP32 there: over FP16 a number is rounded twice, which changes some. Elsewh
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import NamedTuple
 
 import torch
-
-from moe_train.errors import UserError
 
 
 class Card(NamedTuple):
@@ -49,19 +46,6 @@ def card(device: torch.device) -> Card:
     if device.type != "cuda":
         return INTERPRETED
     return _of_device(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def require(device: torch.device) -> None:
-    """Raises UserError unless the kernels run on `device`."""
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("the Triton kernels need Triton, which is not installed: choose another backend")
-    if device.type != "cuda":
-        import triton
-
-        if not triton.knobs.runtime.interpret:
-            raise UserError(f"the Triton kernels need a CUDA device, not {device.type}: choose another backend")
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        raise UserError("the Triton kernels need compute capability 8.0 or newer: choose another backend")
 
 
 def check(condition: bool, what: str) -> None:

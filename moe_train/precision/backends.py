@@ -14,8 +14,10 @@ Rate = Literal["float32", "bfloat16", "float8"]
 
 
 class Backend(Protocol):
-    """Rounds operands and multiplies them; kernels/layouts.py says how they lie in memory. Rows of group e of a tensor
-    of n rows end before `ends_e[e]` (int32, on its device); a scale is never shared between groups."""
+    """Rounds operands and multiplies them; kernels/layouts.py says how they lie in memory.
+
+    Rows of group e of a tensor of n rows end before `ends_e[e]` (int32, on its device). No scale is shared by groups.
+    """
 
     name: str
     multiplies_in: Rate  # whose peak rate its products could have

@@ -52,27 +52,28 @@ def choose(precision: PrecisionConfig, device: Device, sizes: set[int]) -> Choic
     """`sizes`: inputs and outputs of the layers. Raises UserError where the backend asked for cannot do the recipe."""
     recipe = precision.fp8
     assert recipe is not None
+
+    def taken(name: str, why: str) -> Choice:
+        return Choice(_built(name, recipe, device), _said(precision.name, name, why, device))
+
     asked = precision.backend
     if asked != "auto":
         missing = _missing(asked, recipe, device, sizes)
         if missing is not None:
             why, remedy = missing
             raise UserError(f"precision.backend={asked} cannot do precision={precision.name} here: {why}; {remedy}")
-        return Choice(_built(asked, recipe, device), _said(precision.name, asked, "as asked for", device))
+        return taken(asked, "as asked for")
     if device.capability is None:
-        why = f"{device.name} has no FP8 units"
-        return Choice(_built("emulated", recipe, device), _said(precision.name, "emulated", why, device))
-    # torch's grouped form, where it has one; else our own, which needs no host either.
-    grouped = device.capability in ((9, 0), (10, 0))
+        return taken("emulated", f"{device.name} has no FP8 units")
+    # torch's, where it has a grouped form; else our own, which needs no host either.
+    names = ("cublas", "triton") if device.capability in ((9, 0), (10, 0)) else ("triton",)
     reasons: list[str] = []
-    for name in ("cublas", "triton") if grouped else ("triton",):
+    for name in names:
         missing = _missing(name, recipe, device, sizes)
         if missing is None:
-            why = "; ".join([*reasons, f"{device.name} runs it"])
-            return Choice(_built(name, recipe, device), _said(precision.name, name, why, device))
+            return taken(name, "; ".join([*reasons, f"{device.name} runs it"]))
         reasons.append(f"not {name}: {missing[0]}")
-    why = "; ".join(reasons)
-    return Choice(_built("emulated", recipe, device), _said(precision.name, "emulated", why, device))
+    return taken("emulated", "; ".join(reasons))
 
 
 def _missing(backend: str, recipe: Fp8Config, device: Device, sizes: set[int]) -> tuple[str, str] | None:

@@ -19,8 +19,10 @@ MULTIPLE = 16
 
 
 class Cublas(Emulated):
-    """A backend (precision/backends.py) for recipes whose scales are those of rows or tensors; rounds like the emulated
-    one. On a GPU torch writes such products in BF16 alone, so a weight gradient is rounded once more."""
+    """A backend (precision/backends.py) for scales of rows or tensors, which rounds like the emulated one.
+
+    On a GPU torch writes such products in BF16 alone, so a weight gradient is rounded once more. Not run on a GPU yet.
+    """
 
     name = "cublas"
 

@@ -1,16 +1,9 @@
 """The three products of a linear layer in one format, for all rows at once or for groups of rows with a weight each.
 
-Without `ends_e` there is one group and its weight is (o, i); else weights are (e, o, i). What does groups:
-
-- on a CPU, products whose shapes repeat. oneDNN compiles a kernel for every new shape of a BF16 product and keeps the
-  last thousand. The rows an expert gets change at every step, so torch's grouped matmul spends its time compiling:
-  0.71 ms for a new shape against 0.13 ms for a known one (1,000 × 128 × 128, two AVX-512 cores). Here every group is
-  cut at a multiple of `ROWS`, which leaves a few dozen shapes in all. In FP32 it is as fast as torch's; in FP64, which
-  torch's lacks, it serves gradient checks.
-- on GPUs of compute capability 9.x and 10.x, torch's grouped matmul; on others that one copies the groups' ends to the
-  host and goes round them, and the project's kernel reads them on the device.
-
-What is not torch's is an operator of torch's library, which torch.compile takes as it is.
+Without `ends_e` there is one group and its weight is (o, i); else weights are (e, o, i). Groups are multiplied by
+torch's grouped matmul on GPUs of compute capability 9.x and 10.x. On other GPUs that one copies the groups' ends to the
+host and goes round them, and the project's kernel reads them on the device; on a CPU `cpu_grouped` does it. What is not
+torch's is an operator of torch's library, which torch.compile takes as it is.
 """
 
 from __future__ import annotations
@@ -19,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.precision import cpu_grouped
 from moe_train.precision.support import takes_torchs_grouped_matmul
-
-ROWS = 64
 
 
 def product(x_ni: Tensor, weight: Tensor, ends_e: Tensor | None) -> Tensor:
@@ -60,10 +52,7 @@ def _product(x_nk: Tensor, weight_eok: Tensor, ends_e: Tensor) -> Tensor:
         from moe_train.kernels import grouped_matmul
 
         return grouped_matmul.grouped_product(x_nk, weight_eok, ends_e)
-    out = x_nk.new_empty(len(x_nk), weight_eok.shape[1])
-    for expert, start, end in _pieces(ends_e):
-        torch.mm(x_nk[start:end], weight_eok[expert].t(), out=out[start:end])
-    return out
+    return cpu_grouped.grouped_product(x_nk, weight_eok, ends_e)
 
 
 @_product.register_fake
@@ -77,23 +66,9 @@ def _weight_gradient(grad_no: Tensor, x_ni: Tensor, ends_e: Tensor) -> Tensor:
         from moe_train.kernels import grouped_matmul
 
         return grouped_matmul.grouped_weight_product(grad_no, x_ni, ends_e, grad_no.dtype)
-    out = grad_no.new_zeros(len(ends_e), grad_no.shape[1], x_ni.shape[1])
-    for expert, start, end in _pieces(ends_e):
-        out[expert].addmm_(grad_no[start:end].t(), x_ni[start:end])
-    return out
+    return cpu_grouped.grouped_weight_product(grad_no, x_ni, ends_e)
 
 
 @_weight_gradient.register_fake
 def _(grad_no: Tensor, x_ni: Tensor, ends_e: Tensor) -> Tensor:
     return grad_no.new_empty(len(ends_e), grad_no.shape[1], x_ni.shape[1])
-
-
-def _pieces(ends_e: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, start, end) of the row ranges to multiply: per group whole multiples of ROWS, then what is left."""
-    pieces = []
-    start = 0
-    for expert, end in enumerate(ends_e.tolist()):
-        cut = start + (end - start) // ROWS * ROWS
-        pieces += [(expert, s, e) for s, e in ((start, cut), (cut, end)) if e > s]
-        start = end
-    return pieces

@@ -83,3 +83,9 @@ def test_the_model_of_hoppers_accumulation_is_the_emulated_backends_alone(asked:
     with pytest.raises(UserError, match=r"set precision.fp8.accumulation=float32"):
         choose(precision("fp8_tensorwise", asked, accumulation="hopper"), gpu(9, 0), SIZES)
     assert choose(precision("fp8_tensorwise", accumulation="hopper"), gpu(9, 0), SIZES).backend.name == "emulated"
+
+
+def test_a_backend_without_fp8_to_multiply_is_refused() -> None:
+    content = yaml.safe_load((CONFIGS / "precision/bf16.yaml").read_text())
+    with pytest.raises(UserError, match=r"backend=cublas says what multiplies in FP8, and precision=bf16 has no FP8"):
+        validated(PrecisionConfig, content | {"backend": "cublas"}, "bf16")

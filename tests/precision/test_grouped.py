@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.precision.grouped import ROWS
+from moe_train.precision.cpu_grouped import ROWS
 from moe_train.precision.matmul import grouped_linear
 
 
