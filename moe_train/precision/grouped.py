@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.precision import cpu_grouped
 from moe_train.precision.support import takes_torchs_grouped_matmul
@@ -72,3 +73,16 @@ def _weight_gradient(grad_no: Tensor, x_ni: Tensor, ends_e: Tensor) -> Tensor:
 @_weight_gradient.register_fake
 def _(grad_no: Tensor, x_ni: Tensor, ends_e: Tensor) -> Tensor:
     return grad_no.new_empty(len(ends_e), grad_no.shape[1], x_ni.shape[1])
+
+
+@register_flop_formula([torch.ops.moe_train.grouped_product])
+def _product_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """For torch's counter, which does not look into operators."""
+    (rows, inner), outputs = x, weight[1]
+    return 2 * rows * inner * outputs
+
+
+@register_flop_formula([torch.ops.moe_train.grouped_weight_gradient])
+def _weight_gradient_flops(grad: torch.Size, x: torch.Size, *_: object, **__: object) -> int:
+    (rows, outputs), inputs = grad, x[1]
+    return 2 * rows * outputs * inputs

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def multiplies_bfloat16(device_type: str) -> bool:
@@ -21,14 +22,9 @@ def multiplies_bfloat16(device_type: str) -> bool:
         return False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else it traces into the driver's functions
 def takes_torchs_grouped_matmul(device: torch.device) -> bool:
     """Whether torch's grouped matmul is the fast one there: on a GPU of 9.x or 10.x, and where Triton lacks."""
-    # On meta tensors as well, where torch's FLOP counter knows it.
-    return device.type == "meta" or (device.type == "cuda" and _is_fast(device))
-
-
-@functools.cache
-def _is_fast(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return device.type == "meta"
     capability = torch.cuda.get_device_capability(device)
-    return capability[0] in (9, 10) or capability < (8, 0) or importlib.util.find_spec("triton") is None
+    return capability[0] in (9, 10) or capability < (8, 0) or not _HAS_TRITON

@@ -13,13 +13,6 @@ from moe_train.config import ModelConfig
 from moe_train.cost.flops import forward_flops, parameter_counts, training_flops_per_token
 from moe_train.model.transformer import Transformer
 
-
-def product(_sum: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
-    """FLOPs of a product added in place, which torch's counter does not know."""
-    return 2 * a[0] * a[1] * b[1]
-
-
-IN_PLACE = {torch.ops.aten.addmm_: product}
 ARMS = {
     "mla": [],
     "mla_q_compressed": ["attention.q_lora_rank=12"],
@@ -61,7 +54,7 @@ def counted(model: Transformer) -> tuple[int, int]:
     # The fused attention kernels hide their products from the counter; the plain one shows them, over all T² pairs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward, torch.no_grad():
         model(tokens, targets)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as training:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as training:
         model(tokens, targets).objective.backward()
     return forward.get_total_flops(), training.get_total_flops()
 
