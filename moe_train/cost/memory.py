@@ -44,9 +44,10 @@ ASSUMPTIONS = (
     "attention is a fused kernel: no score matrix is kept",
     "norms keep their input and their result in FP32 (torch's plain form; a fused kernel keeps the input alone)",
     "in BF16 every product keeps its own cast of its input, and the cast weights are kept until the backward pass",
-    "with an FP8 recipe every linear layer of the blocks keeps its input, and a SwiGLU's, in FP8 and its weight, "
-    "for each of two products, until the step ends (a byte a value, 4 of scale for 128 of a row); products are of a "
-    "kernel that reads FP8: what the emulated backend makes beside them, in FP32, is left out",
+    "with an FP8 recipe every linear layer of the blocks keeps its input, and its weight for each of two products "
+    "until the step ends, in FP8 (a byte a value, 4 of scale for 128 of a row); a SwiGLU's input is kept so too, which "
+    "a recipe with swiglu_input=null does not do; products are of a kernel that reads FP8: what the emulated backend "
+    "makes beside them, in FP32, is left out",
     "experts are evenly loaded; a place that capacity leaves empty is kept like a filled one",
     "activation checkpointing keeps the inputs of every layer, and one layer's activations are alive at a time",
     "dropout off; allocator overhead and communication buffers are left out",
