@@ -22,13 +22,15 @@ def attention_forward(layer: LayerTape) -> None:
         tape.make(WORKSPACE, passing)
         layer.cast_in(hidden)
         layer.weight_cast(hidden * (a.kv_lora_rank + a.qk_rope_head_dim))
-        if not layer.given.narrow:  # a view of it is the norm's input
-            tape.make(ACTIVATIONS, c * tokens * (a.kv_lora_rank + a.qk_rope_head_dim))
-        layer.norm_forward(a.kv_lora_rank, copied=layer.given.narrow)
+        tape.make(_entering_part(layer), _entering(layer, a))
+        layer.norm_forward(a.kv_lora_rank, copied=_copies_latent(layer))
+        layer.enter_products(a.kv_lora_rank)
         layer.cast_in(a.kv_lora_rank)
         layer.weight_cast(a.kv_lora_rank * heads * (a.qk_nope_head_dim + a.v_head_dim))
         tape.make(ACTIVATIONS, c * tokens * heads * (a.qk_nope_head_dim + a.v_head_dim))
-        tape.make(ACTIVATIONS, 2 * queries)  # keys and queries joined
+        tape.make(ACTIVATIONS, c * tokens * a.qk_rope_head_dim if layer.remakes else 0)
+        tape.make(WORKSPACE if layer.remakes else ACTIVATIONS, queries)  # keys, joined
+        tape.make(ACTIVATIONS, queries)
         mixed = c * tokens * heads * a.v_head_dim
     else:
         passing = 0
@@ -39,29 +41,43 @@ def attention_forward(layer: LayerTape) -> None:
         if a.qk_norm is not None:
             for features in (heads * a.head_dim, a.num_key_value_heads * a.head_dim):
                 layer.norm_forward(features, copied=True)  # in FP32 not copied, but kept
-                tape.drop(ACTIVATIONS, FP32 * tokens * features)  # turned by position, then no longer needed
+                tape.drop(WORKSPACE, FP32 * tokens * features)  # turned by position, then no longer needed
         tape.make(ACTIVATIONS, queries + 2 * keys)
         mixed = queries
     tape.make(ACTIVATIONS, mixed + FP32 * tokens * heads)  # and log-sum-exps
-    tape.make(ACTIVATIONS, _mixed_input(layer, mixed))
+    if isinstance(a, MLAConfig) and layer.remakes:
+        tape.drop(WORKSPACE, queries)
+    by_token = mixed if _by_heads(layer) else 0
+    tape.make(layer.kept, by_token)
+    tape.make(ACTIVATIONS, layer.product_input(_mixed_features(a)) if layer.given.fp8 else 0)
     layer.weight_cast(hidden * _mixed_features(a))
     tape.make(WORKSPACE, layer.narrowed)
     if isinstance(a, MLAConfig):
         tape.drop(WORKSPACE, passing)
-        if layer.given.own_inputs:
-            tape.drop(ACTIVATIONS, FP32 * tokens * a.kv_lora_rank)  # the norm's result
+        layer.leave_products(a.kv_lora_rank)
+        if _entering_part(layer) == WORKSPACE:
+            tape.drop(WORKSPACE, _entering(layer, a))
+    if layer.kept == WORKSPACE:
+        tape.drop(WORKSPACE, by_token)
+
+
+def _copies_latent(layer: LayerTape) -> bool:
+    """Whether the latent's norm keeps an input of its own: in FP32 it is a view of what the projection made."""
+    return layer.given.narrow and layer.given.on_cuda
+
+
+def _entering(layer: LayerTape, a: MLAConfig) -> int:
+    """Bytes of the latent and the rotary key as a projection makes them."""
+    return layer.c * layer.tokens * (a.kv_lora_rank + a.qk_rope_head_dim)
+
+
+def _entering_part(layer: LayerTape) -> str:
+    return WORKSPACE if _copies_latent(layer) else ACTIVATIONS
 
 
 def _by_heads(layer: LayerTape) -> bool:
     """Whether the kernel's result is stored by heads, as joined queries are, and copied for the projection."""
     return isinstance(layer.model.attention, MLAConfig) and not layer.given.on_cuda
-
-
-def _mixed_input(layer: LayerTape, mixed: int) -> float:
-    """Bytes that the last projection keeps beside the kernel's result of `mixed` bytes."""
-    if layer.given.fp8:
-        return layer.product_input(_mixed_features(layer.model.attention))
-    return mixed if _by_heads(layer) else 0
 
 
 def _mixed_features(a: MLAConfig | GQAConfig) -> int:
@@ -77,21 +93,22 @@ def _query_forward(layer: LayerTape, a: MLAConfig) -> None:
         return
     layer.weight_cast(hidden * a.q_lora_rank)
     layer.norm_forward(a.q_lora_rank, copied=True)
+    layer.enter_products(a.q_lora_rank)
     layer.cast_in(a.q_lora_rank)
-    if layer.given.own_inputs:
-        layer.tape.drop(ACTIVATIONS, FP32 * layer.tokens * a.q_lora_rank)
     layer.weight_cast(a.q_lora_rank * wide)
+    layer.leave_products(a.q_lora_rank)
 
 
 def attention_backward(layer: LayerTape) -> None:
-    """Leaves the gradient of the norm's result beside that of the residual stream."""
+    """Leaves the gradient of the norm's result, as products read it, beside that of the residual stream."""
     tape, tokens, c, hidden = layer.tape, layer.tokens, layer.c, layer.model.hidden_size
     a = layer.model.attention
     heads = a.num_attention_heads
     if isinstance(a, MLAConfig):
         queries = keys = c * tokens * heads * a.qk_head_dim
         mixed = values = c * tokens * heads * a.v_head_dim
-        kept = queries + keys + c * tokens * heads * (a.qk_nope_head_dim + a.v_head_dim)
+        kept = queries + c * tokens * heads * (a.qk_nope_head_dim + a.v_head_dim)
+        kept += c * tokens * a.qk_rope_head_dim if layer.remakes else keys
     else:
         queries, keys = (c * tokens * n * a.head_dim for n in (heads, a.num_key_value_heads))
         mixed, values, kept = queries, keys, queries + 2 * keys
@@ -100,17 +117,26 @@ def attention_backward(layer: LayerTape) -> None:
     tape.make(WORKSPACE, mixed)
     if layer.given.narrow:
         tape.drop(WORKSPACE, layer.narrowed)
+    by_token = mixed if _by_heads(layer) else 0
+    if layer.remakes and not layer.given.fp8:
+        tape.make(WORKSPACE, by_token)
     layer.weight_gradient(hidden * _mixed_features(a))
-    tape.drop(ACTIVATIONS, _mixed_input(layer, mixed))
+    if layer.given.fp8:
+        tape.drop(ACTIVATIONS, layer.product_input(_mixed_features(a)))
+    else:
+        tape.drop(layer.kept, by_token)
+    keys_again = keys if layer.remakes and isinstance(a, MLAConfig) else 0
+    tape.make(WORKSPACE, keys_again)
     tape.make(WORKSPACE, queries + keys + values)
-    tape.drop(WORKSPACE, mixed)
+    tape.drop(WORKSPACE, mixed + keys_again)
     tape.drop(ACTIVATIONS, kept + mixed + FP32 * tokens * heads)
     if isinstance(a, MLAConfig):
         _latent_backward(layer, a, keys + values)
         _query_backward(layer, a, queries)
-        layer.summed()
+        layer.summed(narrow=True)
     else:
         _projections_backward(layer, a, queries, keys)
+    layer.leave_products_backward(hidden)
 
 
 def _latent_backward(layer: LayerTape, a: MLAConfig, gradients: int) -> None:
@@ -120,30 +146,32 @@ def _latent_backward(layer: LayerTape, a: MLAConfig, gradients: int) -> None:
     tape.make(WORKSPACE, c * tokens * both)
     tape.drop(WORKSPACE, gradients)
     tape.passing(WORKSPACE, c * tokens * both)  # by tokens
+    layer.enter_products_backward(latent)
     tape.make(WORKSPACE, c * tokens * latent)
     layer.weight_gradient(latent * both)
     tape.drop(WORKSPACE, c * tokens * both)
-    _normed_product_backward(layer, latent, own_input=layer.given.narrow)  # else part of the projection's result
-    entering = c * tokens * (latent + a.qk_rope_head_dim)
+    _normed_product_backward(layer, latent, copied=_copies_latent(layer), last=_copies_latent(layer))
+    entering = _entering(layer, a)
     tape.make(WORKSPACE, entering)
     tape.drop(WORKSPACE, c * tokens * latent)
+    layer.enter_products_backward(hidden)
     tape.make(WORKSPACE, layer.narrowed)
     layer.weight_gradient(hidden * (latent + a.qk_rope_head_dim))
     tape.drop(WORKSPACE, entering)
     layer.let_input_go(hidden)
-    if not layer.given.narrow:
-        tape.drop(ACTIVATIONS, c * tokens * (latent + a.qk_rope_head_dim))
-    layer.cast_back()
+    if _entering_part(layer) == ACTIVATIONS:
+        tape.drop(ACTIVATIONS, entering)
 
 
-def _normed_product_backward(layer: LayerTape, features: int, *, own_input: bool) -> None:
+def _normed_product_backward(layer: LayerTape, features: int, *, copied: bool = True, last: bool = True) -> None:
     """From the gradient of a norm's result, as the product has it, to that of the norm's input, as it came."""
     tape, wide, own = layer.tape, FP32 * layer.tokens * features, layer.c * layer.tokens * features
-    tape.drop(ACTIVATIONS, layer.product_input(features))  # what the product read
+    layer.let_input_go(features)  # what the product read
+    layer.leave_products_backward(features)
     if layer.given.narrow:
         tape.make(WORKSPACE, wide)
         tape.drop(WORKSPACE, own)
-    layer.norm_backward(features, own_input=own_input)
+    layer.norm_backward(features, copied=copied, last=last)
     if layer.given.narrow:
         tape.make(WORKSPACE, own)
         tape.drop(WORKSPACE, wide)
@@ -157,16 +185,16 @@ def _query_backward(layer: LayerTape, a: MLAConfig, queries: int) -> None:
     tape.drop(WORKSPACE, c * tokens * a.num_attention_heads * a.qk_rope_head_dim)
     tape.passing(WORKSPACE, queries)  # by tokens
     if a.q_lora_rank is not None:
+        layer.enter_products_backward(a.q_lora_rank)
         tape.make(WORKSPACE, c * tokens * a.q_lora_rank)
         layer.weight_gradient(a.q_lora_rank * wide)
         tape.drop(WORKSPACE, queries)
-        _normed_product_backward(layer, a.q_lora_rank, own_input=True)
+        _normed_product_backward(layer, a.q_lora_rank)
         queries, wide = c * tokens * a.q_lora_rank, a.q_lora_rank
     tape.make(WORKSPACE, layer.narrowed)
     layer.weight_gradient(hidden * wide)
     tape.drop(WORKSPACE, queries)
     layer.let_input_go(hidden)
-    layer.cast_back()
 
 
 def _projections_backward(layer: LayerTape, a: GQAConfig, queries: int, keys: int) -> None:
@@ -176,13 +204,13 @@ def _projections_backward(layer: LayerTape, a: GQAConfig, queries: int, keys: in
         if a.qk_norm is not None:
             wide = FP32 * layer.tokens * heads * a.head_dim
             layer.tape.make(WORKSPACE, wide)
-            layer.norm_backward(heads * a.head_dim)
+            layer.norm_backward(heads * a.head_dim, copied=True)
             layer.tape.drop(WORKSPACE, wide)
+    layer.enter_products_backward(hidden)
     for nth, (size, heads) in enumerate(((keys, groups), (keys, groups), (queries, a.num_attention_heads))):
         layer.tape.make(WORKSPACE, layer.narrowed)
         layer.weight_gradient(hidden * heads * a.head_dim)
         layer.tape.drop(WORKSPACE, size)
         layer.let_input_go(hidden)
-        layer.cast_back()
         if nth:
-            layer.summed()
+            layer.summed(narrow=True)

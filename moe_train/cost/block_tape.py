@@ -11,37 +11,39 @@ from moe_train.cost.tape import ACTIVATIONS, WORKSPACE
 
 def block_forward(layer: LayerTape, moe: MoEConfig | None, *, again: bool = False) -> None:
     """`again`: made anew from the block's input, as far as the backward pass needs it."""
-    layer.norm_forward(layer.model.hidden_size)
+    hidden = layer.model.hidden_size
+    layer.norm_forward(hidden)
+    layer.enter_products(hidden)
     attention_forward(layer)
-    if layer.given.own_inputs:  # which products read
-        layer.tape.drop(ACTIVATIONS, layer.residual)
     layer.tape.make(ACTIVATIONS, layer.residual)
     layer.tape.drop(WORKSPACE, layer.narrowed)
-    layer.norm_forward(layer.model.hidden_size)
+    layer.leave_products(hidden)
+    layer.norm_forward(hidden)
     if moe is None:
+        layer.enter_products(hidden)
         layer.swiglu_forward(layer.model.intermediate_size)
     else:
         moe_forward(layer, moe)
     if not again:
         layer.tape.make(ACTIVATIONS, layer.residual)
     layer.tape.drop(WORKSPACE, layer.narrowed)
-    if layer.given.own_inputs and moe is None:
-        layer.tape.drop(ACTIVATIONS, layer.residual)
+    if moe is None:
+        layer.leave_products(hidden)
 
 
 def block_backward(layer: LayerTape, moe: MoEConfig | None) -> None:
     """From the gradient of its output to that of its input, one residual of workspace each."""
+    hidden = layer.model.hidden_size
     if moe is None:
+        layer.enter_products_backward(hidden)
         layer.swiglu_backward(layer.model.intermediate_size)
+        layer.leave_products_backward(hidden)
         layer.cast_back()
-        if not layer.given.own_inputs:
-            layer.tape.drop(ACTIVATIONS, layer.residual)
     else:
         moe_backward(layer, moe)
-    layer.norm_backward(layer.model.hidden_size, added=True)
+    layer.norm_backward(hidden, added=True)
     attention_backward(layer)
-    if not layer.given.own_inputs:
-        layer.tape.drop(ACTIVATIONS, layer.residual)
-    layer.norm_backward(layer.model.hidden_size, added=True)
+    layer.cast_back()
+    layer.norm_backward(hidden, added=True)
     layer.tape.drop(WORKSPACE, layer.gathered)
     layer.gathered = 0.0

@@ -19,45 +19,54 @@ def _rows(layer: LayerTape, moe: MoEConfig) -> float:
 
 
 def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
-    """Ends with its output in the workspace; keeps the norm's result, which the router reads in FP32."""
+    """From the norm's result to the layer's output in the workspace."""
     tape, c, hidden, width = layer.tape, layer.c, layer.model.hidden_size, moe.moe_intermediate_size
     layout, rows = layer.given.layout, _rows(layer, moe)
+    across = c * rows * hidden
+    if not layer.remakes:  # kept for the router, which reads it in FP32
+        tape.drop(WORKSPACE, layer.residual)
+        tape.make(ACTIVATIONS, layer.residual)
     scores = FP32 * layer.tokens * moe.num_experts
     tape.make(WORKSPACE, scores)  # logits
     tape.make(ACTIVATIONS, scores * _kept_scores(moe))
     if moe.capacity_factor is not None and moe.routing == "token_choice":  # who came before, in whole numbers
         tape.passing(WORKSPACE, 2 * INT64 * layer.tokens * moe.top_k * moe.num_experts)
-    tape.make(ACTIVATIONS, INT64 * 3 * rows)  # pairs, places, experts
-    exchanged = c * rows * hidden if layout.expert_parallel > 1 else 0
-    # Rows of tokens: read by the product as they are in FP32, through a form of its own else.
-    tape.make(WORKSPACE, FP32 * rows * hidden if layer.given.own_inputs else 0)
-    tape.make(ACTIVATIONS, layer.product_input(hidden, rows))
+    tape.make(ACTIVATIONS, INT64 * 3 * rows)  # pairs, tokens, places
+    narrowed = layer.narrowed if layer.given.narrow else 0
+    tape.make(layer.kept, narrowed if moe.num_shared_experts else 0)
+    exchanged = across if layout.expert_parallel > 1 else 0
+    tape.make(layer.kept, across)  # rows of tokens
+    if layer.given.fp8:
+        tape.make(ACTIVATIONS, layer.product_input(hidden, rows))
     tape.passing(WORKSPACE, exchanged)
     experts = moe.num_experts * width * hidden // layout.expert_parallel
     layer.weight_cast(3 * experts)
     layer.gated_forward(c * rows * width)
-    tape.make(WORKSPACE, c * rows * hidden)
+    tape.make(WORKSPACE, across)
     tape.drop(WORKSPACE, c * rows * width)
     tape.passing(WORKSPACE, exchanged)
-    if layer.given.own_inputs:
-        tape.drop(WORKSPACE, FP32 * rows * hidden)
     if moe.capacity_factor is None:
-        tape.make(WORKSPACE, c * rows * hidden)  # back in the order of tokens
-        tape.make(WORKSPACE, layer.narrowed)
-        tape.drop(WORKSPACE, 2 * c * rows * hidden)
+        tape.make(WORKSPACE, layer.narrowed)  # summed by tokens
+        tape.drop(WORKSPACE, across)
     else:  # summed in FP32, from zeros; autograd keeps what is summed
         tape.make(ACTIVATIONS, FP32 * rows * hidden)
         if not layer.given.narrow:  # that is the experts' own result
-            tape.drop(WORKSPACE, c * rows * hidden)
+            tape.drop(WORKSPACE, across)
         tape.passing(WORKSPACE, 2 * layer.residual)
         if layer.given.narrow:
-            tape.drop(WORKSPACE, c * rows * hidden)
+            tape.drop(WORKSPACE, across)
         tape.make(WORKSPACE, layer.narrowed)
+    if layer.kept == WORKSPACE:
+        tape.drop(WORKSPACE, across)
     if moe.num_shared_experts:
         layer.swiglu_forward(moe.num_shared_experts * width)
         tape.passing(WORKSPACE, layer.narrowed)
         tape.drop(WORKSPACE, layer.narrowed)
+        if layer.kept == WORKSPACE:
+            tape.drop(WORKSPACE, narrowed)
     tape.drop(WORKSPACE, scores)
+    if layer.remakes:
+        tape.drop(WORKSPACE, layer.residual)
 
 
 def _kept_scores(moe: MoEConfig) -> int:
@@ -70,25 +79,26 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     layout, rows = layer.given.layout, _rows(layer, moe)
     experts = moe.num_experts * width * hidden // layout.expert_parallel
     part, across = c * rows * width, c * rows * hidden
+    narrow, remakes = layer.given.narrow, layer.remakes and not layer.given.fp8
+    narrowed = layer.narrowed if narrow else 0
+    if narrow:
+        tape.make(WORKSPACE, layer.narrowed)
+    if remakes:  # the norm's result, for products and the router
+        tape.make(WORKSPACE, layer.residual + narrowed)
     if moe.num_shared_experts:
         layer.swiglu_backward(moe.num_shared_experts * width)
-        layer.cast_back()
-    if layer.given.narrow:
-        tape.make(WORKSPACE, layer.narrowed)
-    if moe.capacity_factor is None:
-        tape.make(WORKSPACE, across)  # a token's gradient, for each of its experts
-    elif layer.given.narrow:
+    if moe.capacity_factor is not None and narrow:
         tape.make(WORKSPACE, layer.residual)
         tape.make(WORKSPACE, FP32 * rows * hidden)
-    tape.make(WORKSPACE, across)  # the same in the order of experts
-    if moe.capacity_factor is None:
-        tape.drop(WORKSPACE, across)
-    elif layer.given.narrow:
-        tape.drop(WORKSPACE, layer.residual + FP32 * rows * hidden)
+    tape.make(WORKSPACE, across)  # a token's gradient, for each of its experts
     if moe.capacity_factor is not None:
+        if narrow:
+            tape.drop(WORKSPACE, layer.residual + FP32 * rows * hidden)
         tape.drop(ACTIVATIONS, FP32 * rows * hidden)
-    if layer.given.narrow:
+    if narrow:
         tape.drop(WORKSPACE, layer.narrowed)
+    if remakes:
+        tape.make(WORKSPACE, across)  # rows of tokens again
     share = layout.expert_share // layout.expert_parallel
     layer.gated_backward(part, experts, share)
     tape.make(WORKSPACE, across)
@@ -96,21 +106,26 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
         tape.passing(WORKSPACE, across)  # the side of the exchange that sends
     tape.drop(WORKSPACE, 2 * part + across)
     tape.drop(ACTIVATIONS, layer.kept_gate_up(part))
-    tape.drop(ACTIVATIONS, layer.product_input(hidden, rows))
-    layer.gated_weights(experts, share)
-    if layer.given.narrow:
-        tape.make(WORKSPACE, FP32 * rows * hidden)
-        tape.drop(WORKSPACE, across)
-    if moe.capacity_factor is None:
-        tape.passing(WORKSPACE, FP32 * rows * hidden + layer.residual)  # in the order of tokens, and summed
+    if layer.given.fp8:
+        tape.drop(ACTIVATIONS, layer.product_input(hidden, rows))
     else:
-        tape.passing(WORKSPACE, 2 * layer.residual)
-    tape.drop(WORKSPACE, FP32 * rows * hidden)
-    tape.make(WORKSPACE, layer.residual)
+        tape.drop(layer.kept, across)
+    layer.gated_weights(experts, share)
+    if moe.capacity_factor is not None:
+        tape.passing(WORKSPACE, layer.narrowed)
+    tape.make(WORKSPACE, layer.narrowed)  # by tokens
+    tape.drop(WORKSPACE, across)
     if moe.num_shared_experts:
-        layer.summed()
+        layer.summed(narrow=True)
+    if not layer.given.fp8 and moe.num_shared_experts:
+        tape.drop(layer.kept, narrowed)
+    elif remakes:
+        tape.drop(WORKSPACE, narrowed)
+    layer.cast_back()
     tape.drop(ACTIVATIONS, FP32 * layer.tokens * moe.num_experts * _kept_scores(moe) + INT64 * 3 * rows)
+    if layer.remakes and layer.given.fp8:
+        tape.make(WORKSPACE, layer.residual)
     tape.make(WORKSPACE, layer.residual)  # through the router
     layer.weight_gradient(moe.num_experts * hidden, cast=False)
-    tape.drop(ACTIVATIONS, layer.residual)
+    tape.drop(WORKSPACE if layer.remakes else ACTIVATIONS, layer.residual)
     layer.summed()

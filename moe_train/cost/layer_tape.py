@@ -26,7 +26,7 @@ class Circumstances:
 
     compute_bytes: int  # of a number in matrix products
     gradients_exist: bool  # from micro-batches before, or in DDP's buckets: a new one is added to them and let go
-    on_cuda: bool  # a norm is one kernel there, keeping its input alone; attention's result is stored by tokens
+    on_cuda: bool  # a norm's input is kept in FP32 there; attention's result is stored by tokens
     layout: Layout
     fp8: bool = False  # linear layers of the blocks multiply in FP8, and keep inputs and weights in it
 
@@ -34,60 +34,88 @@ class Circumstances:
     def narrow(self) -> bool:
         return self.compute_bytes < FP32
 
-    @property
-    def own_inputs(self) -> bool:
-        """Whether products keep a form of their own of an FP32 input, which is then not kept for them."""
-        return self.narrow or self.fp8
-
 
 class LayerTape:
     """Writes the passes of `tokens` tokens through the parts of one layer.
 
-    In the backward pass the gradient of the residual stream stands in the workspace throughout.
+    In the backward pass the gradient of the residual stream stands in the workspace throughout. `remakes`: what is
+    cheap is made again there (model/remade.py), as it is wherever whole layers are not.
     """
 
-    def __init__(self, tape: Tape, model: ModelConfig, tokens: int, given: Circumstances) -> None:
-        self.tape, self.model, self.tokens, self.given = tape, model, tokens, given
+    def __init__(
+        self, tape: Tape, model: ModelConfig, tokens: int, given: Circumstances, *, remakes: bool = True
+    ) -> None:
+        self.tape, self.model, self.tokens, self.given, self.remakes = tape, model, tokens, given, remakes
         self.c = given.compute_bytes
         self.residual = FP32 * tokens * model.hidden_size  # bytes of the stream between blocks
         self.narrowed = self.c * tokens * model.hidden_size  # the same in the compute format
         self.gathered = 0.0  # gradients of this layer that are not yet sharded
 
-    def norm_forward(self, features: int, *, copied: bool = False) -> None:
-        """`copied`: an input in the compute format is kept in FP32. The result stands among the activations."""
-        size = FP32 * self.tokens * features
-        if copied:
-            self.tape.make(ACTIVATIONS, size)
-        if not self.given.on_cuda:
-            self.tape.passing(WORKSPACE, size)  # squares
-            self.tape.make(ACTIVATIONS, size)  # the result before the weight
-        self.tape.make(ACTIVATIONS, size)
+    @property
+    def kept(self) -> str:
+        """The part of what a product would keep of a result that can be made again."""
+        return WORKSPACE if self.remakes or self.given.fp8 else ACTIVATIONS
 
-    def norm_backward(self, features: int, *, added: bool = False, own_input: bool = True) -> None:
+    def norm_forward(self, features: int, *, copied: bool = False) -> None:
+        """`copied`: its input is kept for this alone. The result stands in the workspace."""
+        if copied:
+            self.tape.make(ACTIVATIONS, self._norm_input(features))
+        self.tape.make(WORKSPACE, FP32 * self.tokens * features)
+
+    def _norm_input(self, features: int) -> float:
+        """Bytes of an input in the compute format as it is kept; CUDA's kernel takes it in FP32."""
+        return (FP32 if self.given.on_cuda else self.c) * self.tokens * features
+
+    def enter_products(self, features: int) -> None:
+        """From a norm's result in the workspace: the form of it that products read, once for all of them."""
+        wide, own = FP32 * self.tokens * features, self.c * self.tokens * features
+        if self.given.narrow:
+            self.tape.make(self.kept, own)
+        elif self.kept != WORKSPACE:
+            self.tape.drop(WORKSPACE, wide)
+            self.tape.make(self.kept, wide)
+
+    def leave_products(self, features: int) -> None:
+        """The form that products read goes, but for what they keep; the norm's result goes too."""
+        wide, own = FP32 * self.tokens * features, self.c * self.tokens * features
+        if self.given.narrow or self.kept == WORKSPACE:
+            self.tape.drop(WORKSPACE, wide)
+        if self.given.narrow and self.kept == WORKSPACE:
+            self.tape.drop(WORKSPACE, own)
+
+    def enter_products_backward(self, features: int) -> None:
+        """What products read is there again."""
+        own = self.c * self.tokens * features
+        if self.remakes and not self.given.fp8:
+            if self.given.narrow:
+                self.tape.make(WORKSPACE, FP32 * self.tokens * features)
+            self.tape.make(WORKSPACE, own)
+            if self.given.narrow:
+                self.tape.drop(WORKSPACE, FP32 * self.tokens * features)
+
+    def leave_products_backward(self, features: int) -> None:
+        if not self.given.fp8:
+            self.tape.drop(self.kept, self.c * self.tokens * features)
+
+    def norm_backward(self, features: int, *, added: bool = False, copied: bool = False, last: bool = True) -> None:
         """From the gradient of the result to that of the input; `added`: to that of the residual stream.
 
-        `own_input`: the input is kept for this alone and goes with it.
+        `copied`: as in the forward pass; `last`: nothing else needs its input, which goes with it.
         """
         tape, size = self.tape, FP32 * self.tokens * features
+        if copied and self.given.narrow:
+            tape.passing(WORKSPACE, 2 * size)  # the input in FP32
         tape.make(WORKSPACE, size)
-        if not self.given.on_cuda:
-            tape.passing(WORKSPACE, size)  # times the result before the weight, for the weight's gradient
-            tape.drop(WORKSPACE, size)
-            tape.drop(ACTIVATIONS, size)
-            tape.make(WORKSPACE, size)  # by way of the product with the scale
-            tape.passing(WORKSPACE, size)
         tape.drop(WORKSPACE, size)
         if added:
             tape.make(WORKSPACE, size)
             tape.drop(WORKSPACE, 2 * size)
-        if not self.given.on_cuda:  # by way of the scale: d mean(x²), x, 2x, their product
-            tape.passing(WORKSPACE, 4 * size)
-        if own_input:
-            tape.drop(ACTIVATIONS, size)
+        if last:
+            tape.drop(ACTIVATIONS, self._norm_input(features) if copied else size)
 
     def cast_in(self, features: int) -> None:
-        """A product's own form of its input, where it needs one."""
-        if self.given.own_inputs:
+        """A product's own form of its input, which FP8 has."""
+        if self.given.fp8:
             self.tape.make(ACTIVATIONS, self.product_input(features))
 
     def product_input(self, features: int, rows: float | None = None) -> float:
@@ -96,7 +124,7 @@ class LayerTape:
         return rows_bytes(rows, features) if self.given.fp8 else self.c * rows * features
 
     def let_input_go(self, features: int) -> None:
-        if self.given.own_inputs:
+        if self.given.fp8:
             self.tape.drop(ACTIVATIONS, self.product_input(features))
 
     def weight_cast(self, weights: int) -> None:
@@ -140,10 +168,11 @@ class LayerTape:
             self.tape.make(WORKSPACE, self.residual)
             self.tape.drop(WORKSPACE, self.narrowed)
 
-    def summed(self) -> None:
-        """The gradients of two uses of a norm's result are added."""
-        self.tape.make(WORKSPACE, self.residual)
-        self.tape.drop(WORKSPACE, 2 * self.residual)
+    def summed(self, *, narrow: bool = False) -> None:
+        """The gradients of two uses of a norm's result are added; `narrow`: of its form in the compute format."""
+        size = self.narrowed if narrow else self.residual
+        self.tape.make(WORKSPACE, size)
+        self.tape.drop(WORKSPACE, 2 * size)
 
     def rotate_backward(self, size: float, *, freed: float) -> None:
         """Of `size` elements a token; `freed` bytes of gradient are then no longer needed."""

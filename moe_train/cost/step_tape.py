@@ -29,7 +29,8 @@ class StepTape:
 
     def layer(self, depth: int = 0) -> LayerTape:
         """Of a block of the main model, or of the MTP module `depth`, which has a token less for each one before it."""
-        return LayerTape(self.tape, self.model, self.sequences * max(0, self.length - depth), self.given)
+        tokens = self.sequences * max(0, self.length - depth)
+        return LayerTape(self.tape, self.model, tokens, self.given, remakes=not self.activation_checkpointing)
 
     @property
     def head(self) -> int:
@@ -42,7 +43,7 @@ class StepTape:
         self.tape.make(ACTIVATIONS, main.residual)  # embedded tokens
         for index in range(self.model.num_hidden_layers):
             self._block_forward(main, self.model.is_moe_layer(index))
-        main.norm_forward(self.model.hidden_size)
+        self._last_norm(main)
         self._loss(main)
         last = main
         for depth in range(1, self.model.mtp_depth + 1):
@@ -52,6 +53,10 @@ class StepTape:
         self.tape.drop(ACTIVATIONS, last.residual)
         if self.activation_checkpointing and not self.given.fp8:  # autocast's casts live as long as the forward pass
             self.tape.drop(COPIES, self.tape.held().get(COPIES, 0))
+
+    def _last_norm(self, layer: LayerTape) -> None:
+        """Its result is the loss's, and the next module's."""
+        self.tape.make(ACTIVATIONS, layer.residual)
 
     def backward(self) -> None:
         main = self.layer()
@@ -203,15 +208,14 @@ class StepTape:
         layer.norm_forward(hidden)
         layer.norm_forward(hidden)
         tape.make(WORKSPACE, 2 * layer.residual)  # joined
+        tape.drop(WORKSPACE, 2 * layer.residual)  # the norms' results
+        layer.enter_products(2 * hidden)
         layer.cast_in(2 * hidden)
         layer.weight_cast(2 * hidden**2)
-        tape.drop(ACTIVATIONS, 2 * layer.residual)  # the norms' results
         tape.make(ACTIVATIONS, layer.residual)
         block_forward(layer, self.model.moe)
-        if not self.given.own_inputs:  # the product reads it as it is
-            tape.make(ACTIVATIONS, 2 * layer.residual)
-        tape.drop(WORKSPACE, 2 * layer.residual)
-        layer.norm_forward(hidden)
+        layer.leave_products(2 * hidden)
+        self._last_norm(layer)
         if again:
             tape.drop(ACTIVATIONS, layer.residual)
 
@@ -228,10 +232,12 @@ class StepTape:
         if self.given.narrow:
             tape.make(WORKSPACE, layer.narrowed)
             tape.drop(WORKSPACE, layer.residual)
+        layer.enter_products_backward(2 * hidden)
         tape.make(WORKSPACE, 2 * layer.narrowed)
         layer.weight_gradient(2 * hidden**2)
         tape.drop(WORKSPACE, layer.narrowed)
-        tape.drop(ACTIVATIONS, layer.product_input(2 * hidden))
+        layer.let_input_go(2 * hidden)
+        layer.leave_products_backward(2 * hidden)
         if self.given.narrow:
             tape.make(WORKSPACE, 2 * layer.residual)
             tape.drop(WORKSPACE, 2 * layer.narrowed)

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config import GQAConfig, MLAConfig, ModelConfig
-from moe_train.model.layers import Linear, RMSNorm
+from moe_train.model.layers import Linear, in_compute_format
+from moe_train.model.norm import RMSNorm
+from moe_train.model.remade import remade
 from moe_train.model.rope import Rotary, rotate, softmax_scale
 
 
@@ -55,6 +57,17 @@ def causal_attention(q_bhtc: Tensor, k_bhsc: Tensor, v_bhsc: Tensor, scale: floa
     )
 
 
+def _by_token(x_bhtc: Tensor) -> Tensor:
+    """The heads of a token side by side: (b, t, h · c)."""
+    return x_bhtc.transpose(1, 2).flatten(2)
+
+
+def _with_shared(k_bhsc: Tensor, k_rope_bsr: Tensor) -> Tensor:
+    """One rotary key beside the keys of every head."""
+    shared = k_rope_bsr.unsqueeze(1).expand(-1, k_bhsc.shape[1], -1, -1)
+    return torch.cat((k_bhsc, shared.to(k_bhsc.dtype)), dim=-1)
+
+
 class MLA(nn.Module):
     """Multi-head latent attention, (b, t, d) → (b, t, d)."""
 
@@ -77,30 +90,29 @@ class MLA(nn.Module):
         if self.config.q_lora_rank is None:
             q: Tensor = self.q_proj(x_btd)
         else:
-            q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_btd)))
+            q = self.q_b_proj(in_compute_format(remade(self.q_a_norm, self.q_a_proj(x_btd))))
         q_bhtc: Tensor = q.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
         return q_bhtc
 
     def forward(self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
-        c = self.config
+        c, x_btd = self.config, in_compute_format(x_btd)
         q_nope, q_rope = self.queries(x_btd).split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
         q_rope = rotate(q_rope, *rotary)
 
         latent, k_rope = self.kv_a_proj(x_btd).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        latent, k_rope = self.kv_a_norm(latent), rotate(k_rope, *rotary)  # one rotary key serves every head
+        latent, k_rope = remade(self.kv_a_norm, latent), rotate(k_rope, *rotary)  # one rotary key serves every head
         if cache is not None:
             latent, k_rope = cache.extend(latent, k_rope)
         attend = self._attend if cache is None or cache.length == x_btd.shape[1] else self._attend_compressed
-        out: Tensor = self.o_proj(attend(q_nope, q_rope, latent, k_rope.to(q_rope.dtype)).transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(remade(_by_token, attend(q_nope, q_rope, latent, k_rope.to(q_rope.dtype))))
         return out
 
     def _attend(self, q_nope: Tensor, q_rope: Tensor, latent_bsr: Tensor, k_rope_bsr: Tensor) -> Tensor:
         """Keys and values of every head are made from the latent: (b, h, t, c_v)."""
         c = self.config
-        kv = self.kv_b_proj(latent_bsr).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+        kv = self.kv_b_proj(in_compute_format(latent_bsr)).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
-        k_shared = k_rope_bsr.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)
-        k = torch.cat((k_nope, k_shared.to(k_nope.dtype)), dim=-1)
+        k = remade(_with_shared, k_nope, k_rope_bsr)
         return causal_attention(torch.cat((q_nope, q_rope), dim=-1), k, v, self.scale)
 
     def _attend_compressed(self, q_nope: Tensor, q_rope: Tensor, latent_bsr: Tensor, k_rope_bsr: Tensor) -> Tensor:
@@ -137,6 +149,8 @@ class GQA(nn.Module):
             self.k_norm = RMSNorm(config.head_dim if per_head else kv_size, eps=norm_eps)
 
     def forward(self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
+        x_btd = in_compute_format(x_btd)
+
         def heads(x: Tensor) -> Tensor:
             x_bhtc: Tensor = x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             return x_bhtc
@@ -152,7 +166,8 @@ class GQA(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         grouped = self.config.num_key_value_heads != self.config.num_attention_heads
-        out: Tensor = self.o_proj(causal_attention(q, k, v, self.scale, grouped=grouped).transpose(1, 2).flatten(2))
+        attended = causal_attention(q, k, v, self.scale, grouped=grouped)
+        out: Tensor = self.o_proj(remade(_by_token, attended))
         return out
 
 

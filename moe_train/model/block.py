@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from moe_train.config import ModelConfig
 from moe_train.model.attention import LayerCache, build_attention
 from moe_train.model.experts import MoELayer, Routed
-from moe_train.model.layers import RMSNorm, SwiGLU
+from moe_train.model.layers import SwiGLU
+from moe_train.model.norm import RMSNorm
+from moe_train.model.remade import remade
 from moe_train.model.rope import Rotary
 
 
@@ -38,8 +40,8 @@ class Block(nn.Module):
         self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None, real_bt: Tensor | None = None
     ) -> BlockOutput:
         """real_bt: False for padding, which no expert's load and no loss of a router counts; None: there is none."""
-        x_btd = x_btd + self.dropped(self.attention(self.input_norm(x_btd), rotary, cache))
-        normed = self.post_attention_norm(x_btd)
+        x_btd = x_btd + self.dropped(self.attention(remade(self.input_norm, x_btd), rotary, cache))
+        normed = remade(self.post_attention_norm, x_btd)
         if isinstance(self.ffn, SwiGLU):
             return BlockOutput(x_btd + self.dropped(self.ffn(normed)), None)
         out_btd, routed = self.ffn(normed, real_bt)

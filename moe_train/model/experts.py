@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from moe_train.config import MoEConfig
 from moe_train.model import dispatch, slots
 from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequence_balance_loss
-from moe_train.model.layers import SwiGLU
+from moe_train.model.layers import SwiGLU, in_compute_format
+from moe_train.model.remade import remade
 from moe_train.model.router import Choice, Router
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import swiglu_linear
@@ -66,6 +67,7 @@ class MoELayer(nn.Module):
             real_bt = torch.ones(x_btd.shape[:2], dtype=torch.bool, device=x_btd.device)
         real_t = real_bt.flatten()
         logits_te, scores_te = self.router(x_td)
+        x_td = in_compute_format(x_td)
         auxiliary = x_td.new_zeros((), dtype=torch.float32)
         if self.training and c.router_z_loss_weight:
             auxiliary = auxiliary + router_z_loss(logits_te, real_t, c.router_z_loss_weight)
@@ -87,12 +89,13 @@ class MoELayer(nn.Module):
         return y_td.view_as(x_btd), Routed(auxiliary, counts_e, dropped)
 
     def _dropless(self, x_td: Tensor, real_t: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
-        top_k = self.config.top_k
         plan = dispatch.plan(choice.expert_tk, real_t, self.config.num_experts)
         gate_n1 = dispatch.gates_to_experts(choice.gate_tk, plan)
-        y_nd = self.experts(dispatch.to_experts(x_td, plan, top_k), gate_n1, plan.ends_e)
-        return dispatch.from_experts(y_nd, plan, top_k), plan.counts_e, x_td.new_zeros((), dtype=torch.float32)
+        rows_nd = remade(lambda x: dispatch.to_experts(x, plan), x_td)
+        y_nd = self.experts(rows_nd, gate_n1, plan.ends_e)
+        return dispatch.from_experts(y_nd, plan), plan.counts_e, x_td.new_zeros((), dtype=torch.float32)
 
     def _through_slots(self, x_td: Tensor, places: slots.Slots) -> tuple[Tensor, Tensor, Tensor]:
-        y_nd = self.experts(slots.to_experts(x_td, places), places.gate_n1, places.ends_e)
+        rows_nd = remade(lambda x: slots.to_experts(x, places), x_td)
+        y_nd = self.experts(rows_nd, places.gate_n1, places.ends_e)
         return slots.from_experts(y_nd, places, len(x_td)), places.counts_e, places.dropped

@@ -1,4 +1,4 @@
-"""The small parts: linear without bias, RMSNorm, dense SwiGLU.
+"""The small parts: linear without bias, dense SwiGLU.
 
 Shape suffixes throughout the model: b sequences, t positions, d hidden size, h heads, e experts, k experts a token
 visits, n token-expert pairs, f expert width, v vocabulary.
@@ -9,8 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_train.model.remade import remade
+from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import linear, swiglu_linear
+
+
+def in_compute_format(x: Tensor) -> Tensor:
+    """As products read it, converted once for all of them."""
+    dtype = compute_dtype(x)
+    return x if x.dtype == dtype else remade(lambda wide: wide.to(dtype), x)
 
 
 class Linear(nn.Module):
@@ -30,13 +38,6 @@ class Linear(nn.Module):
     def products(self) -> Fp8Layer | None:
         """Of FP8, where it multiplies in FP8 now."""
         return self.fp8 if self.training or self.evaluates_in_fp8 else None
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x) · weight (arXiv 1910.07467), in the format of the weight (FP32) whatever that of x."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
 
 
 class SwiGLU(nn.Module):

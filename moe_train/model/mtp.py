@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from moe_train.config import ModelConfig
 from moe_train.model.attention import LayerCache
 from moe_train.model.block import Block, BlockOutput
-from moe_train.model.layers import Linear, RMSNorm
+from moe_train.model.layers import Linear, in_compute_format
+from moe_train.model.norm import RMSNorm
+from moe_train.model.remade import remade
 from moe_train.model.rope import Rotary
 
 
@@ -42,6 +44,10 @@ class MTPModule(nn.Module):
         real_bt: False where that token is padding; None: there is none.
         The output's hidden states are normed: what the head reads, and what the next module takes.
         """
-        joined = torch.cat((self.embedding_norm(embedding_btd), self.hidden_norm(hidden_btd)), dim=-1)
-        out: BlockOutput = self.block(self.join_proj(joined), rotary, cache, real_bt)
+
+        def joined(embedding_btd: Tensor, hidden_btd: Tensor) -> Tensor:
+            return torch.cat((self.embedding_norm(embedding_btd), self.hidden_norm(hidden_btd)), dim=-1)
+
+        joined_btd = in_compute_format(remade(joined, embedding_btd, hidden_btd))
+        out: BlockOutput = self.block(self.join_proj(joined_btd), rotary, cache, real_bt)
         return out._replace(hidden_btd=self.norm(out.hidden_btd))

@@ -17,9 +17,11 @@ from moe_train.config import ModelConfig
 from moe_train.model.attention import LayerCache
 from moe_train.model.block import Block, BlockOutput
 from moe_train.model.experts import Routed
-from moe_train.model.layers import Linear, RMSNorm
+from moe_train.model.layers import Linear
 from moe_train.model.loss import IGNORE, head_loss
 from moe_train.model.mtp import MTPModule
+from moe_train.model.norm import RMSNorm
+from moe_train.model.remade import remaking
 from moe_train.model.rope import Rotary, rotary_frequencies, rotary_tables
 from moe_train.model.router import Router
 from moe_train.precision.matmul import linear
@@ -108,7 +110,8 @@ class Transformer(nn.Module):
         if self.activation_checkpointing and self.training:
             kept: BlockOutput = checkpoint(module, *inputs, use_reentrant=False)
             return kept
-        out: BlockOutput = module(*inputs)
+        with remaking(self.training):
+            out: BlockOutput = module(*inputs)
         return out
 
     def forward(self, tokens_bt: Tensor, targets_bt: Tensor, mtp_weight: float = 0.0) -> Losses:

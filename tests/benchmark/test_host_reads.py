@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_train.benchmark.arms import TrainingArm
 from moe_train.benchmark.bench import Bench
 from moe_train.benchmark.host_reads import HostReads
-from moe_train.model.layers import RMSNorm
+from moe_train.model.norm import RMSNorm
 
 READS: dict[str, Callable[[Tensor], object]] = {
     "item": lambda x: x[0].item(),

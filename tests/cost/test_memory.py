@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from moe_train.config import AdamWConfig, MuonConfig, OptimizerConfig, RunConfig
 from moe_train.cost.memory import cache_elements_per_token, training_memory
 from moe_train.cost.step_tape import LOGITS_CHUNK_ELEMENTS
-from moe_train.model import loss
+from moe_train.model import loss, remade, transformer
 from moe_train.model.attention import LayerCache
 from moe_train.model.transformer import Transformer
 from moe_train.precision import recipes
@@ -64,7 +66,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def kept_bytes(model: Transformer, compute_bytes: int) -> int:
-    """Bytes that autograd keeps after a forward pass, weights and buffers left out, each storage once."""
+    """Bytes kept after a forward pass, by autograd or for it, weights and buffers left out, each storage once."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
@@ -74,9 +76,15 @@ def kept_bytes(model: Transformer, compute_bytes: int) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
+    def pack_in_region(region: remade._Region, tensor: Tensor) -> object:
+        packed = original(region, tensor)
+        return pack(packed) if isinstance(packed, Tensor) else packed
+
     model.train()
+    original = remade._Region.pack
     narrow = torch.autocast("cpu", torch.bfloat16, enabled=compute_bytes == 2)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), narrow:
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with patch.object(remade._Region, "pack", pack_in_region), hooks, narrow:
         losses = model(*batch())
     assert losses.objective.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
@@ -144,7 +152,8 @@ def test_with_checkpointing_the_inputs_of_layers_and_one_layer_are_kept(arm: str
     # The largest layer is an MTP module where there are any.
     one_more = "mtp.depth=3" if arm == "mtp" else "num_hidden_layers=4"
     model, deeper = (small_model(*ARMS[arm], *more, dtype=torch.float32) for more in ([], [one_more]))
-    one_layer = kept_bytes(deeper, 4) - kept_bytes(model, 4)
+    with patch.object(transformer, "remaking", lambda on: contextlib.nullcontext()):  # what is made again keeps all
+        one_layer = kept_bytes(deeper, 4) - kept_bytes(model, 4)
     model.activation_checkpointing = True
     expected = estimate(model, activation_checkpointing=True)
     kept = expected["activations"] + expected["head_gradients"]

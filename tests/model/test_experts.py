@@ -264,7 +264,7 @@ def test_a_plan_sorts_every_pair_to_its_expert_once(data: st.DataObject) -> None
     assert made.counts_e.tolist() == [counted.count(e) for e in range(experts)]
     assert made.ends_e.tolist() == torch.tensor([flat.count(e) for e in range(experts)]).cumsum(0).tolist()
     assert [flat[p] for p in made.pair_n.tolist()] == sorted(flat)
-    assert made.pair_n[made.place_n].tolist() == list(range(len(flat)))
+    assert made.pair_n[made.place_tk.flatten()].tolist() == list(range(len(flat)))
 
 
 def test_dispatch_and_its_inverse_have_right_gradients_by_finite_differences() -> None:
@@ -273,7 +273,7 @@ def test_dispatch_and_its_inverse_have_right_gradients_by_finite_differences() -
     gates = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
 
     def there_and_back(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        rows = dispatch.to_experts(x, made, 2) * dispatch.gates_to_experts(gates, made)
-        return dispatch.from_experts(rows**2, made, 2)
+        rows = dispatch.to_experts(x, made) * dispatch.gates_to_experts(gates, made)
+        return dispatch.from_experts(rows**2, made)
 
     assert torch.autograd.gradcheck(there_and_back, (x, gates))
