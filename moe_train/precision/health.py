@@ -90,47 +90,50 @@ class Counts:
 
 def count_rows(into: Tensor, operand: Operand, x_nk: Tensor, rows: Rows, ends_e: Tensor) -> None:
     """x (n, k) beside its form along k; rows after the last group are left out, as no product reads them."""
-    _count(into, operand, x_nk, rows.values, _by_value(rows.scales, x_nk.shape[-1]), _in_a_group(x_nk, ends_e))
+    real_n = torch.arange(len(x_nk), device=x_nk.device) < ends_e[-1]
+    _add(into, operand, x_nk, real_n, _by_value(rows.scales, x_nk.shape[-1]), rows.values, real_n)
 
 
 def count_columns(into: Tensor, operand: Operand, x_nk: Tensor, columns: Columns, ends_e: Tensor) -> None:
-    """x (n, k) beside its form along tokens, which is brought into the order of x."""
-    at = torch.arange(len(x_nk), device=x_nk.device)
-    group = torch.searchsorted(ends_e, at, right=True).clamp_max(len(ends_e) - 1)
+    """x (n, k) beside its form along tokens, which has places for more of them."""
+    token = torch.arange(len(x_nk), device=x_nk.device)
+    group = torch.searchsorted(ends_e, token, right=True).clamp_max(len(ends_e) - 1)
     start, first_piece = (torch.cat([ends.new_zeros(1), ends[:-1]]) for ends in (ends_e, columns.ends_e))
-    place = (first_piece[group] * PIECE + at - start[group]).clamp_max(columns.values.shape[1] - 1)
-    values = columns.values.view(torch.uint8)[:, place].mT.view(
-        columns.values.dtype
-    )  # FP8 cannot be indexed everywhere
-    _count(into, operand, x_nk, values, columns.scales[:, place // PIECE].mT, _in_a_group(x_nk, ends_e))
+    piece = (first_piece[group] + (token - start[group]) // PIECE).clamp_max(columns.scales.shape[1] - 1)
+    place = torch.arange(columns.values.shape[1], device=x_nk.device)
+    real_n, real_place = token < ends_e[-1], place < columns.ends_e[-1] * PIECE
+    _add(into, operand, x_nk, real_n, columns.scales[:, piece].mT, columns.values.mT, real_place)
 
 
 def count_weights(into: Tensor, w_eoi: Tensor, weights: Weights) -> None:
-    _count(into, "weight", w_eoi, weights.values, _by_value(weights.scales, w_eoi.shape[-1]), None)
+    real = torch.ones(w_eoi.shape[:-1], dtype=torch.bool, device=w_eoi.device)
+    _add(into, "weight", w_eoi, real, _by_value(weights.scales, w_eoi.shape[-1]), weights.values, real)
 
 
 def _by_value(scales: Tensor, inner: int) -> Tensor:
     return scales.repeat_interleave(PIECE, -1)[..., :inner]
 
 
-def _in_a_group(x_nk: Tensor, ends_e: Tensor) -> Tensor:
-    return (torch.arange(len(x_nk), device=x_nk.device) < ends_e[-1]).unsqueeze(1)
+def _add(
+    into: Tensor, operand: Operand, x: Tensor, real: Tensor, scales: Tensor, values: Tensor, real_values: Tensor
+) -> None:
+    """x (…, k) with the scale of each number; values (…, k) in FP8, of as many rows or more, those beyond x zeros.
 
+    `real`, `real_values`: False for rows that are not there. What is zero stays zero, and what is not finite is stored
+    as such: so numbers of x and of values need not be brought together to be counted.
+    """
 
-def _count(into: Tensor, operand: Operand, x: Tensor, values: Tensor, scales: Tensor, real: Tensor | None) -> None:
-    """`scales`: of each value. `real`: False for what is not there; None: all is."""
-    magnitude = x.detach().to(torch.float32).abs()
-    stored = values.to(torch.float32)
-    there = torch.ones_like(magnitude, dtype=torch.bool) if real is None else real.expand_as(magnitude)
-    nonzero = there & magnitude.isfinite() & (magnitude > 0)
-    found = (
-        nonzero,
-        nonzero & (stored == 0),
-        nonzero & (magnitude > scales * _cut_off_beyond(values.dtype)),
-        there,
-        there & ~stored.isfinite(),
+    def counted(what: Tensor, rows: Tensor) -> Tensor:
+        return (torch.count_nonzero(what, -1) * rows).sum()
+
+    magnitude, bits = x.detach().abs(), values.view(torch.uint8) & 0x7F  # without the sign
+    nonzero, stored = counted(magnitude, real), counted(bits, real_values)
+    not_finite = counted(bits >= (0x7F if values.dtype == torch.float8_e4m3fn else 0x7C), real_values)
+    beyond = (magnitude > scales * _cut_off_beyond(values.dtype)) & (magnitude < math.inf)
+    saturated, all_of_them = counted(beyond, real), real.sum() * x.shape[-1]
+    into[OPERANDS.index(operand)] += torch.stack(
+        [nonzero - not_finite, nonzero - stored, saturated, all_of_them, not_finite]
     )
-    into[OPERANDS.index(operand)] += torch.stack([each.sum() for each in found])
 
 
 def _cut_off_beyond(dtype: torch.dtype) -> float:

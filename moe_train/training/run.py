@@ -228,7 +228,7 @@ class Run:
             progress = self._progress()
             self.stopped_by = self._limit_reached()  # now: the reserve changes once the evaluation is timed
             ends = progress >= 1 or self.interrupted is not None
-            crossed = self._crossed(config.eval.every_tokens, tokens_before)
+            crossed = self._crossed(config.eval.every_tokens, tokens_before, meter.tokens)
             evaluates = self.interrupted is None if ends else crossed and self.closing.leaves_time_for_another()
             every = config.checkpoint.every_steps
             rehearses = not ends and self.closing.rehearsal_is_due()
@@ -268,20 +268,21 @@ class Run:
 
     def _will_log(self, progress: float) -> bool:
         """Whether the step about to be done will be logged, as far as can be told: it takes the run to `progress`."""
-        step, tokens = self.steps_done + 1, self.account.meter.tokens + self.batches.num_targets(self.steps_done)
-        every, evaluates = self.config.checkpoint.every_steps, self.config.eval.every_tokens
+        every = (self.config.tracking.log_every_steps, self.config.checkpoint.every_steps)
+        tokens = self.account.meter.tokens
+        after = tokens + self.batches.num_targets(self.steps_done)
         return (
-            step % self.config.tracking.log_every_steps == 0
-            or (every is not None and step % every == 0)
-            or (evaluates is not None and tokens // evaluates > self.account.meter.tokens // evaluates)
+            any(steps is not None and (self.steps_done + 1) % steps == 0 for steps in every)
+            or self._crossed(self.config.eval.every_tokens, tokens, after)
             or progress > 1 - 1e-9
         )
 
     def _progress(self) -> float:
         return self.account.progress(self.steps_done, self.closing.reserve_seconds())
 
-    def _crossed(self, every_tokens: int | None, tokens_before: int) -> bool:
-        return every_tokens is not None and self.account.meter.tokens // every_tokens > tokens_before // every_tokens
+    @staticmethod
+    def _crossed(every_tokens: int | None, before: int, after: int) -> bool:
+        return every_tokens is not None and after // every_tokens > before // every_tokens
 
     def _limit_reached(self) -> str | None:
         return self.account.limits.reason(self.account.spent(self.steps_done, self.closing.reserve_seconds()))
