@@ -260,7 +260,9 @@ def _suggestion_from_files(key: str) -> str:
             continue
         known |= _dotted(OmegaConf.load(file), ".".join(groups))
     if key in known:
-        group = "/".join(key.split(".")[:-1])
+        group = Path(*key.split(".")[:-1])
+        while not (CONFIGS / group).is_dir():  # a part of a file has no folder
+            group = group.parent
         return f" with these choices: it comes with another file of configs/{group}"
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
     return f": did you mean {near[0]}?" if near else ": see configs/ for the keys there are"

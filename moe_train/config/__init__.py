@@ -25,7 +25,7 @@ from moe_train.config.model import (
     RopeScalingConfig,
     YarnConfig,
 )
-from moe_train.config.precision import Fp8Config, OperandConfig, PrecisionConfig
+from moe_train.config.precision import Fp8Config, Fp8HealthConfig, OperandConfig, PrecisionConfig
 from moe_train.config.run import RunConfig, model_digest, to_dict
 from moe_train.config.training import (
     AdamWConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "Fp8Config",
+    "Fp8HealthConfig",
     "GQAConfig",
     "HardwareConfig",
     "HubConfig",

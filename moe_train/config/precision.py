@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from moe_train.config.fields import STRICT, require
+from moe_train.config.fields import STRICT, Fraction, require
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -62,6 +62,21 @@ class Fp8Config:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Fp8HealthConfig:
+    """How much of an operand FP8 may lose on a logged step, by layer, and what is done beyond (precision/health.py).
+
+    A rate is allowed up to its maximum, and any where that is null. warn: the run says it once for each layer. stop: it
+    ends, its last step saved. compute_format: the layer's products are in the compute format from the next step on, for
+    as long as the run keeps its recipe; both layers of a SwiGLU go together.
+    """
+
+    max_underflow_rate: Fraction | None
+    max_saturation_rate: Fraction | None
+    max_nonfinite_rate: Fraction | None
+    action: Literal["warn", "stop", "compute_format"]
+
+
+@dataclass(frozen=True, config=STRICT)
 class PrecisionConfig:
     """In what number format matrix products run; weights and gradients stay in FP32."""
 
@@ -71,8 +86,13 @@ class PrecisionConfig:
     # What multiplies in FP8 (precision/choice.py); an error where the device lacks it. auto: the run says what it took.
     backend: Literal["auto", "emulated", "cublas", "triton"]
     evaluate_in_fp8: bool  # False: evaluation and generation use the compute format throughout
+    health: Fp8HealthConfig | None = None  # None: nothing is counted, as in configurations of older runs
 
     def __post_init__(self) -> None:
+        require(
+            self.fp8 is not None or self.health is None,
+            f"health says what FP8 may lose, and precision={self.name} has no FP8: leave it null",
+        )
         require(
             self.fp8 is not None or self.backend == "auto",
             f"backend={self.backend} says what multiplies in FP8, and precision={self.name} has no FP8: leave it auto",

@@ -12,6 +12,7 @@ from moe_train.evaluation import texts
 from moe_train.generation.loading import TrainedModel, load_trained
 from moe_train.precision import recipes
 from moe_train.training.evaluation import evaluate
+from moe_train.training.fp8_health import modules_in_compute_format
 from moe_train.training.runtime import Runtime, start_runtime
 
 _TOKENS_AT_ONCE = 4096
@@ -43,6 +44,7 @@ def evaluate_run(
     runtime = _runtime(trained)
     trained.model.to(runtime.device)
     recipes.apply(trained.model, config.precision, runtime.device)
+    recipes.to_compute_format(trained.model, modules_in_compute_format(trained.checkpoint.state, config.precision))
     with TemporaryDirectory() as folder:
         if files is None:
             text = texts.own_split(trained, split, limit)

@@ -26,6 +26,7 @@ _SETTINGS = (
     f"stop={{steps: {STEPS}, tokens: null, flops: null, seconds: null, usd: null}}",
     "tracking=none",
     "tracking.log_every_steps=1",
+    "++precision.health=null",  # which counts on logged steps: here on every one, in a run on one of ten
     "checkpoint.every_steps=null",
     "cost.purpose=tuning",
     "resume=null",

@@ -23,8 +23,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from moe_train.config import Fp8Config
+from moe_train.config import Fp8Config, OperandConfig
+from moe_train.kernels import reference
 from moe_train.kernels.layouts import DTYPES, PIECE, Columns, Rows, Weights
+from moe_train.precision import health
 from moe_train.precision.backends import Backend
 from moe_train.precision.formats import compute_dtype
 
@@ -53,6 +55,7 @@ class Fp8Layer:
         self.recipe = recipe
         self.power_of_two_input = power_of_two_input
         self.backend = backend
+        self.counts: Tensor | None = None  # where what is rounded is counted now, see precision/health.py
         self._weights: tuple[Weights | None, Weights | None] = (None, None)
         self.key = next(_keys)
         _layers[self.key] = self
@@ -85,26 +88,107 @@ class Fp8Layer:
         forward, transposed = self.recipe.forward.weight, self.recipe.input_gradient.weight
         if _held is None:
             one = (None, transposed) if backward else (forward, None)
-            rounded = self.backend.round_weights(weight_eoi, *one)
+            rounded = self._round_weights(weight_eoi, *one)
         else:
             if self._weights[0] is None:
-                self._weights = self.backend.round_weights(weight_eoi, forward, transposed)
+                self._weights = self._round_weights(weight_eoi, forward, transposed)
             rounded = self._weights
         chosen = rounded[backward]
         assert chosen is not None
         return chosen
+
+    def _round_weights(
+        self, weight_eoi: Tensor, forward: OperandConfig | None, transposed: OperandConfig | None
+    ) -> tuple[Weights | None, Weights | None]:
+        rounded = self.backend.round_weights(weight_eoi, forward, transposed)
+        if self.counts is not None:
+            for wide, narrow in zip((weight_eoi, weight_eoi.mT), rounded):
+                if narrow is not None:
+                    health.count_weights(self.counts, wide, narrow)
+        return rounded
 
     def quantized_input(self, x_ni: Tensor, ends_e: Tensor) -> Rows:
         """As the forward product takes it, and as it is kept."""
         operand = self.recipe.forward.activation
         rows, _ = self.backend.quantize(x_ni, ends_e, rows=operand, columns=None, power_of_two=self.power_of_two)
         assert rows is not None
+        if self.counts is not None:
+            health.count_rows(self.counts, "input", x_ni, rows, ends_e)
         return rows
 
     def along_tokens(self, kept: Rows, ends_e: Tensor) -> Columns:
         """A kept input as the weight gradient takes it."""
         operand = self.recipe.weight_gradient.activation
-        return self.backend.quantize_again(kept, ends_e, operand, power_of_two=self.power_of_two)
+        columns = self.backend.quantize_again(kept, ends_e, operand, power_of_two=self.power_of_two)
+        if self.counts is not None:
+            health.count_columns(self.counts, "input", reference.dequantized(*kept), columns, ends_e)
+        return columns
+
+    def quantized_gradient(
+        self, grad_no: Tensor, ends_e: Tensor, *, rows: bool, columns: bool
+    ) -> tuple[Rows | None, Columns | None]:
+        """Of its output, as the input gradient and the weight gradient take it."""
+        straight, turned = self.backend.quantize(
+            grad_no,
+            ends_e,
+            rows=self.recipe.input_gradient.gradient if rows else None,
+            columns=self.recipe.weight_gradient.gradient if columns else None,
+        )
+        self._count_gradient(grad_no, straight, turned, ends_e)
+        return straight, turned
+
+    def _count_gradient(self, grad_no: Tensor, rows: Rows | None, columns: Columns | None, ends_e: Tensor) -> None:
+        if self.counts is not None and rows is not None:
+            health.count_rows(self.counts, "gradient", grad_no, rows, ends_e)
+        if self.counts is not None and columns is not None:
+            health.count_columns(self.counts, "gradient", grad_no, columns, ends_e)
+
+    def swiglu(self, gate_up: Tensor, row_weight: Tensor | None, ends_e: Tensor) -> Rows:
+        """The result of a SwiGLU as its input. The backend rounds it unseen: to be counted it is made once more."""
+        rows, _ = self.backend.swiglu(
+            gate_up,
+            row_weight,
+            ends_e,
+            rows=self.recipe.forward.activation,
+            columns=None,
+            power_of_two=self.power_of_two,
+        )
+        assert rows is not None
+        if self.counts is not None:
+            health.count_rows(self.counts, "input", reference.swiglu(gate_up, row_weight), rows, ends_e)
+        return rows
+
+    def swiglu_input(self, gate_up: Tensor, operand: OperandConfig, ends_e: Tensor) -> Rows:
+        """Its output in front of a SwiGLU, as it is kept."""
+        rows, _ = self.backend.quantize(gate_up, ends_e, rows=operand, columns=None)
+        assert rows is not None
+        if self.counts is not None:
+            health.count_rows(self.counts, "swiglu_input", gate_up, rows, ends_e)
+        return rows
+
+    def swiglu_gradient(
+        self,
+        grad_h: Tensor,
+        gate_up: Tensor,
+        row_weight: Tensor | None,
+        ends_e: Tensor,
+        *,
+        rows: bool,
+        columns: bool,
+    ) -> tuple[Rows | None, Columns | None, Tensor | None]:
+        """Of its output in front of a SwiGLU, as `quantized_gradient`, and of the rows' weights."""
+        straight, turned, grad_row_weight = self.backend.swiglu_backward(
+            grad_h,
+            gate_up,
+            row_weight,
+            ends_e,
+            rows=self.recipe.input_gradient.gradient if rows else None,
+            columns=self.recipe.weight_gradient.gradient if columns else None,
+        )
+        if self.counts is not None:
+            grad_gate_up, _ = reference.swiglu_backward(grad_h, gate_up, row_weight)
+            self._count_gradient(grad_gate_up, straight, turned, ends_e)
+        return straight, turned, grad_row_weight
 
     def let_go(self) -> None:
         """Of rounded weights."""
@@ -148,20 +232,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input (in that of the product's format) and of the weight (FP32); empty where not needed."""
     own = layer_of(layer)
-    recipe, backend = own.recipe, own.backend
     ends = ends_of(grad_no, ends_e)
-    rows, columns = backend.quantize(
-        grad_no,
-        ends,
-        rows=recipe.input_gradient.gradient if needs_x else None,
-        columns=recipe.weight_gradient.gradient if needs_weight else None,
-    )
+    rows, columns = own.quantized_gradient(grad_no, ends, rows=needs_x, columns=needs_weight)
     grad_x, grad_weight = grad_no.new_empty(0), grad_no.new_empty(0, dtype=torch.float32)
     if rows is not None:
-        grad_x = backend.product(rows, own.weights(stacked(weight), backward=True), ends, grad_no.dtype)
+        grad_x = own.backend.product(rows, own.weights(stacked(weight), backward=True), ends, grad_no.dtype)
     if columns is not None:
         inputs = own.along_tokens(Rows(values, scales), ends)
-        grad_weight = backend.weight_product(columns, inputs).view_as(weight)
+        grad_weight = own.backend.weight_product(columns, inputs).view_as(weight)
     return grad_x, grad_weight
 
 

@@ -60,15 +60,11 @@ def _forward(
     recipe, backend, ends = first.recipe, first.backend, ends_of(x_nd, ends_e)
     x = first.quantized_input(x_nd, ends)
     gate_up = backend.product(x, first.weights(stacked(first_weight), backward=False), ends, x_nd.dtype)
-    h, _ = backend.swiglu(
-        gate_up, row_weight, ends, rows=recipe.forward.activation, columns=None, power_of_two=second.power_of_two
-    )
-    assert h is not None
+    h = second.swiglu(gate_up, row_weight, ends)
     y = backend.product(h, second.weights(stacked(second_weight), backward=False), ends, x_nd.dtype)
     if recipe.swiglu_input is None:
         return y, x.values, x.scales, gate_up, gate_up.new_empty(0, dtype=torch.float32)
-    kept, _ = backend.quantize(gate_up, ends, rows=recipe.swiglu_input, columns=None)
-    assert kept is not None
+    kept = first.swiglu_input(gate_up, recipe.swiglu_input, ends)
     return y, x.values, x.scales, kept.values, kept.scales
 
 
@@ -121,21 +117,16 @@ def _backward(
     gate_up = gate_up_values
     if recipe.swiglu_input is not None:
         gate_up = dequantized(gate_up_values, gate_up_scales).to(grad_nd.dtype)
-    gradient = recipe.input_gradient.gradient
-    along_tokens = recipe.weight_gradient.gradient if needs_weights else None
-    rows, columns = backend.quantize(grad_nd, ends, rows=gradient, columns=along_tokens)
+    rows, columns = second.quantized_gradient(grad_nd, ends, rows=True, columns=needs_weights)
     assert rows is not None
     grad_second = nothing_wide
     if columns is not None:
-        h, _ = backend.swiglu(
-            gate_up, row_weight, ends, rows=recipe.forward.activation, columns=None, power_of_two=second.power_of_two
-        )
-        assert h is not None
+        h = second.swiglu(gate_up, row_weight, ends)
         grad_second = backend.weight_product(columns, second.along_tokens(h, ends)).view_as(second_weight)
         del h, columns
     grad_h = backend.product(rows, second.weights(stacked(second_weight), backward=True), ends, grad_nd.dtype)
-    rows, columns, grad_row_weight = backend.swiglu_backward(
-        grad_h, gate_up, row_weight, ends, rows=gradient if needs_x else None, columns=along_tokens
+    rows, columns, grad_row_weight = first.swiglu_gradient(
+        grad_h, gate_up, row_weight, ends, rows=needs_x, columns=needs_weights
     )
     del grad_h, gate_up
     grad_x, grad_first = nothing, nothing_wide

@@ -1,7 +1,8 @@
-"""Which layers of a model a recipe is for, and the table of what runs in what."""
+"""Which layers of a model a recipe is for, which of them go back to the compute format, and what runs in what."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig
 from moe_train.errors import UserError
 from moe_train.model.experts import Experts
-from moe_train.model.layers import Linear
+from moe_train.model.layers import Linear, SwiGLU
 from moe_train.model.transformer import Transformer
 from moe_train.precision.backends import Backend
 from moe_train.precision.choice import Choice, Device, choose
@@ -17,6 +18,7 @@ from moe_train.precision.fp8 import Fp8Layer
 
 # Layers outside these are the embedding's, the head's and the final norm's, which stay in the compute format.
 _ROOMS = ("blocks.", "mtp.")
+_OF_SWIGLU = ("gate_up_proj", "down_proj")
 
 
 def apply(model: Transformer, precision: PrecisionConfig, device: torch.device) -> Choice | None:
@@ -38,8 +40,9 @@ def apply(model: Transformer, precision: PrecisionConfig, device: torch.device) 
             known.add(layer)
             module.fp8 = _layer(recipe, layer, choice.backend)
         else:
-            known |= {"gate_up_proj", "down_proj"}
-            module.fp8 = (_layer(recipe, "gate_up_proj", choice.backend), _layer(recipe, "down_proj", choice.backend))
+            known |= set(_OF_SWIGLU)
+            first, second = (_layer(recipe, part, choice.backend) for part in _OF_SWIGLU)
+            module.fp8 = first, second
     for layer in recipe.power_of_two_inputs_of:
         if layer not in known:
             raise UserError(
@@ -62,18 +65,55 @@ def _layer(recipe: Fp8Config, name: str, backend: Backend) -> Fp8Layer:
     return Fp8Layer(recipe, backend, power_of_two_input=name in recipe.power_of_two_inputs_of)
 
 
+def fp8_layers(model: Transformer) -> dict[str, Fp8Layer]:
+    """Those that multiply in FP8 in training, by name, in the order of the forward pass."""
+    found: dict[str, Fp8Layer] = {}
+    for name, module in _layers_of(model).items():
+        if isinstance(module, Linear) and module.fp8 is not None:
+            found[name] = module.fp8
+        elif isinstance(module, Experts) and module.fp8 is not None:
+            found |= {f"{name}.{part}": layer for part, layer in zip(_OF_SWIGLU, module.fp8)}
+    return found
+
+
+def module_of(layer: str) -> str:
+    """What goes back to the compute format as one: a SwiGLU is one operator (precision/fp8_swiglu.py)."""
+    module, _, part = layer.rpartition(".")
+    return module if part in _OF_SWIGLU else layer
+
+
+def to_compute_format(model: Transformer, modules: Iterable[str]) -> None:
+    """Products of `modules` (names as `module_of` gives them) are in FP8 no longer."""
+    for name in modules:
+        module = model.get_submodule(name)
+        for part in (module.gate_up_proj, module.down_proj) if isinstance(module, SwiGLU) else (module,):
+            assert isinstance(part, Linear | Experts)
+            part.fp8 = None
+
+
 def table(model: Transformer, precision: PrecisionConfig, compute_format: str) -> list[dict[str, Any]]:
-    """A row for each kind of layer: what its three products run in. `compute_format` as in "bfloat16"."""
+    """A row for each kind of layer: what its three products run in. `compute_format` as in "bfloat16".
+
+    `but`: the layers of the kind that went back to the compute format.
+    """
     rows: dict[str, dict[str, Any]] = {
         "embedding": {"layer": "embedding", "all": "a lookup in float32"},
     }
+    of_kind: dict[str, dict[str, Fp8Layer | None]] = {}
     for name, module in _layers_of(model).items():
-        kind = ".".join(part for part in name.split(".")[1:] if not part.isdigit())
+        parts: dict[str, Fp8Layer | None]
         if isinstance(module, Linear):
-            rows[kind] = _row(kind, module.fp8, compute_format)
+            parts = {name: module.fp8}
         else:
-            for part, layer in zip(("gate_up_proj", "down_proj"), module.fp8 or (None, None)):
-                rows[f"{kind}.{part}"] = _row(f"{kind}.{part}", layer, compute_format)
+            parts = {f"{name}.{part}": layer for part, layer in zip(_OF_SWIGLU, module.fp8 or (None, None))}
+        for full_name, layer in parts.items():
+            kind = ".".join(part for part in full_name.split(".")[1:] if not part.isdigit())
+            of_kind.setdefault(kind, {})[full_name] = layer
+    for kind, layers in of_kind.items():
+        wide = [name for name, layer in layers.items() if layer is None]
+        rows[kind] = _row(kind, next(filter(None, layers.values()), None), compute_format)
+        if 0 < len(wide) < len(layers):
+            rows[kind]["but"] = dict.fromkeys(wide, compute_format)
     rows["router"] = {"layer": "router", "all": "float32"}
     rows["attention core"] = {"layer": "attention core", "all": compute_format}
     rows["norms"] = {"layer": "norms", "all": "float32"}

@@ -5,6 +5,7 @@ The parts are in `cost/` and know nothing of training; here they are joined for 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import threading
@@ -155,6 +156,10 @@ class Account:
             ideal_seconds=ideal_seconds(flops_by_format(*shape, compute, fp8_products_in), peaks),
             peak_tflops=self.peak,
         )
+
+    def formats_changed(self) -> None:
+        """Some of the products went on in another format: no ideal time is that of all tokens, so none is given."""
+        self.meter.work = dataclasses.replace(self.meter.work, ideal_seconds=None)
 
     def _peaks(self, linear: Format, needs_float32: bool) -> PeakConfig:
         """The rates utilisation is measured against: the hardware file's; a CPU's are measured, as none is printed."""

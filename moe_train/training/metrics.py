@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moe_train.config import MoEConfig
 from moe_train.model.balancing import load_statistics
+from moe_train.precision.health import OPERANDS, LayerRates, Rates
 from moe_train.training.evaluation import Evaluation
 from moe_train.training.step import StepFigures
 
@@ -27,6 +28,25 @@ def of_steps(figures: StepFigures, moe: MoEConfig | None) -> Metrics:
     if figures.mtp_losses:
         row["train/mtp_weight"] = figures.mtp_weight
     return row | _of_mtp("train", figures.mtp_losses)
+
+
+def of_fp8(rates: LayerRates) -> Metrics:
+    """Each rate of the worst operand of every layer, of the worst layer for every operand, and of the worst of all."""
+    row: Metrics = {}
+    for name in Rates._fields:
+        of = {
+            (layer, operand): float(getattr(found, name))
+            for layer, by_operand in rates.items()
+            for operand, found in by_operand.items()
+        }
+        if of:
+            row[f"fp8/{name}"] = max(of.values())
+        for operand in OPERANDS:
+            if any(at == operand for _, at in of):
+                row[f"fp8/{operand}/{name}"] = max(value for (_, at), value in of.items() if at == operand)
+        for layer in rates if of else ():  # null: one that is in FP8 no longer
+            row[f"fp8/{layer}/{name}"] = max((value for (at, _), value in of.items() if at == layer), default=None)
+    return row
 
 
 def of_evaluation(evaluation: Evaluation) -> Metrics:

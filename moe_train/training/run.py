@@ -34,12 +34,13 @@ from moe_train.training.account import Account
 from moe_train.training.checkpoints import Checkpoint, load_optimizers, load_weights, save_checkpoint
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
+from moe_train.training.fp8_health import Fp8Health, where_not_finite
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.schedules import lr_factor
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
-from moe_train.training.step import Stepper
+from moe_train.training.step import StepFigures, Stepper
 
 
 def train(config: RunConfig) -> None:
@@ -119,13 +120,24 @@ class Run:
         self.model.to(runtime.device)
         products = recipes.apply(self.model, config.precision, runtime.device)
         account.set_work(vocab_size, None if products is None else products.backend.multiplies_in)
+        self.compute_format = str(runtime.dtype).removeprefix("torch.")
+        self.fp8_health = Fp8Health(
+            config.precision, self.model, runtime.device, self.compute_format, checkpoint.state if checkpoint else None
+        )
+        if self.fp8_health.in_compute_format:
+            account.formats_changed()
         self.optimizers = build_optimizers(self.model, config.optimizer, config.seed)
         wrapped = runtime.accelerator.prepare(self.model)
-        self.stepper = Stepper(config, runtime, self.model, wrapped, self.optimizers, self.batches)
+        self.stepper = Stepper(
+            config, runtime, self.model, wrapped, self.optimizers, self.batches, self.fp8_health.counts
+        )
 
         notes = [*runtime.notes, *self.account.notes]
         if products is not None:
             notes.append(products.note)
+        if self.fp8_health.in_compute_format:
+            wide = ", ".join(self.fp8_health.in_compute_format)
+            notes.append(f"FP8: these modules went back to {self.compute_format} earlier and stay there: {wide}")
         self.steps_done = 0
         self.train_loss: float | None = None
         self.last_row: metrics.Metrics = {}
@@ -160,11 +172,15 @@ class Run:
         if runtime.is_main:
             with self.closing.timing_the_tracker():
                 self.tracker = self._start_tracker()
-            formats = recipes.table(self.model, config.precision, str(runtime.dtype).removeprefix("torch."))
-            (self.path / "precision.json").write_text(json.dumps(formats, indent=1, ensure_ascii=False) + "\n")
+            self._write_formats()
             (self.path / "tokenizer").mkdir(exist_ok=True)
             Tokenizer.load(self.data.path).save(self.path / "tokenizer")
             print_notes([*notes, f"run folder {self.path}"])
+
+    def _write_formats(self) -> None:
+        """Rank 0: `precision.json`, what runs in what."""
+        formats = recipes.table(self.model, self.config.precision, self.compute_format)
+        (self.path / "precision.json").write_text(json.dumps(formats, indent=1, ensure_ascii=False) + "\n")
 
     def _start_tracker(self) -> Tracker:
         has_metrics = (self.path / "metrics.jsonl").exists()
@@ -206,12 +222,13 @@ class Run:
             began = time.monotonic()
             inputs, targets = self.stepper.load(self.steps_done)
             meter.data_wait(time.monotonic() - began)
-            meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor, progress))
+            counts = self._will_log(progress + fraction)
+            meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor, progress, counts_fp8=counts))
             self.steps_done += 1
             progress = self._progress()
             self.stopped_by = self._limit_reached()  # now: the reserve changes once the evaluation is timed
             ends = progress >= 1 or self.interrupted is not None
-            crossed = self._crossed(config.eval.every_tokens, tokens_before)
+            crossed = self._crossed(config.eval.every_tokens, tokens_before, meter.tokens)
             evaluates = self.interrupted is None if ends else crossed and self.closing.leaves_time_for_another()
             every = config.checkpoint.every_steps
             rehearses = not ends and self.closing.rehearsal_is_due()
@@ -220,9 +237,12 @@ class Run:
             logs = saves or evaluates or self.steps_done % config.tracking.log_every_steps == 0
             if self.runtime.device_type == "cuda" and logs:
                 torch.cuda.synchronize()  # what the device still has to do belongs on the train clock
+        too_unhealthy: str | None = None
         if logs:
             self.account.training_pauses()
-            row = self.last_row = self._training_metrics(factor)
+            figures = self._training_figures()
+            too_unhealthy = self._look_after_fp8(figures, ends)
+            row = self.last_row = self._training_metrics(figures, factor)
             if evaluates:
                 row |= self._evaluate()
             if self.tracker:
@@ -235,17 +255,34 @@ class Run:
                     tokens_per_second=row["throughput/tokens_per_second"],
                     usd=meter.usd_total,
                 )
-        if saves:
+        if saves or too_unhealthy is not None:
             self._save()
+        if too_unhealthy is not None:
+            raise UserError(
+                f"{too_unhealthy} (step_{self.steps_done} is saved): go on with resume=auto and precision=bf16, "
+                "precision.health.action=compute_format or a higher limit"
+            )
         if rehearses:
             self.closing.rehearse()
         return progress
 
+    def _will_log(self, progress: float) -> bool:
+        """Whether the step about to be done will be logged, as far as can be told: it takes the run to `progress`."""
+        every = (self.config.tracking.log_every_steps, self.config.checkpoint.every_steps)
+        tokens = self.account.meter.tokens
+        after = tokens + self.batches.num_targets(self.steps_done)
+        return (
+            any(steps is not None and (self.steps_done + 1) % steps == 0 for steps in every)
+            or self._crossed(self.config.eval.every_tokens, tokens, after)
+            or progress > 1 - 1e-9
+        )
+
     def _progress(self) -> float:
         return self.account.progress(self.steps_done, self.closing.reserve_seconds())
 
-    def _crossed(self, every_tokens: int | None, tokens_before: int) -> bool:
-        return every_tokens is not None and self.account.meter.tokens // every_tokens > tokens_before // every_tokens
+    @staticmethod
+    def _crossed(every_tokens: int | None, before: int, after: int) -> bool:
+        return every_tokens is not None and after // every_tokens > before // every_tokens
 
     def _limit_reached(self) -> str | None:
         return self.account.limits.reason(self.account.spent(self.steps_done, self.closing.reserve_seconds()))
@@ -271,19 +308,39 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ logging and saving
 
-    def _training_metrics(self, factor: float) -> dict[str, float | None]:
-        """Everything that is logged of the steps since the last log. Waits for the device."""
+    def _training_figures(self) -> StepFigures:
+        """Of the steps since the last log. Waits for the device. Raises UserError where they are not finite."""
         figures = self.stepper.read_totals()
         self.train_loss = figures.loss
         if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
             saved = "there is no checkpoint yet" if self.saved_step is None else f"step_{self.saved_step} is saved"
+            place = where_not_finite(figures.fp8_rates)
             raise UserError(
-                f"the loss is {figures.loss} and the gradient norm {figures.grad_norm} at step {self.steps_done} "
-                f"({saved}): lower optimizer.lr or raise schedule.warmup_fraction"
+                f"the loss is {figures.loss} and the gradient norm {figures.grad_norm} at step {self.steps_done}"
+                + (f", in FP8 first {place}" if place else "")
+                + f" ({saved}): lower optimizer.lr or raise schedule.warmup_fraction"
             )
+        return figures
+
+    def _look_after_fp8(self, figures: StepFigures, ends: bool) -> str | None:
+        """Do what is to be done about the rates of a logged step; returns why the run has to stop, if it has to."""
+        verdict = self.fp8_health.judge(figures.fp8_rates, self.steps_done, ends)
+        if verdict.returned:
+            self.account.formats_changed()
+        if self.tracker:
+            if verdict.returned:
+                self._write_formats()
+            print_notes(verdict.notes)
+        return verdict.stop
+
+    def _training_metrics(self, figures: StepFigures, factor: float) -> dict[str, float | None]:
+        """Everything that is logged of the steps since the last log."""
+        in_compute_format = float(len(self.fp8_health.in_compute_format))
         joules = self.account.joules()  # read when training paused
         return {
             **metrics.of_steps(figures, self.model_config.moe),
+            **metrics.of_fp8(figures.fp8_rates),
+            **({"fp8/modules_in_compute_format": in_compute_format} if self.config.precision.fp8 else {}),
             "train/lr": self.config.optimizer.lr * factor,
             "memory/peak_bytes": float(summaries.peak_memory_bytes(self.runtime)),
             "progress/seconds": self.account.meter.wall_seconds,
@@ -305,6 +362,7 @@ class Run:
         state = {
             "step": self.steps_done,
             **self.account.state(),
+            **self.fp8_health.state(),
             "train_loss": self.train_loss,
             "corpus_fingerprint": self.data.fingerprint,
             "vocab_size": self.model.vocab_size,

@@ -23,6 +23,7 @@ from moe_train.data.batches import Batches
 from moe_train.model.balancing import update_selection_bias
 from moe_train.model.transformer import Losses, Transformer
 from moe_train.precision.fp8 import holding_weights
+from moe_train.precision.health import Counts, LayerRates
 from moe_train.training.optimizers import set_lr
 from moe_train.training.runtime import Runtime
 
@@ -82,10 +83,14 @@ class StepFigures(NamedTuple):
     counts_le: Tensor
     grad_norm: float
     batch_size: int  # sequences of the last step
+    fp8_rates: LayerRates  # of the steps that were counted; empty where none was
 
 
 class Stepper:
-    """Trains `model` (bare) through `wrapped` (the same model prepared by accelerate), a step at a time."""
+    """Trains `model` (bare) through `wrapped` (the same model prepared by accelerate), a step at a time.
+
+    `fp8_counts`: where the steps that are counted leave what FP8 did to their operands.
+    """
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class Stepper:
         wrapped: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         batches: Batches,
+        fp8_counts: Counts | None = None,
     ) -> None:
         self.config = config
         self.runtime = runtime
@@ -102,6 +108,7 @@ class Stepper:
         self.wrapped = wrapped
         self.optimizers = optimizers
         self.batches = batches
+        self.fp8_counts = fp8_counts
         self.micro_batch_size = config.micro_batch_size or config.batch_size // runtime.world_size
         self.routers = model.routers()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -115,14 +122,24 @@ class Stepper:
         device = self.runtime.device
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
-    def step(self, step: int, inputs_bt: Tensor, targets_bt: Tensor, lr_factor: float, progress: float) -> int:
+    def step(
+        self,
+        step: int,
+        inputs_bt: Tensor,
+        targets_bt: Tensor,
+        lr_factor: float,
+        progress: float,
+        *,
+        counts_fp8: bool = False,
+    ) -> int:
         """Do optimizer step `step` (from 0) at a run's `progress`; returns the targets trained on, over all ranks."""
         num_targets = self.batches.num_targets(step)
         pieces = list(zip(inputs_bt.split(self.micro_batch_size), targets_bt.split(self.micro_batch_size), strict=True))
         counts_le = torch.zeros_like(self.totals.counts_le)
         mtp, moe = self.model.config.mtp, self.model.config.moe
         mtp_weight = 0.0 if mtp is None else mtp.weight_at(progress)
-        with holding_weights():
+        counted = self.fp8_counts.counting() if counts_fp8 and self.fp8_counts else contextlib.nullcontext()
+        with holding_weights(), counted:
             for micro, (inputs, targets) in enumerate(pieces):
                 self._seed_dropout(step, micro)
                 last = micro == len(pieces) - 1
@@ -175,4 +192,6 @@ class Stepper:
             counts_le=totals.counts_le.cpu(),
             grad_norm=totals.grad_norm.item(),
             batch_size=totals.batch_size,
+            # A sum of its own: together with the losses it could change the order in which ranks add these up.
+            fp8_rates=self.fp8_counts.rates(self.runtime.summed(self.fp8_counts.take())) if self.fp8_counts else {},
         )

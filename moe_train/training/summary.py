@@ -131,6 +131,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "num_threads": run.runtime.num_threads,
         "precision": run.config.precision.name,
         "compute_dtype": str(run.runtime.dtype).removeprefix("torch."),
+        "fp8_modules_in_compute_format": run.fp8_health.in_compute_format,
         "peak_memory_bytes": peak_memory_bytes(run.runtime),
         "predicted_peak_tensor_bytes": predicted_peak_bytes(run),
         "corpus": run.config.data.name,

@@ -28,6 +28,11 @@ def one_line(commands: Commands, *command: str, status: int = 1) -> str:
         ("model.mtp.depth=1", "unknown key model.mtp.depth with these choices: it comes with another file", 1),
         ("schedule.segments=[]", "schedule.segments with these choices: it comes with another file", 1),
         ("schedule=deepseek_v3 schedule.segments=3", "configuration: schedule.segments=3: ", 1),
+        (
+            "precision.health.action=stop",
+            "precision.health.action with these choices: it comes with another file of",
+            1,
+        ),
         ("init_from=", "init_from is empty", 1),
         ("model.dense_twin_of_moe=equal_params model.moe.num_experts=900000", "wider than a million", 1),
         ("name=../evil", "leave out the /", 1),
