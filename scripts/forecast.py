@@ -2,7 +2,7 @@
 
     model=NAME tokens=N hardware=NAME num_gpus=N   from published runs; other settings of the model as for train.py
     published=true                                 how near that comes for the published runs, each left out in turn
-    fit=true hardware=NAME [model=NAME]            largest micro-batch, longest sequence, whether to checkpoint
+    fit=true hardware=NAME [model=NAME] [precision=NAME]   largest micro-batch, longest sequence, whether to checkpoint
     probe=true tokens=N [train.py's settings]      from 20 steps on the device at hand; against=RUN compares afterwards
 
 python scripts/forecast.py model=NAME tokens=N hardware=NAME [num_gpus=1] [precision=bf16|fp8] \
@@ -33,7 +33,7 @@ class Arguments:
     tokens: Amount | None = None
     hardware: str | None = None
     num_gpus: Size = 1
-    precision: str | None = None  # bf16 or fp8; of a probe, whatever train.py takes
+    precision: str | None = None  # bf16 or fp8; of fit and probe, whatever train.py takes
     parallel: commands.Parallel = "auto"
     expert_parallel: Size | None = None
     micro_batch: Size = 1
@@ -52,7 +52,7 @@ _PLAN = ("tokens", "hardware", "num_gpus", "precision", "parallel", "expert_para
 _TAKES = {
     "forecast": (*_PLAN, "sequence_length", "vocab_size", "activation_checkpointing", "price_usd_per_hour"),
     "published": (),
-    "fit": ("hardware", "sequence_length", "vocab_size"),
+    "fit": ("hardware", "precision", "sequence_length", "vocab_size"),
     "probe": ("tokens", "hardware", "precision", "against"),
 }
 

@@ -49,7 +49,7 @@ def attention_forward(layer: LayerTape) -> None:
         tape.drop(WORKSPACE, queries)
     by_token = mixed if _by_heads(layer) else 0
     tape.make(layer.kept, by_token)
-    tape.make(ACTIVATIONS, layer.product_input(_mixed_features(a)) if layer.given.fp8 else 0)
+    tape.make(ACTIVATIONS, _fp8_by_token(layer))
     layer.weight_cast(hidden * _mixed_features(a))
     tape.make(WORKSPACE, layer.narrowed)
     if isinstance(a, MLAConfig):
@@ -78,6 +78,11 @@ def _entering_part(layer: LayerTape) -> str:
 def _by_heads(layer: LayerTape) -> bool:
     """Whether the kernel's result is stored by heads, as joined queries are, and copied for the projection."""
     return isinstance(layer.model.attention, MLAConfig) and not layer.given.on_cuda
+
+
+def _fp8_by_token(layer: LayerTape) -> float:
+    """Bytes of what the last projection keeps in FP8."""
+    return layer.product_input(_mixed_features(layer.model.attention)) if layer.keeps_fp8_inputs else 0
 
 
 def _mixed_features(a: MLAConfig | GQAConfig) -> int:
@@ -118,12 +123,11 @@ def attention_backward(layer: LayerTape) -> None:
     if layer.given.narrow:
         tape.drop(WORKSPACE, layer.narrowed)
     by_token = mixed if _by_heads(layer) else 0
-    if layer.remakes and not layer.given.fp8:
+    if layer.remakes:
         tape.make(WORKSPACE, by_token)
     layer.weight_gradient(hidden * _mixed_features(a))
-    if layer.given.fp8:
-        tape.drop(ACTIVATIONS, layer.product_input(_mixed_features(a)))
-    else:
+    tape.drop(ACTIVATIONS, _fp8_by_token(layer))
+    if layer.remakes or not layer.given.fp8:
         tape.drop(layer.kept, by_token)
     keys_again = keys if layer.remakes and isinstance(a, MLAConfig) else 0
     tape.make(WORKSPACE, keys_again)

@@ -36,7 +36,7 @@ def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
     tape.make(layer.kept, narrowed if moe.num_shared_experts else 0)
     exchanged = across if layout.expert_parallel > 1 else 0
     tape.make(layer.kept, across)  # rows of tokens
-    if layer.given.fp8:
+    if layer.keeps_fp8_inputs:
         tape.make(ACTIVATIONS, layer.product_input(hidden, rows))
     tape.passing(WORKSPACE, exchanged)
     experts = moe.num_experts * width * hidden // layout.expert_parallel
@@ -79,7 +79,7 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     layout, rows = layer.given.layout, _rows(layer, moe)
     experts = moe.num_experts * width * hidden // layout.expert_parallel
     part, across = c * rows * width, c * rows * hidden
-    narrow, remakes = layer.given.narrow, layer.remakes and not layer.given.fp8
+    narrow, remakes = layer.given.narrow, layer.remakes
     narrowed = layer.narrowed if narrow else 0
     if narrow:
         tape.make(WORKSPACE, layer.narrowed)
@@ -106,7 +106,7 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
         tape.passing(WORKSPACE, across)  # the side of the exchange that sends
     tape.drop(WORKSPACE, 2 * part + across)
     tape.drop(ACTIVATIONS, layer.kept_gate_up(part))
-    if layer.given.fp8:
+    if layer.keeps_fp8_inputs:
         tape.drop(ACTIVATIONS, layer.product_input(hidden, rows))
     else:
         tape.drop(layer.kept, across)
@@ -117,15 +117,11 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     tape.drop(WORKSPACE, across)
     if moe.num_shared_experts:
         layer.summed(narrow=True)
-    if not layer.given.fp8 and moe.num_shared_experts:
+    if remakes or (moe.num_shared_experts and not layer.given.fp8):
         tape.drop(layer.kept, narrowed)
-    elif remakes:
-        tape.drop(WORKSPACE, narrowed)
     layer.cast_back()
     tape.drop(ACTIVATIONS, FP32 * layer.tokens * moe.num_experts * _kept_scores(moe) + INT64 * 3 * rows)
-    if layer.remakes and layer.given.fp8:
-        tape.make(WORKSPACE, layer.residual)
     tape.make(WORKSPACE, layer.residual)  # through the router
     layer.weight_gradient(moe.num_experts * hidden, cast=False)
-    tape.drop(WORKSPACE if layer.remakes else ACTIVATIONS, layer.residual)
+    tape.drop(WORKSPACE if remakes else ACTIVATIONS, layer.residual)
     layer.summed()

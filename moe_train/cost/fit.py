@@ -47,6 +47,7 @@ def fit(
     sequence_length: int,
     optimizer: OptimizerConfig,
     compute_bytes: int,
+    fp8: bool = False,
     layout: Layout = SINGLE,
     accumulates: bool = True,
     device_type: DeviceType = "cuda",
@@ -54,7 +55,8 @@ def fit(
     """A row for each (name, model, vocabulary) on devices of `memory` bytes each, laid out as `layout`.
 
     `accumulates`: gradients of earlier micro-batches exist, as when a batch is cut to fit. `compute_bytes`: 2 where
-    matrix products run in BF16, 4 in FP32. Raises UserError where a model cannot be laid out so.
+    matrix products run in BF16, 4 in FP32; `fp8`: those of linear layers in FP8. Raises UserError where a model cannot
+    be laid out so.
     """
     room = usable_bytes(memory)
     rows = []
@@ -65,6 +67,7 @@ def fit(
             vocab_size,
             optimizer=optimizer,
             compute_bytes=compute_bytes,
+            fp8=fp8,
             accumulates=accumulates,
             layout=layout,
             device_type=device_type,
@@ -90,6 +93,7 @@ def _peak_bytes(
     *,
     optimizer: OptimizerConfig,
     compute_bytes: int,
+    fp8: bool,
     accumulates: bool,
     layout: Layout,
     device_type: DeviceType,
@@ -101,6 +105,7 @@ def _peak_bytes(
         sequence_length=length,
         optimizer=optimizer,
         compute_bytes=compute_bytes,
+        fp8=fp8,
         activation_checkpointing=activation_checkpointing,
         accumulates=accumulates,
         layout=layout,

@@ -39,7 +39,7 @@ class LayerTape:
     """Writes the passes of `tokens` tokens through the parts of one layer.
 
     In the backward pass the gradient of the residual stream stands in the workspace throughout. `remakes`: what is
-    cheap is made again there (model/remade.py), as it is wherever whole layers are not.
+    cheap is made again there (precision/remade.py), as it is wherever whole layers are not.
     """
 
     def __init__(
@@ -55,6 +55,10 @@ class LayerTape:
     def kept(self) -> str:
         """The part of what a product would keep of a result that can be made again."""
         return WORKSPACE if self.remakes or self.given.fp8 else ACTIVATIONS
+
+    @property
+    def keeps_fp8_inputs(self) -> bool:
+        return self.given.fp8 and not self.remakes
 
     def norm_forward(self, features: int, *, copied: bool = False) -> None:
         """`copied`: its input is kept for this alone. The result stands in the workspace."""
@@ -86,7 +90,7 @@ class LayerTape:
     def enter_products_backward(self, features: int) -> None:
         """What products read is there again."""
         own = self.c * self.tokens * features
-        if self.remakes and not self.given.fp8:
+        if self.remakes:
             if self.given.narrow:
                 self.tape.make(WORKSPACE, FP32 * self.tokens * features)
             self.tape.make(WORKSPACE, own)
@@ -94,7 +98,7 @@ class LayerTape:
                 self.tape.drop(WORKSPACE, FP32 * self.tokens * features)
 
     def leave_products_backward(self, features: int) -> None:
-        if not self.given.fp8:
+        if self.remakes or not self.given.fp8:
             self.tape.drop(self.kept, self.c * self.tokens * features)
 
     def norm_backward(self, features: int, *, added: bool = False, copied: bool = False, last: bool = True) -> None:
@@ -114,8 +118,8 @@ class LayerTape:
             tape.drop(ACTIVATIONS, self._norm_input(features) if copied else size)
 
     def cast_in(self, features: int) -> None:
-        """A product's own form of its input, which FP8 has."""
-        if self.given.fp8:
+        """A product's own form of its input, which FP8 has; it is made again where the input is."""
+        if self.keeps_fp8_inputs:
             self.tape.make(ACTIVATIONS, self.product_input(features))
 
     def product_input(self, features: int, rows: float | None = None) -> float:
@@ -124,7 +128,7 @@ class LayerTape:
         return rows_bytes(rows, features) if self.given.fp8 else self.c * rows * features
 
     def let_input_go(self, features: int) -> None:
-        if self.given.fp8:
+        if self.keeps_fp8_inputs:
             self.tape.drop(ACTIVATIONS, self.product_input(features))
 
     def weight_cast(self, weights: int) -> None:

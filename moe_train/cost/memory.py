@@ -43,7 +43,7 @@ ASSUMPTIONS = (
     "master weights, gradients and the residual stream are FP32; optimizer states are what optimizer.moments says",
     "attention is a fused kernel: no score matrix is kept",
     "norms keep their input; their results, rows sorted by expert and joined keys are made again in the backward pass "
-    "(model/remade.py), except where activation checkpointing makes whole layers again",
+    "(precision/remade.py), except where activation checkpointing makes whole layers again",
     "in BF16 the cast weights are kept until the backward pass",
     "with an FP8 recipe every linear layer of the blocks keeps its input, and its weight for each of two products "
     "until the step ends, in FP8 (a byte a value, 4 of scale for 128 of a row); a SwiGLU's input is kept so too, which "

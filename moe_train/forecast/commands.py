@@ -121,8 +121,14 @@ def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dic
     if hardware.memory_gb is None:
         raise UserError(f"the memory of hardware={hardware.name} is not known: choose another or give it in its file")
     chosen = any(override.startswith("model=") for override in overrides)
+    if asked.precision is not None:
+        overrides = [f"precision={asked.precision}", *overrides]
     asked_for = [overrides] if chosen else [[f"model={name}", *overrides] for name in _FITTED]
     composed = [compose_model(each, config_dir) for each in asked_for]
+    precision, peaks = composed[0].precision, hardware.peak_tflops
+    if precision.fp8 is not None and peaks.float8 is None:
+        raise UserError(f"precision={precision.name}: {hardware.name} multiplies no FP8: choose bf16 or auto")
+    narrow = precision.compute_dtype != "float32" and peaks.bfloat16 is not None
     rows = []
     for each in composed:
         rows += fit(
@@ -130,13 +136,15 @@ def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dic
             [(each.model.name, each.model, _vocab_size(asked, each))],
             sequence_length=asked.sequence_length or each.sequence_length,
             optimizer=each.optimizer,
-            compute_bytes=2 if hardware.peak_tflops.bfloat16 else 4,
+            compute_bytes=2 if narrow else 4,
+            fp8=precision.fp8 is not None,
         )
     tables.show_fit(rows, hardware.name)
     return {
         "hardware": hardware.name,
         "memory_bytes": int(hardware.memory_gb * GB),
-        "compute_dtype": "bfloat16" if hardware.peak_tflops.bfloat16 else "float32",
+        "compute_dtype": "bfloat16" if narrow else "float32",
+        "precision": precision.name,
         "rows": [asdict(row) for row in rows],
     }
 

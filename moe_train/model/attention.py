@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from moe_train.config import GQAConfig, MLAConfig, ModelConfig
 from moe_train.model.layers import Linear, in_compute_format
 from moe_train.model.norm import RMSNorm
-from moe_train.model.remade import remade
 from moe_train.model.rope import Rotary, rotate, softmax_scale
+from moe_train.precision.remade import remade
 
 
 class LayerCache:

@@ -12,8 +12,8 @@ from moe_train.model.attention import LayerCache, build_attention
 from moe_train.model.experts import MoELayer, Routed
 from moe_train.model.layers import SwiGLU
 from moe_train.model.norm import RMSNorm
-from moe_train.model.remade import remade
 from moe_train.model.rope import Rotary
+from moe_train.precision.remade import remade
 
 
 class BlockOutput(NamedTuple):

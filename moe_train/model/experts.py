@@ -15,10 +15,10 @@ from moe_train.config import MoEConfig
 from moe_train.model import dispatch, slots
 from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequence_balance_loss
 from moe_train.model.layers import SwiGLU, in_compute_format
-from moe_train.model.remade import remade
 from moe_train.model.router import Choice, Router
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import swiglu_linear
+from moe_train.precision.remade import remade
 
 
 class Routed(NamedTuple):

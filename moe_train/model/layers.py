@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_train.model.remade import remade
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import linear, swiglu_linear
+from moe_train.precision.remade import remade
 
 
 def in_compute_format(x: Tensor) -> Tensor:

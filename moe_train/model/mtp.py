@@ -15,8 +15,8 @@ from moe_train.model.attention import LayerCache
 from moe_train.model.block import Block, BlockOutput
 from moe_train.model.layers import Linear, in_compute_format
 from moe_train.model.norm import RMSNorm
-from moe_train.model.remade import remade
 from moe_train.model.rope import Rotary
+from moe_train.precision.remade import remade
 
 
 class MTPModule(nn.Module):

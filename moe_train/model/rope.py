@@ -7,6 +7,7 @@ length tell neighbours apart and are kept, those that do not complete a turn are
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,30 @@ def rotary_tables(positions_t: Tensor, frequencies: Tensor) -> Rotary:
 
 def rotate(x_bhtr: Tensor, cos_tr: Tensor, sin_tr: Tensor) -> Tensor:
     """Turn feature i of each position against feature i + r/2 by the position's angle; computed in FP32."""
-    first, second = x_bhtr.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_bhtr * cos_tr + turned * sin_tr).to(x_bhtr.dtype)
+    out: Tensor = _Rotation.apply(x_bhtr, cos_tr, sin_tr)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """Turned back by the same angle in the backward pass; in place of what autograd would join and negate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_outputs[0], cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    sin_first, sin_second = sin.chunk(2, dim=-1)
+    out = wide * cos
+    out_first, out_second = out.chunk(2, dim=-1)
+    out_first.addcmul_(second, sin_first, value=-direction)
+    out_second.addcmul_(first, sin_second, value=direction)
+    return out.to(x.dtype)

@@ -21,10 +21,10 @@ from moe_train.model.layers import Linear
 from moe_train.model.loss import IGNORE, head_loss
 from moe_train.model.mtp import MTPModule
 from moe_train.model.norm import RMSNorm
-from moe_train.model.remade import remaking
 from moe_train.model.rope import Rotary, rotary_frequencies, rotary_tables
 from moe_train.model.router import Router
 from moe_train.precision.matmul import linear
+from moe_train.precision.remade import remaking
 
 
 class Losses(NamedTuple):

@@ -5,11 +5,12 @@
     weight gradient  dw (o, i) = dyᵀ (o, t) · xᵀ (i, t)ᵀ    sums over the tokens t
 
 What is kept of an input until the backward pass is its FP8 form, from which the weight gradient's operand is rounded
-again, as in DeepSeek-V3 (arXiv 2412.19437, section 3.3.3). Weights are rounded once a step, whatever the number of
+again, as in DeepSeek-V3 (arXiv 2412.19437, section 3.3.3); of an input that is itself made again, such as a norm's
+result, nothing is (precision/remade.py). Weights are rounded once a step, whatever the number of
 micro-batches: inside `holding_weights`, which ends before the optimizer changes them. A tensor's version counter would
 not do: torch's fused AdamW leaves it as it is. In a grouped product every group is a product of its own.
 
-Forward and backward are operators of torch's library, which torch.compile takes as they are, without a graph break.
+Here is what a layer rounds; the operators that multiply are in fp8_linear.py and fp8_swiglu.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from moe_train.kernels import reference
 from moe_train.kernels.layouts import DTYPES, PIECE, Columns, Rows, Weights
 from moe_train.precision import health
 from moe_train.precision.backends import Backend
-from moe_train.precision.formats import compute_dtype
+from moe_train.precision.remade import remade_with
 
 _held: object | None = None  # the step in progress, while weights cannot change
 _layers: WeakValueDictionary[int, Fp8Layer] = WeakValueDictionary()  # operators take numbers, not objects
@@ -64,19 +65,15 @@ class Fp8Layer:
         """A copied model's layer is another layer: its weights will differ."""
         return Fp8Layer(self.recipe, self.backend, self.power_of_two_input)
 
-    def linear(self, x: Tensor, weight_oi: Tensor) -> Tensor:
-        """x (…, in), weight (out, in) → (…, out) in the compute format."""
-        return self._forward(x.flatten(0, -2), weight_oi, None).view(*x.shape[:-1], -1)
-
-    def grouped_linear(self, x_ni: Tensor, weight_eoi: Tensor, ends_e: Tensor) -> Tensor:
-        """Rows of group e times weight_eoi[e] → (n, out) in the compute format."""
-        return self._forward(x_ni, weight_eoi, ends_e)
-
-    def _forward(self, x_ni: Tensor, weight: Tensor, ends_e: Tensor | None) -> Tensor:
+    def input(self, x_ni: Tensor, ends_e: Tensor | None) -> Rows:
+        """x in the compute format as the forward product takes it, and as it is kept, unless x itself is made again."""
         kept_in = DTYPES[self.recipe.forward.activation.format]
-        narrow = x_ni.to(compute_dtype(x_ni))
-        out: Tensor = torch.ops.moe_train.fp8_forward(narrow, weight, ends_e, self.key, kept_in)[0]
-        return out
+
+        def rounded(x_ni: Tensor) -> tuple[Tensor, ...]:
+            pair: tuple[Tensor, Tensor] = torch.ops.moe_train.fp8_input(x_ni, ends_e, self.key, kept_in)
+            return pair
+
+        return Rows(*remade_with(rounded, x_ni))
 
     @property
     def power_of_two(self) -> bool | None:
@@ -108,7 +105,7 @@ class Fp8Layer:
         return rounded
 
     def quantized_input(self, x_ni: Tensor, ends_e: Tensor) -> Rows:
-        """As the forward product takes it, and as it is kept."""
+        """What `input` returns, made."""
         operand = self.recipe.forward.activation
         rows, _ = self.backend.quantize(x_ni, ends_e, rows=operand, columns=None, power_of_two=self.power_of_two)
         assert rows is not None
@@ -195,90 +192,20 @@ class Fp8Layer:
         self._weights = (None, None)
 
 
-@torch.library.custom_op("moe_train::fp8_forward", mutates_args=())
-def _forward(
-    x_ni: Tensor, weight: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The product, and its input as it is kept: values and scales. `weight`: (o, i), or (e, o, i) with `ends_e`."""
-    own = layer_of(layer)
-    ends = ends_of(x_ni, ends_e)
-    kept = own.quantized_input(x_ni, ends)
-    y = own.backend.product(kept, own.weights(stacked(weight), backward=False), ends, x_ni.dtype)
-    return y, kept.values, kept.scales
+@torch.library.custom_op("moe_train::fp8_input", mutates_args=())
+def _input(x_ni: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values and scales."""
+    rows = layer_of(layer).quantized_input(x_ni, ends_of(x_ni, ends_e))
+    return rows.values, rows.scales
 
 
-@_forward.register_fake
-def _(
-    x_ni: Tensor, weight: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+@_input.register_fake
+def _(x_ni: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype) -> tuple[Tensor, Tensor]:
     rows, inner = x_ni.shape
     return (
-        x_ni.new_empty(rows, weight.shape[-2]),
         x_ni.new_empty(rows, inner, dtype=kept_in),
         x_ni.new_empty(rows, (inner + PIECE - 1) // PIECE, dtype=torch.float32),
     )
-
-
-@torch.library.custom_op("moe_train::fp8_backward", mutates_args=())
-def _backward(
-    grad_no: Tensor,
-    weight: Tensor,
-    ends_e: Tensor | None,
-    values: Tensor,
-    scales: Tensor,
-    layer: int,
-    needs_x: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the input (in that of the product's format) and of the weight (FP32); empty where not needed."""
-    own = layer_of(layer)
-    ends = ends_of(grad_no, ends_e)
-    rows, columns = own.quantized_gradient(grad_no, ends, rows=needs_x, columns=needs_weight)
-    grad_x, grad_weight = grad_no.new_empty(0), grad_no.new_empty(0, dtype=torch.float32)
-    if rows is not None:
-        grad_x = own.backend.product(rows, own.weights(stacked(weight), backward=True), ends, grad_no.dtype)
-    if columns is not None:
-        inputs = own.along_tokens(Rows(values, scales), ends)
-        grad_weight = own.backend.weight_product(columns, inputs).view_as(weight)
-    return grad_x, grad_weight
-
-
-@_backward.register_fake
-def _(
-    grad_no: Tensor,
-    weight: Tensor,
-    ends_e: Tensor | None,
-    values: Tensor,
-    scales: Tensor,
-    layer: int,
-    needs_x: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    grad_x = grad_no.new_empty(len(grad_no) if needs_x else 0, *weight.shape[-1:] * needs_x)
-    return grad_x, weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, weight, ends_e, ctx.layer, _ = inputs
-    ctx.owner = owner_of(ctx.layer)
-    _, values, scales = output
-    ctx.mark_non_differentiable(values, scales)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight, ends_e, values, scales)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    if grad is None:
-        return None, None, None, None, None
-    needs_x, needs_weight = ctx.needs_input_grad[:2]
-    weight, ends_e, values, scales = ctx.saved_tensors
-    grad_x, grad_weight = torch.ops.moe_train.fp8_backward(
-        grad.contiguous(), weight, ends_e, values, scales, ctx.layer, needs_x, needs_weight
-    )
-    return grad_x if needs_x else None, grad_weight if needs_weight else None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def owner_of(key: int) -> Fp8Layer | None:

@@ -29,15 +29,18 @@ def fp8_swiglu(
     """As `swiglu_linear` of precision/matmul.py."""
     dtype, (first, second) = compute_dtype(x), layers
     swiglu_input = first.recipe.swiglu_input
+    x_nd = x.flatten(0, -2).to(dtype)
+    kept = first.input(x_nd, ends_e)
     out: Tensor = torch.ops.moe_train.fp8_swiglu_forward(
-        x.flatten(0, -2).to(dtype),
+        x_nd,
+        kept.values,
+        kept.scales,
         gate_up_weight,
         down_weight,
         None if row_weight is None else row_weight.to(dtype),
         ends_e,
         first.key,
         second.key,
-        DTYPES[first.recipe.forward.activation.format],
         None if swiglu_input is None else DTYPES[swiglu_input.format],
     )[0]
     return out.view(*x.shape[:-1], -1)
@@ -46,51 +49,49 @@ def fp8_swiglu(
 @torch.library.custom_op("moe_train::fp8_swiglu_forward", mutates_args=())
 def _forward(
     x_nd: Tensor,
+    x_values: Tensor,
+    x_scales: Tensor,
     first_weight: Tensor,
     second_weight: Tensor,
     row_weight: Tensor | None,
     ends_e: Tensor | None,
     first_layer: int,
     second_layer: int,
-    kept_in: torch.dtype,
     gate_up_kept_in: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result, x as it is kept (values, scales) and gate_up as it is kept (scales empty unless in FP8)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and gate_up as it is kept (scales empty unless in FP8). x: for its gradient, and as multiplied."""
     first, second = layer_of(first_layer), layer_of(second_layer)
     recipe, backend, ends = first.recipe, first.backend, ends_of(x_nd, ends_e)
-    x = first.quantized_input(x_nd, ends)
-    gate_up = backend.product(x, first.weights(stacked(first_weight), backward=False), ends, x_nd.dtype)
+    gate_up = backend.product(
+        Rows(x_values, x_scales), first.weights(stacked(first_weight), backward=False), ends, x_nd.dtype
+    )
     h = second.swiglu(gate_up, row_weight, ends)
     y = backend.product(h, second.weights(stacked(second_weight), backward=False), ends, x_nd.dtype)
     if recipe.swiglu_input is None:
-        return y, x.values, x.scales, gate_up, gate_up.new_empty(0, dtype=torch.float32)
+        return y, gate_up, gate_up.new_empty(0, dtype=torch.float32)
     kept = first.swiglu_input(gate_up, recipe.swiglu_input, ends)
-    return y, x.values, x.scales, kept.values, kept.scales
+    return y, kept.values, kept.scales
 
 
 @_forward.register_fake
 def _(
     x_nd: Tensor,
+    x_values: Tensor,
+    x_scales: Tensor,
     first_weight: Tensor,
     second_weight: Tensor,
     row_weight: Tensor | None,
     ends_e: Tensor | None,
     first_layer: int,
     second_layer: int,
-    kept_in: torch.dtype,
     gate_up_kept_in: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (rows, inner), width = x_nd.shape, first_weight.shape[-2]
-
-    def scales(of: int) -> Tensor:
-        return x_nd.new_empty(rows, (of + PIECE - 1) // PIECE, dtype=torch.float32)
-
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = len(x_nd), first_weight.shape[-2]
+    scales = (0,) if gate_up_kept_in is None else (rows, (width + PIECE - 1) // PIECE)
     return (
         x_nd.new_empty(rows, second_weight.shape[-2]),
-        x_nd.new_empty(rows, inner, dtype=kept_in),
-        scales(inner),
         x_nd.new_empty(rows, width, dtype=gate_up_kept_in or x_nd.dtype),
-        x_nd.new_empty(0, dtype=torch.float32) if gate_up_kept_in is None else scales(width),
+        x_nd.new_empty(scales, dtype=torch.float32),
     )
 
 
@@ -165,28 +166,29 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *kept, ctx.first, ctx.second, _, _ = inputs
+    _, x_values, x_scales, *kept, ctx.first, ctx.second, _ = inputs
     ctx.owners = owner_of(ctx.first), owner_of(ctx.second)
     _, *made = output
     ctx.mark_non_differentiable(*made)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*kept, *made)
+    ctx.save_for_backward(*kept, x_values, x_scales, *made)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    no_number = (None,) * 5
     if grad is None:
-        return (None,) * 4 + no_number
-    needs_x, needs_first, needs_second, needs_row_weight = ctx.needs_input_grad[:4]
+        return (None,) * 10
+    needs_x, _, _, needs_first, needs_second, needs_row_weight = ctx.needs_input_grad[:6]
     grad_x, grad_first, grad_second, grad_row_weight = torch.ops.moe_train.fp8_swiglu_backward(
         grad.contiguous(), *ctx.saved_tensors, ctx.first, ctx.second, needs_x, needs_first or needs_second
     )
     return (
         grad_x if needs_x else None,
+        None,
+        None,
         grad_first if needs_first else None,
         grad_second if needs_second else None,
         grad_row_weight if needs_row_weight else None,
-        *no_number,
+        *(None,) * 4,
     )
 
 

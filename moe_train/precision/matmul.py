@@ -18,13 +18,16 @@ from torch import Tensor
 from moe_train.precision import grouped
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer
+from moe_train.precision.fp8_linear import fp8_linear
 from moe_train.precision.fp8_swiglu import fp8_swiglu
 from moe_train.precision.swiglu import SwiGLUProducts
 
 
 def linear(x: Tensor, weight: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
     """x (…, in) times weight (out, in) → (…, out) in the compute format."""
-    return F.linear(x, weight) if fp8 is None else fp8.linear(x, weight)
+    if fp8 is None:
+        return F.linear(x, weight)
+    return fp8_linear(x.flatten(0, -2), weight, None, fp8).view(*x.shape[:-1], -1)
 
 
 def grouped_linear(x_ni: Tensor, weight_eoi: Tensor, ends_e: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
@@ -34,7 +37,7 @@ def grouped_linear(x_ni: Tensor, weight_eoi: Tensor, ends_e: Tensor, fp8: Fp8Lay
     is taken, `in` and `out` must fill 16 bytes (multiples of 8 in BF16, of 4 in FP32).
     """
     if fp8 is not None:
-        return fp8.grouped_linear(x_ni, weight_eoi, ends_e)
+        return fp8_linear(x_ni, weight_eoi, ends_e, fp8)
     dtype = compute_dtype(x_ni)
     out: Tensor = _Grouped.apply(x_ni.to(dtype), weight_eoi.to(dtype), ends_e)  # type: ignore[no-untyped-call]
     return out

@@ -20,8 +20,8 @@ from moe_train.precision import grouped
 def swiglu(gate_up: Tensor, weight_n1: Tensor | None) -> Tensor:
     """(n, 2f) and (n, 1) → (n, f)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    h = F.silu(gate) * up
-    return h if weight_n1 is None else h * weight_n1
+    h = F.silu(gate).mul_(up)
+    return h if weight_n1 is None else h.mul_(weight_n1)
 
 
 def swiglu_backward(grad_h: Tensor, gate_up: Tensor, weight_n1: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -30,10 +30,13 @@ def swiglu_backward(grad_h: Tensor, gate_up: Tensor, weight_n1: Tensor | None) -
     activated = F.silu(gate)
     grad_weight = None
     if weight_n1 is not None:
-        grad_weight = (grad_h * (activated * up)).sum(-1, keepdim=True)
+        grad_weight = (activated * up).mul_(grad_h).sum(-1, keepdim=True)
         grad_h = grad_h * weight_n1
-    grad_gate = torch.ops.aten.silu_backward(grad_h * up, gate)
-    return torch.cat([grad_gate, grad_h * activated], dim=-1), grad_weight
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.mul(grad_h, activated, out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(activated.copy_(grad_h).mul_(up), gate))
+    return grad_gate_up, grad_weight
 
 
 class SwiGLUProducts(torch.autograd.Function):

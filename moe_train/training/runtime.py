@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from moe_train.config import RunConfig
 from moe_train.errors import UserError
 from moe_train.precision.support import multiplies_bfloat16
+from moe_train.training.allocator import keep_freed_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ def start_runtime(config: RunConfig) -> Runtime:
     if not on_gpu:
         _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
+        keep_freed_memory()
     num_threads = _set_threads(config.num_threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

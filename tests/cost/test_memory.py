@@ -14,10 +14,10 @@ from torch import Tensor
 from moe_train.config import AdamWConfig, MuonConfig, OptimizerConfig, RunConfig
 from moe_train.cost.memory import cache_elements_per_token, training_memory
 from moe_train.cost.step_tape import LOGITS_CHUNK_ELEMENTS
-from moe_train.model import loss, remade, transformer
+from moe_train.model import loss, transformer
 from moe_train.model.attention import LayerCache
 from moe_train.model.transformer import Transformer
-from moe_train.precision import recipes
+from moe_train.precision import recipes, remade
 from moe_train.training.optimizers import build_optimizers
 
 SmallModel = Callable[..., Transformer]

@@ -315,8 +315,8 @@ def steps(config, shape):
 
 steps(nano, (1, 32))
 before = resident_bytes()
-peak = here.predicted(tiny, (16, 256))
-steps(tiny, (16, 256))
+peak = here.predicted(tiny, (32, 256))
+steps(tiny, (32, 256))
 # Not ru_maxrss, which a process takes over from the one that started it.
 (high,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
 most = 1024 * int(high)

@@ -46,6 +46,8 @@ def test_what_fits(commands: Commands) -> None:
     rows = {row["model"]: row for row in asked(commands, "fit=true", "hardware=rtx_4090")["rows"]}
     assert rows["base"]["largest_micro_batch"] > 0
     assert rows["llama_3_1_8b"]["needs_activation_checkpointing"] is None
+    (fp8,) = asked(commands, "fit=true", "hardware=rtx_4090", "model=base", "precision=fp8_deepseek")["rows"]
+    assert fp8["largest_micro_batch"] > rows["base"]["largest_micro_batch"]
 
 
 def test_a_probe_forecasts_a_run_here_and_says_how_near_it_came(commands: Commands) -> None:
@@ -90,6 +92,7 @@ def test_deepseek_v3s_table_and_its_picture(commands: Commands) -> None:
         (["published=true", "fit=true"], "different questions"),
         (["published=true", "tokns=5"], "did you mean tokens=?"),
         (["fit=true"], "hardware= is missing"),
+        (["fit=true", "hardware=a100_80", "precision=fp8_deepseek"], "multiplies no FP8"),
         (["fit=true", "hardware=h100", "num_gpus=8"], "num_gpus= does nothing with fit=true"),
         (["published=true", "model=nano"], "model=nano does nothing with published=true"),
         (["model=nano", "tokens=1e9", "hardware=h100", "against=x"], "against= goes with probe=true"),

@@ -21,6 +21,7 @@ from moe_train.model.transformer import Transformer
 from moe_train.precision import recipes
 from moe_train.precision.emulated import Emulated
 from moe_train.precision.fp8 import Fp8Layer, holding_weights
+from moe_train.precision.matmul import grouped_linear, linear
 from moe_train.precision.quantize import quantize
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def case(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def through(layer: Fp8Layer, x: Tensor, weight: Tensor, grad: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    y = layer.grouped_linear(x, weight, ends)
+    y = grouped_linear(x, weight, ends, layer)
     y.backward(grad)
     assert x.grad is not None
     assert weight.grad is not None
@@ -97,9 +98,9 @@ def test_under_autocast_only_the_result_is_rounded_to_bf16() -> None:
     x, weight, _, ends = case(SIZES)
     x = x.bfloat16().float()
     layer = Fp8Layer(recipe("fp8_deepseek"), Emulated())
-    exact = layer.grouped_linear(x, weight, ends)
+    exact = grouped_linear(x, weight, ends, layer)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.grouped_linear(x, weight, ends), exact.bfloat16())
+        assert torch.equal(grouped_linear(x, weight, ends, layer), exact.bfloat16())
 
 
 # Decibels of the result over its error, against unrounded operands; what the recipes leave of the signal here.
@@ -144,8 +145,8 @@ def test_the_controls_lose_more_of_the_gradient_than_the_recipe_they_change() ->
 def test_one_group_of_all_rows_is_a_linear_layer() -> None:
     x, weight, _, _ = case([64])
     layer = Fp8Layer(recipe("fp8_deepseek"), Emulated())
-    grouped = layer.grouped_linear(x, weight, torch.tensor([64], dtype=torch.int32))
-    assert torch.equal(layer.linear(x.view(4, 16, -1), weight[0]).view(64, -1), grouped)
+    grouped = grouped_linear(x, weight, torch.tensor([64], dtype=torch.int32), layer)
+    assert torch.equal(linear(x.view(4, 16, -1), weight[0], layer).view(64, -1), grouped)
 
 
 def test_without_rows_there_is_an_empty_result_and_a_gradient_of_zero() -> None:
@@ -175,7 +176,7 @@ def test_weights_are_rounded_once_a_step_and_anew_outside_of_one() -> None:
     def micro_batches(count: int) -> list[tuple[bool, bool]]:
         backend.rounded.clear()
         for _ in range(count):
-            layer.linear(torch.randn(8, 200, requires_grad=True), weight).sum().backward()
+            linear(torch.randn(8, 200, requires_grad=True), weight, layer).sum().backward()
         return list(backend.rounded)
 
     for _ in range(2):  # steps
@@ -189,9 +190,9 @@ def test_a_copied_layer_does_not_share_rounded_weights() -> None:
     copied = copy.deepcopy(layer)
     x, first, second = torch.randn(8, 200), torch.randn(136, 200), torch.randn(136, 200)
     with holding_weights():
-        y = layer.linear(x, first)
-        assert torch.equal(layer.linear(x, first), y)
-        assert not torch.equal(copied.linear(x, second), y)
+        y = linear(x, first, layer)
+        assert torch.equal(linear(x, first, layer), y)
+        assert not torch.equal(linear(x, second, copied), y)
 
 
 @pytest.mark.parametrize("name", ["fp8_deepseek", "fp8_rowwise"])
@@ -202,7 +203,7 @@ def test_a_compiled_layer_has_no_graph_break_and_the_same_gradients(name: str, d
     layers = Fp8Layer(recipe(name), Emulated()), Fp8Layer(recipe(name), Emulated())
 
     def both(x: Tensor, w: Tensor, v: Tensor, ends: Tensor) -> Tensor:
-        return layers[1].linear(layers[0].grouped_linear(x, w, ends).relu(), v)
+        return linear(grouped_linear(x, w, ends, layers[0]).relu(), v, layers[1])
 
     found = []
     for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
@@ -226,13 +227,13 @@ def test_a_step_of_the_optimizer_is_seen_by_the_next(fused: bool) -> None:
     outputs = []
     for _ in range(2):
         with holding_weights():
-            y = layer.linear(x, weight)
+            y = linear(x, weight, layer)
             outputs.append(y.detach())
             y.sum().backward()
         optimizer.step()
     exact = x @ weight.detach().T
     assert not torch.equal(*outputs)
-    assert signal_to_noise(layer.linear(x, weight).detach(), exact) > 25
+    assert signal_to_noise(linear(x, weight, layer).detach(), exact) > 25
 
 
 def test_what_is_kept_of_an_input_is_in_fp8() -> None:
@@ -240,7 +241,7 @@ def test_what_is_kept_of_an_input_is_in_fp8() -> None:
     x, weight, _, ends = case(SIZES)
     x.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        Fp8Layer(recipe("fp8_deepseek"), Emulated()).grouped_linear(x, weight.requires_grad_(), ends)
+        grouped_linear(x, weight.requires_grad_(), ends, Fp8Layer(recipe("fp8_deepseek"), Emulated()))
     own = {weight.data_ptr()}
     sizes = {t.dtype: sum(k.nbytes for k in kept if k.dtype == t.dtype and k.data_ptr() not in own) for t in kept}
     assert sizes[torch.float8_e4m3fn] == x.numel()
