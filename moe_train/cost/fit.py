@@ -12,7 +12,8 @@ from functools import partial
 
 from moe_train.config import ModelConfig, OptimizerConfig
 from moe_train.cost.layout import SINGLE, Layout
-from moe_train.cost.memory import DeviceType, peak_training_memory
+from moe_train.cost.memory import peak_training_memory
+from moe_train.cost.optimizer_memory import DeviceType
 
 # What CUDA's context with the kernels of torch, cuBLAS and their workspaces takes before the first tensor: around
 # 0.6 GB on data-centre GPUs. Not measured here.

@@ -19,6 +19,7 @@ from moe_train.cost.layer_tape import FP32, Circumstances
 from moe_train.cost.layout import SINGLE, Layout
 from moe_train.cost.optimizer_memory import (
     HIDDEN_MATRICES,
+    DeviceType,
     adamw_workspace,
     layer_matrices,
     muon_workspace,
@@ -55,7 +56,6 @@ ASSUMPTIONS = (
 )
 
 Moment = Literal["forward end", "backward", "optimizer"]
-DeviceType = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,13 @@ def _optimizer_workspace(
     adamws = [{part: count for part, count in of.items() if part not in muons} for of in parts]
     routed = sum(of.get(ROUTED_EXPERTS, 0) for of in adamws)
     adamw = adamw_workspace(_share(sum(sum(of.values()) for of in adamws), routed, layout), optimizer)
-    muon = muon_workspace(model, optimizer, muon_bytes=_muon_bytes(device_type), expert_parallel=layout.expert_parallel)
+    muon = muon_workspace(
+        model,
+        optimizer,
+        device_type=device_type,
+        muon_bytes=_muon_bytes(device_type),
+        expert_parallel=layout.expert_parallel,
+    )
     return max(adamw, muon)
 
 

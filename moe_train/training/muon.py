@@ -19,16 +19,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from moe_train.cost.optimizer_memory import chunk_elements
+from moe_train.cost.optimizer_memory import MUON_BATCH_ELEMENTS, chunk_elements
 from moe_train.precision.support import multiplies_bfloat16
 from moe_train.training.moments import NEAREST, Rounding, load_states, store
 
 # A quintic whose slope at 0 is as steep as it can be; singular values end within about 0.7 to 1.2, not at 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _EPS = 1e-7
-# Bounds the working copies, of which there are about four, for models whose layers do not fit twice; a batch of this
-# size no longer gains from being larger.
-_MAX_BATCH_ELEMENTS = 2**26
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -150,15 +147,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters with gradients, those of equal matrix shape together, up to `_MAX_BATCH_ELEMENTS`."""
+    """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS`."""
     by_shape: dict[tuple[torch.device, torch.Size], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
             by_shape[parameter.device, parameter.shape[-2:]].append(parameter)
     for alike in by_shape.values():
         batch: list[Tensor] = []
+        most = MUON_BATCH_ELEMENTS["cuda" if alike[0].is_cuda else "cpu"]
         for parameter in alike:
-            if batch and sum(p.numel() for p in batch) + parameter.numel() > _MAX_BATCH_ELEMENTS:
+            if batch and sum(p.numel() for p in batch) + parameter.numel() > most:
                 yield batch
                 batch = []
             batch.append(parameter)

@@ -22,13 +22,12 @@ from moe_train.cost.flops import main_parameters, mtp_parameters
 from moe_train.cost.layer_tape import Circumstances
 from moe_train.cost.layout import SINGLE, Layout
 from moe_train.cost.memory import PeakMemory, peak_training_memory
-from moe_train.cost.optimizer_memory import HIDDEN_MATRICES, MUON_BATCH_ELEMENTS, hidden_matrices
+from moe_train.cost.optimizer_memory import HIDDEN_MATRICES, hidden_matrices
 from moe_train.cost.step_tape import StepTape
 from moe_train.cost.tape import Tape
 from moe_train.cost.tensor_peak import TensorPeak
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
-from moe_train.training import muon
 from moe_train.training.optimizers import build_optimizers
 
 MakeConfig = Callable[..., ModelConfig]
@@ -192,7 +191,6 @@ def test_the_matrices_of_muon_are_those_of_the_model(model_config: MakeConfig) -
         parts = (main_parameters(config, VOCAB), mtp_parameters(config))
         expected = sum(of.get(part, 0) for of in parts for part in HIDDEN_MATRICES)
         assert sum(n * rows * columns for n, rows, columns in hidden_matrices(config)) == expected
-    assert muon._MAX_BATCH_ELEMENTS == MUON_BATCH_ELEMENTS
 
 
 def test_layouts_share_out_what_they_say(model_config: MakeConfig) -> None:

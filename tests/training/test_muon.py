@@ -92,7 +92,7 @@ def test_experts_and_layers_go_together_as_they_would_alone(dtype, monkeypatch):
 def test_a_bounded_batch_changes_nothing(monkeypatch):
     whole, parts = parameters(*[(8, 16)] * 5), parameters(*[(8, 16)] * 5)
     train(Muon(whole, **SETTINGS), whole, steps=2)
-    monkeypatch.setattr(muon, "_MAX_BATCH_ELEMENTS", 2 * 8 * 16)
+    monkeypatch.setitem(muon.MUON_BATCH_ELEMENTS, "cpu", 2 * 8 * 16)
     train(Muon(parts, **SETTINGS), parts, steps=2)
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
