@@ -9,4 +9,6 @@ from torch import Tensor
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The format products of `x` are done in: autocast's where it is on for its device, else its own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype  # as on the meta device, which has no autocast
