@@ -256,7 +256,7 @@ def _suggestion_from_files(key: str) -> str:
     known: set[str] = set()
     for file in CONFIGS.rglob("*.yaml"):
         groups = file.relative_to(CONFIGS).parent.parts
-        if groups[:1] in (("debug",), ("experiment",)):
+        if groups[:1] in (("debug",), ("experiment",), ("claim",)):
             continue
         known |= _dotted(OmegaConf.load(file), ".".join(groups))
     if key in known:

@@ -1,0 +1,111 @@
+"""Plans and verdicts as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe_train.claims.estimate import Estimate
+from moe_train.claims.plan import Plan
+from moe_train.forecast.interval import Interval
+
+if TYPE_CHECKING:
+    from moe_train.claims.verdict import Compared, Judged
+
+
+def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
+    table = Table(title=f"what scale={scale} would take", title_justify="left")
+    for column, justify in (("claim", "left"), ("arms", "left"), ("runs", "right"), ("there", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for column in ("FLOPs", "hours", "dollars"):
+        table.add_column(column, justify="right")
+    for plan, row in rows:
+        dollars = "no price" if row.usd is None else _spread(row.usd, "{:.2g}")
+        table.add_row(
+            *(plan.claim.name, ", ".join(plan.arms), str(row.runs), str(row.there), f"{row.flops:.2e}"),
+            *(_spread(row.seconds * (1 / 3600), "{:.2g}"), dollars),
+        )
+    seconds, usd = _total(rows)
+    table.add_section()
+    table.add_row(
+        *(
+            "together",
+            "shared runs once",
+            str(sum(row.runs for _, row in rows)),
+            str(sum(row.there for _, row in rows)),
+        ),
+        *(f"{sum(row.flops for _, row in rows):.2e}", _spread(seconds * (1 / 3600), "{:.2g}")),
+        "no price" if usd is None else _spread(usd, "{:.2g}"),
+    )
+    console = Console()
+    console.print(table)
+    for source in dict.fromkeys(row.source for _, row in rows):
+        console.print(Text(f"reckoned from {source}"), soft_wrap=True)
+
+
+def _total(rows: Sequence[tuple[Plan, Estimate]]) -> tuple[Interval, Interval | None]:
+    seconds = _sum([row.seconds for _, row in rows])
+    known = [row.usd for _, row in rows if row.usd is not None]
+    return seconds, _sum(known) if len(known) == len(rows) else None
+
+
+def _sum(intervals: Sequence[Interval]) -> Interval:
+    return Interval(*(sum(getattr(each, key) for each in intervals) for key in ("value", "low", "high")))
+
+
+def _spread(interval: Interval, form: str) -> str:
+    value, low, high = (form.format(each) for each in (interval.value, interval.low, interval.high))
+    return f"{value} ({low} to {high})"
+
+
+def as_dict(plan: Plan, row: Estimate) -> dict[str, Any]:
+    return {
+        "claim": plan.claim.name,
+        "scale": plan.scale_name,
+        "verdict": None,
+        "effect": None,
+        "interval": None,
+        "runs": row.runs,
+        "runs_there": row.there,
+        "flops": row.flops,
+        "seconds": asdict(row.seconds),
+        "usd": None if row.usd is None else asdict(row.usd),
+        "source": row.source,
+    }
+
+
+def show_verdicts(judged: Sequence[Judged]) -> None:
+    table = Table(title="verdicts", title_justify="left")
+    for column in ("claim", "verdict", "effect", "interval"):
+        table.add_column(column, overflow="fold")
+    for column in ("runs", "dollars"):
+        table.add_column(column, justify="right")
+    for each in judged:
+        main = each.main
+        dollars = "no price" if each.usd is None else f"{each.usd:.4f}"
+        runs = f"{len(each.results) + len(each.tuning)} of {each.planned}"
+        table.add_row(each.plan.claim.name, each.verdict, effect(main), interval(main), runs, dollars)
+    console = Console()
+    console.print(table)
+    for each in judged:
+        for reason in each.reasons[:3]:
+            console.print(Text(f"{each.plan.claim.name}: {reason}"), soft_wrap=True)
+
+
+def effect(compared: Compared) -> str:
+    if compared.effect is None:
+        return "–"
+    sign = "+" if compared.effect > 0 and compared.unit in ("nats a token", "log ratio") else ""
+    return f"{compared.bound + ' ' if compared.bound else ''}{sign}{compared.effect:.4g} {compared.unit}"
+
+
+def interval(compared: Compared) -> str:
+    if compared.interval is None:
+        return "–"
+    low, high = compared.interval
+    return f"{low:.4g} to {high:.4g} ({compared.level:.0%})"
