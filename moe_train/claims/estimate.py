@@ -32,7 +32,7 @@ Probe = Callable[[Sequence[str], int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the runs of a claim that are not there yet; `usd` None without a price."""
+    """Of the runs of a claim that are not there yet; `usd` None without a price; `at_least`: no more is known."""
 
     runs: int
     there: int
@@ -40,6 +40,7 @@ class Estimate:
     seconds: Interval
     usd: Interval | None
     source: str
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def estimate_elsewhere(plan: Plan, hardware: HardwareConfig, taken: set[str]) ->
         sum(run.flops for run in runs),
         seconds,
         usd,
-        f"published runs on {hardware.name}: far larger models, so no more than a lower bound",
+        f"published runs on {hardware.name}, of far larger models: small ones reach less of the peak",
+        at_least=True,
     )
 
 

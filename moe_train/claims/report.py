@@ -29,13 +29,18 @@ _OF_DATA = ("price_source", "price_date", "corpus", "corpus_fingerprint", "versi
 
 
 def write(judged: Sequence[Judged], folder: Folder) -> Content:
-    """All three files in the suite's folder; returns what the JSON holds."""
+    """The JSON and the Markdown in the suite's folder; returns what the JSON holds."""
     path = folder.path / JSON
     content = merged(read(path) if path.exists() else None, [entry(each, folder) for each in judged])
     write_json(path, content)
     (folder.path / MARKDOWN).write_text(markdown.report(content))
-    (folder.path / HTML).write_text(html.report(content))
     return content
+
+
+def write_page(folder: Folder) -> None:
+    """report.html from the JSON, once: drawing takes a second a claim."""
+    if (folder.path / JSON).exists():
+        (folder.path / HTML).write_text(html.report(read(folder.path / JSON)))
 
 
 def read(path: Path) -> Content:

@@ -98,7 +98,7 @@ def reproduce(
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"out={asked.out} is in use by another suite: wait for it or choose another out=") from None
-    with lock:
+    try:
         runner = Runner(
             folder, budget, jobs, device.count, device.on_gpu, _SETTINGS, asked.config_dir, start=start, say=say
         )
@@ -108,6 +108,9 @@ def reproduce(
             judged.append(_one(plan, folder, runner, say))
             report.write(judged, folder)
             wandb_report.write(plan, report.entry(judged[-1], folder), folder)
+    finally:
+        report.write_page(folder)
+        lock.release()
     tables.show_verdicts(judged)
     return judged
 

@@ -20,27 +20,22 @@ if TYPE_CHECKING:
 
 def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
     table = Table(title=f"what scale={scale} would take", title_justify="left")
-    for column, justify in (("claim", "left"), ("arms", "left"), ("runs", "right"), ("there", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for column in ("FLOPs", "hours", "dollars"):
+    table.add_column("claim", overflow="fold")
+    for column in ("arms", "runs", "there", "FLOPs", "hours", "dollars"):
         table.add_column(column, justify="right")
     for plan, row in rows:
-        dollars = "no price" if row.usd is None else _spread(row.usd, "{:.2g}")
+        dollars = "no price" if row.usd is None else _spread(row.usd, row.at_least)
         table.add_row(
-            *(plan.claim.name, ", ".join(plan.arms), str(row.runs), str(row.there), f"{row.flops:.2e}"),
-            *(_spread(row.seconds * (1 / 3600), "{:.2g}"), dollars),
+            *(plan.claim.name, str(len(plan.arms)), str(row.runs), str(row.there), f"{row.flops:.2e}"),
+            *(_spread(row.seconds * (1 / 3600), row.at_least), dollars),
         )
     seconds, usd = _total(rows)
+    at_least = any(row.at_least for _, row in rows)
     table.add_section()
     table.add_row(
-        *(
-            "together",
-            "shared runs once",
-            str(sum(row.runs for _, row in rows)),
-            str(sum(row.there for _, row in rows)),
-        ),
-        *(f"{sum(row.flops for _, row in rows):.2e}", _spread(seconds * (1 / 3600), "{:.2g}")),
-        "no price" if usd is None else _spread(usd, "{:.2g}"),
+        *("all, shared runs once", "", str(sum(row.runs for _, row in rows)), str(sum(row.there for _, row in rows))),
+        *(f"{sum(row.flops for _, row in rows):.2e}", _spread(seconds * (1 / 3600), at_least)),
+        "no price" if usd is None else _spread(usd, at_least),
     )
     console = Console()
     console.print(table)
@@ -58,9 +53,9 @@ def _sum(intervals: Sequence[Interval]) -> Interval:
     return Interval(*(sum(getattr(each, key) for each in intervals) for key in ("value", "low", "high")))
 
 
-def _spread(interval: Interval, form: str) -> str:
-    value, low, high = (form.format(each) for each in (interval.value, interval.low, interval.high))
-    return f"{value} ({low} to {high})"
+def _spread(interval: Interval, at_least: bool) -> str:
+    value, low, high = (f"{each:.2g}" for each in (interval.value, interval.low, interval.high))
+    return f"over {low}" if at_least else f"{value} ({low} to {high})"
 
 
 def as_dict(plan: Plan, row: Estimate) -> dict[str, Any]:
@@ -75,6 +70,7 @@ def as_dict(plan: Plan, row: Estimate) -> dict[str, Any]:
         "flops": row.flops,
         "seconds": asdict(row.seconds),
         "usd": None if row.usd is None else asdict(row.usd),
+        "at_least": row.at_least,
         "source": row.source,
     }
 

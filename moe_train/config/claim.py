@@ -5,6 +5,7 @@ All of it is fixed in a file before the first run (configs/claim/NAME.yaml). Wha
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -140,6 +141,9 @@ class ClaimConfig:
     does_not_carry_over: str
 
     def __post_init__(self) -> None:
+        for arm in self.arms:
+            plain = re.fullmatch(r"[A-Za-z0-9_]+", arm) is not None
+            require(plain, f"arm {arm}: use letters, digits and _ in its name")
         named = [arm for comparison in self.comparisons for arm in comparison.arms]
         named += [arm.flops_of for arm in self.arms.values() if arm.flops_of is not None]
         for scale in self.scales.values():
