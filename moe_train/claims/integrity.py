@@ -12,7 +12,6 @@ from typing import Any
 
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Result
-from moe_train.training.run_folder import load_run_config
 
 _ALIKE = {
     "corpus_fingerprint": "trained on other text",
@@ -58,6 +57,8 @@ def timing_problems(results: Sequence[Result]) -> list[str]:
 def _as_planned(result: Result) -> list[str]:
     run, summary, where = result.run, result.summary, result.folder
     found = []
+    from moe_train.training.run_folder import load_run_config  # brings torch along
+
     # The folder's own configuration, hashed anew: neither a summary nor a folder's name is taken at its word.
     actual = load_run_config(where).config_hash()
     if not run.hash == actual == summary["config_hash"]:

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from moe_train.claims.library import Claim
 from moe_train.compose import compose_run
-from moe_train.config import Purpose, RunConfig
+from moe_train.config import Purpose, RunConfig, differences
 from moe_train.config.claim import ScaleConfig, ScaleName
 from moe_train.cost.flops import parameter_counts, training_flops_per_token
 from moe_train.errors import UserError
-from moe_train.training.run_folder import differences
 
 TUNING_SEED = 1_000_000  # a rate is not chosen on the runs it is then judged by
 MIN_STEPS = 10  # with fewer a schedule cannot warm up, hold and anneal

@@ -13,9 +13,8 @@ from typing import Any
 
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder
-from moe_train.config import to_dict
+from moe_train.config import differences, to_dict
 from moe_train.errors import UserError
-from moe_train.training.run_folder import differences
 
 # What may be worded better at any time.
 _PROSE = ("statement", "source", "published", "carries_over", "does_not_carry_over", "number", "scales")

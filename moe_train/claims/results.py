@@ -58,11 +58,16 @@ class Folder:
             ) from None
         return Result(run, folder, summary, rows, self.neighbours(run.hash))
 
-    def neighbours(self, run_hash: str) -> int:
+    def noted(self, run_hash: str) -> dict[str, Any]:
+        """What the runner noted of the job that made it; nothing where it did not."""
         try:
-            return int(json.loads(self.beside(run_hash, ".json").read_text())["neighbours"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
+            content: dict[str, Any] = json.loads(self.beside(run_hash, ".json").read_text())
+            return content
+        except (OSError, ValueError):
+            return {}
+
+    def neighbours(self, run_hash: str) -> int:
+        return int(self.noted(run_hash).get("neighbours", 0))
 
     def spent(self, run: PlannedRun) -> float | None:
         """Dollars of all attempts at the run so far, finished or not; None where one has no price."""

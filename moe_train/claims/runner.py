@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import filelock
+import psutil
 
 from moe_train.claims.plan import PlannedRun
 from moe_train.claims.results import Folder
@@ -85,7 +86,9 @@ class Runner:
                     run = left.pop(0)
                     done += 1
                     self.say(f"[{done}/{total}] {claim}: {run.label}\n")
-                    self._begin(run, claim, arms_of.get(run.hash, (run.arm,)))
+                    self._outwait(run)
+                    if not self.folder.is_finished(run):
+                        self._begin(run, claim, arms_of.get(run.hash, (run.arm,)))
                 missing += self._reap()
                 if self._running and self._overspent():
                     self._end_all()
@@ -100,11 +103,19 @@ class Runner:
 
     # ---------------------------------------------------------------------------------------------------- one job
 
+    def _outwait(self, run: PlannedRun) -> None:
+        """Wait for a job that outlived the suite that started it: first for its launcher, then for its folder."""
+        pid = self.folder.noted(run.hash).get("pid")
+        while pid is not None and _is_job(pid, run.hash):
+            time.sleep(POLL_SECONDS)
+        folder = self.folder.of(run.hash)
+        if folder.exists():
+            with filelock.FileLock(folder / ".lock"):
+                pass
+
     def _begin(self, run: PlannedRun, claim: str, tags: Sequence[str]) -> None:
         folder = self.folder.of(run.hash)
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock"):  # held by a job that outlived the suite that started it
-            pass
+        folder.parent.mkdir(parents=True, exist_ok=True)
         taken = [sum(other.device == device for other in self._running) for device in range(self.devices)]
         device = min(range(self.devices), key=lambda index: taken[index])
         beside = [other for other in self._running if other.device == device]
@@ -133,7 +144,12 @@ class Runner:
         """At once: a suite that is killed must not forget under what circumstances its jobs were timed."""
         running.neighbours = neighbours
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        content: dict[str, Any] = {"neighbours": neighbours, "load_average": load, "device": running.device}
+        content: dict[str, Any] = {
+            "neighbours": neighbours,
+            "load_average": load,
+            "device": running.device,
+            "pid": running.job.pid,
+        }
         self.folder.beside(running.run.hash, ".json").write_text(json.dumps(content) + "\n")
 
     def _sees(self, device: int) -> dict[str, str]:
@@ -197,6 +213,13 @@ class Runner:
 
 def _once(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return list({run.hash: run for run in runs}.values())
+
+
+def _is_job(pid: int, run_hash: str) -> bool:
+    try:
+        return any(run_hash in word for word in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def _quoted(value: object) -> str:

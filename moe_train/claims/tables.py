@@ -69,7 +69,8 @@ def as_dict(plan: Plan, row: Estimate) -> dict[str, Any]:
         "runs_there": row.there,
         "flops": row.flops,
         "seconds": asdict(row.seconds),
-        "usd": None if row.usd is None else asdict(row.usd),
+        "usd": None if row.usd is None else row.usd.value,
+        "usd_interval": None if row.usd is None else [row.usd.low, row.usd.high],
         "at_least": row.at_least,
         "source": row.source,
     }

@@ -209,7 +209,8 @@ def test_a_dry_run_says_what_is_to_come_and_trains_nothing(asked: Make, claim_di
     flops = sum(run.flops for run in plan.runs(plan.untuned()))
     assert row["flops"] == pytest.approx(flops)
     assert row["seconds"]["value"] == pytest.approx(6 * 10 + flops / 1e4 / 1000)  # type: ignore[index]
-    assert row["usd"]["low"] < row["usd"]["value"] < row["usd"]["high"]  # type: ignore[index]
+    low, high = row["usd_interval"]  # type: ignore[misc]
+    assert low < row["usd"] < high  # type: ignore[operator]
     judged(asked(), MadeUpRuns([plan], better(0.05)))
     (row,) = suite.foretell(asked(), None, probe)
     assert (row["runs_there"], row["seconds"]["value"]) == (6, 0)  # type: ignore[index]
