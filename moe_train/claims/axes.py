@@ -24,11 +24,11 @@ LEVEL = 0.9
 
 @dataclass(frozen=True)
 class Saved:
-    """`ratio`: against / arm, above 1 where the arm takes less. None where it cannot be said."""
+    """`ratio`: against / arm, above 1 where the arm takes less; `high` None where nothing bounds it."""
 
     ratio: float
     low: float
-    high: float
+    high: float | None
     bound: str | None = None
 
 

@@ -5,8 +5,8 @@ the mean of every budget of every arm moves by the seeds' own deviations in rand
 have in common stays common. Drawing seeds with replacement gives intervals that are far too narrow for three or five of
 them; normal multipliers scaled by the root of a chi square make a linear figure's interval exactly Student's.
 
-Nothing is extrapolated. Where the loss lies outside what an arm's budgets reached, the cost is set to the nearest
-budget and said to be a bound: a saving is then understated, whether it is to be shown or refuted.
+Nothing is extrapolated. Where the loss lies outside what an arm's budgets reached, the nearest budget is a bound of the
+cost, and counts as one: a draw that says "at most" shows no saving, one that says "at least" refutes none.
 """
 
 from __future__ import annotations
@@ -62,22 +62,28 @@ def cost_of(curve: Curve, target: Array, cost: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Saving:
-    """How many times as much `against` takes as the arm for the loss at which it ends, and the draws of its log."""
+    """How many times as much `against` takes as the arm for the loss at which it ends, and what draws say of its log.
+
+    low, high: (draws,) bounds of each draw's logarithm: equal where the loss lies within the arm's budgets.
+    """
 
     ratio: float
-    log_draws: Array
-    bound: str | None  # "at least" or "at most" where the loss lies outside the arm's budgets
+    low: Array
+    high: Array
+    bound: str | None  # "at least" or "at most" where the measured loss lies outside the arm's budgets
 
     def p_values(self, margin: float) -> tuple[float, float]:
         """(for, against) a true ratio above `margin`; never less than one draw in all."""
-        least = 1 / len(self.log_draws)
-        below = float((self.log_draws <= np.log(margin)).mean())
-        above = float((self.log_draws >= np.log(margin)).mean())
-        return max(below, least), max(above, least)
+        least = 1 / len(self.low)
+        not_above = float((self.low <= np.log(margin)).mean())
+        not_below = float((self.high >= np.log(margin)).mean())
+        return max(not_above, least), max(not_below, least)
 
-    def interval(self, level: float) -> tuple[float, float]:
-        low, high = np.exp(np.quantile(self.log_draws, [(1 - level) / 2, (1 + level) / 2]))
-        return float(low), float(high)
+    def interval(self, level: float) -> tuple[float, float | None]:
+        """From 0 where nothing bounds it from below, to None where nothing does from above."""
+        low = np.exp(np.quantile(self.low, (1 - level) / 2, method="lower"))
+        high = np.exp(np.quantile(self.high, (1 + level) / 2, method="higher"))
+        return float(low), float(high) if np.isfinite(high) else None
 
 
 def saving(
@@ -108,4 +114,5 @@ def saving(
     needed, side = cost_of(curve, moved[:, -2], budgets_arm)
     log_ratio = np.log(budgets_against[-1] / needed) + moved[:, -1]
     bound = {-1: "at least", 0: None, 1: "at most"}[int(side[0])]
-    return Saving(float(np.exp(log_ratio[0])), log_ratio[1:], bound)
+    low, high = np.where(side == 1, -np.inf, log_ratio), np.where(side == -1, np.inf, log_ratio)
+    return Saving(float(np.exp(log_ratio[0])), low[1:], high[1:], bound)

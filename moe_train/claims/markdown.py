@@ -95,8 +95,8 @@ def interval(figure: dict[str, Any]) -> str:
     if figure["interval"] is None:
         return "–"
     signed = figure["unit"] in ("nats a token", "log ratio")
-    low, high = (number(each, signed) for each in figure["interval"])
-    return f"{low} to {high}"
+    low, high = figure["interval"]
+    return f"over {number(low, signed)}" if high is None else f"{number(low, signed)} to {number(high, signed)}"
 
 
 def number(value: float, signed: bool = False) -> str:
@@ -178,8 +178,10 @@ def _axes(axes: Sequence[dict[str, Any]]) -> list[str]:
 
 def _saved(saved: dict[str, Any]) -> str:
     bound = f"{saved['bound']} " if saved["bound"] else ""
-    spread = "" if saved["low"] == saved["high"] else f" ({saved['low']:.3g} to {saved['high']:.3g})"
-    return f"{bound}{saved['ratio']:.3g}{spread}"
+    if saved["low"] == saved["high"]:
+        return f"{bound}{saved['ratio']:.3g}"
+    spread = f"over {saved['low']:.3g}" if saved["high"] is None else f"{saved['low']:.3g} to {saved['high']:.3g}"
+    return f"{bound}{saved['ratio']:.3g} ({spread})"
 
 
 def _runs(claim: dict[str, Any]) -> list[str]:

@@ -213,8 +213,10 @@ def real_seeds(out: Path) -> list[Check]:
         scale, (first, second) = entry["scale"], entry["comparisons"][0]["values"].values()
         rate, ways = share_of_deals_that_differ([*first, *second])
         checks.append(Check(f"real losses dealt to two arms differ, scale={scale}", rate, 0.0, 0.1, f"{ways} ways"))
-        refuted = float(entry["verdict"] == "refuted")
-        checks.append(Check(f"real identical arms are refuted, scale={scale}", refuted, 0.0, 0.0, entry["verdict"]))
+        verdict = entry["comparisons"][0]["verdict"]
+        checks.append(
+            Check(f"real identical arms are refuted, scale={scale}", float(verdict == "refuted"), 0.0, 0.0, verdict)
+        )
     return checks
 
 

@@ -105,4 +105,4 @@ def interval(compared: Compared) -> str:
     if compared.interval is None:
         return "–"
     low, high = compared.interval
-    return f"{low:.4g} to {high:.4g} ({compared.level:.0%})"
+    return f"over {low:.4g}" if high is None else f"{low:.4g} to {high:.4g} ({compared.level:.0%})"

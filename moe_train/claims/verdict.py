@@ -40,7 +40,7 @@ class Compared:
     decides: bool
     verdict: Verdict
     effect: float | None = None
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float | None] | None = None  # None: nothing bounds it from above
     level: float | None = None
     bound: str | None = None
     p_supported: float | None = None
@@ -117,6 +117,8 @@ def judge(
         verdict = "supported"
     elif REFUTED in verdicts:
         verdict = "refuted"
+    if plan.scale_name == "smoke":
+        verdict = "inconclusive"  # whatever the comparisons say
     known = [compared.p_supported for compared in deciding if compared.p_supported is not None]
     return Judged(
         plan=plan,
@@ -209,7 +211,6 @@ def _compute(
         compared.effect, compared.interval, compared.bound = found.ratio, found.interval(level), found.bound
         compared.p_supported, compared.p_refuted = found.p_values(test.margin)
         compared.p_difference = min(1.0, 2 * min(found.p_values(1.0)))
-        compared.sigma = float(found.log_draws.std())
         return
     for arm in config.arms:
         compared.values[arm] = [
@@ -277,10 +278,14 @@ def _notes(plan: Plan, results: Sequence[Result], rates: dict[str, float], folde
             if min(abs(factor / edge - 1) for edge in (min(tuning.factors), max(tuning.factors))) < 1e-3:
                 notes.append(f"the best learning rate of arm {name} is the {rate:.4g} at the edge of its grid")
     if plan.scale_name == "smoke":
-        notes.insert(0, "scale=smoke shows that the protocol runs; it proves nothing")
+        notes.insert(0, "scale=smoke shows that the protocol runs; it proves nothing, and decides nothing")
     ratio = plan.scale.tokens[-1] / max(arm.figures["active_params"] for arm in plan.arms.values())
     if ratio < 20 and plan.scale_name != "smoke":
         notes.append(f"{ratio:.0f} tokens an active parameter, fewer than 20: too short for capacity to bind")
+    loads = [folder.noted(result.run.hash).get("load_average") for result in results]
+    known = [load for load in loads if load is not None]
+    if known and next(iter(results)).summary["hardware"] == "cpu":
+        notes.append(f"the machine's load average when runs began was {min(known):.1f} to {max(known):.1f}")
     for result in results:
         file = folder.beside(result.run.hash, ".generation.json")
         if file.exists() and result.run.config.model.mtp is not None:

@@ -61,6 +61,6 @@ def plan_of(claim_dir: Callable[..., Path]) -> Callable[..., Plan]:
 def asked(tmp_path: Path, claim_dir: Callable[..., Path]) -> Callable[..., Asked]:
     def make(claims: str = "mine", **changes: Any) -> Asked:
         settings: dict[str, Any] = {"given": ("tracking=none",), "config_dir": tmp_path / "own"} | changes
-        return Asked(claims, "smoke", tmp_path / "out", **settings)
+        return Asked(claims, "cpu", tmp_path / "out", **settings)
 
     return make

@@ -26,7 +26,7 @@ TWO_ARMS: dict[str, Any] = {
         {"arm": "two", "against": "one", "measure": "val_loss", "test": {"kind": "superiority", "margin": 0.01}}
     ],
     "sigma": 0.01,
-    "scales": {"smoke": {"overrides": [], "tokens": [2560], "seeds": 3}},
+    "scales": {scale: {"overrides": [], "tokens": [2560], "seeds": 3} for scale in ("smoke", "cpu")},
     "carries_over": "Nothing.",
     "does_not_carry_over": "All of it.",
 }

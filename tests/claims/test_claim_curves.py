@@ -63,3 +63,16 @@ def test_a_dearer_token_takes_from_the_saving() -> None:
     assert found.ratio == pytest.approx(0.8, rel=0.05)
     assert found.interval(0.9)[1] < 1
     assert found.p_values(1.0)[1] < 0.05
+
+
+def test_a_cheaper_token_is_no_saving_where_the_target_was_never_reached() -> None:
+    prices = np.log([1.3, 1.31, 1.29])  # a token of the arm is cheaper
+    noise = np.random.default_rng(0).normal(0, 0.001, (3, 4))
+    found = saving(BUDGETS, losses(1.2, 0.9, 0.4, 0.5) + noise, BUDGETS, losses(1.2, 0.9, 0.4), prices)
+    assert (found.bound, found.ratio) == ("at most", pytest.approx(1.3, rel=0.01))
+    assert found.p_values(1.0)[0] > 0.9
+    assert found.interval(0.9)[0] == 0
+    assert found.p_values(1.5)[1] < 0.05  # but a larger one is refuted
+    quick = saving(BUDGETS, losses(1.2, 0.9, 0.4, 10.0) + noise, BUDGETS, losses(1.2, 0.9, 0.4))
+    assert quick.interval(0.9)[1] is None
+    assert quick.p_values(5.0)[1] > 0.9
