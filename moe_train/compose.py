@@ -204,6 +204,8 @@ def explain_hydra_error(error: Exception, config_dir: Path | None = None) -> Use
     text = one_line(error)
     cause = one_line(error.__cause__) if error.__cause__ else ""
     if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
+        if found[1] == "claim":
+            return UserError("claim= is no setting of a run: python scripts/reproduce.py claim=NAME scale=cpu")
         if (CONFIGS / found[1]).is_dir():
             return UserError(
                 f"{found[1]} cannot be chosen here, since the file of this choice gives its keys one by one: set them, "

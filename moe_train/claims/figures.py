@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 _LABELS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training", "usd": "dollars of training"}
 
@@ -24,18 +25,23 @@ def svg(claim: dict[str, Any]) -> str:
     panels = [axis for axis in _LABELS if all(curve[axis] is not None for curve in curves.values())]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": claim["claim"], "font.size": 8}):
         count = len(panels) + bool(loads)
-        figure, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.8), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.8), squeeze=False)
+        figure.subplots_adjust(left=0.2 / count, right=0.99, bottom=0.18, top=0.96, wspace=0.3)
         for panel, axis in zip(axes[0], panels):
             for index, (arm, curve) in enumerate(curves.items()):
                 _draw(panel, curve[axis], curve["loss"], arm, index)
             panel.set_xlabel(_LABELS[axis])
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            panel.xaxis.set_minor_locator(NullLocator())
         axes[0][0].set_ylabel("training loss, nats a token")
         if loads:
             for index, (arm, curve) in enumerate(curves.items()):
                 if arm in loads:
                     _draw(axes[0][-1], curve["tokens"], curve["load"], arm, index)
             axes[0][-1].set_xlabel("tokens")
+            axes[0][-1].xaxis.set_major_formatter(EngFormatter(sep=""))
             axes[0][-1].set_ylabel("MaxVio")
         axes[0][0].legend(fontsize=7, frameon=False)
         written = io.StringIO()

@@ -27,9 +27,19 @@ def report(content: Content) -> str:
     ]
     if any(claim["scale"] == "smoke" for claim in content["claims"]):
         lines += ["", _SMOKE]
+    for scale in dict.fromkeys(claim["scale"] for claim in content["claims"] if claim["verdict"] == "supported"):
+        family = [claim for claim in content["claims"] if claim["scale"] == scale]
+        still = [claim["claim"] for claim in family if _p(claim) <= 0.05]
+        names = ", ".join(still) or "none"
+        lines += ["", f"At scale={scale} supported also when adjusted over all {len(family)} claims (Holm): {names}."]
     for claim in content["claims"]:
         lines += ["", *_section(claim)]
     return "\n".join(lines) + "\n"
+
+
+def _p(claim: dict[str, Any]) -> float:
+    p: float | None = claim["p_supported_over_all_claims"]
+    return 1.0 if p is None else p
 
 
 def readme_section(content: Content, link: str) -> str:

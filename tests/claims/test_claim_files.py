@@ -128,7 +128,7 @@ SMOKE: dict[str, Any] = {"overrides": [], "tokens": [2560], "seeds": 3}
                     COMPARISON | {"measure": "usd_to_target", "test": {"kind": "ratio_above", "margin": 1.0}}
                 ]
             },
-            "scales.smoke.tokens has 1 budgets, too few for a curve: give 4",
+            "tokens has 1 budgets, too few for a curve: give 4",
         ),
         (
             {"scales": {"smoke": SMOKE | {"tuning": {"factors": [1.0], "tokens": 2560}}}},
@@ -152,7 +152,7 @@ def test_what_is_wrong_with_a_claim_is_one_line(
     [
         ("sparse_saves_flop", "smoke", "there is no claim=sparse_saves_flop: did you mean sparse_saves_flops?"),
         ("xyz", "smoke", "choose from batch_balancing, bf16_moments"),
-        ("mine", "gpu", "claim=mine has no scale=gpu: choose from smoke"),
+        ("mine", "gpu", "claim=mine has no scale=gpu: choose from cpu, smoke"),
     ],
 )
 def test_a_claim_or_scale_that_is_not_there(names: str, scale: Any, says: str, claim_dir: Callable[..., Path]) -> None:

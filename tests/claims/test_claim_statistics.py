@@ -67,17 +67,20 @@ def test_the_binomial_interval_is_exact() -> None:
     assert binomial_interval(0, 10, 0.95) == pytest.approx((0, 0.3085), abs=1e-4)
 
 
-@pytest.mark.parametrize("checks", [self_check.false_positives, self_check.planted_effects, self_check.curves])
-def test_simulated_suites_keep_what_is_promised(checks: object) -> None:
-    assert callable(checks)
+def test_simulated_suites_keep_what_is_promised() -> None:
+    """Those of curves take longest: the README's self_check=true is run by its tests."""
     assert min(self_check.SUITES, self_check.CURVE_SUITES) >= 1000
-    for check in checks():
+    checks = [*self_check.false_positives(), *self_check.planted_effects()]
+    assert any("Holm" in check.what for check in checks)
+    for check in checks:
         assert check.passed, check
 
 
-def test_a_whole_family_of_identical_arms_is_wrong_in_at_most_one_suite_in_twenty() -> None:
-    checks = {check.what: check for check in self_check.false_positives()}
-    assert checks["any of four comparisons of identical arms, Holm, 5 seeds"].rate <= 0.05 + 0.0066
+def test_planted_bugs_are_caught() -> None:
+    checks = self_check.planted_bugs()
+    assert len(checks) == 6
+    for check in checks:
+        assert check.passed, check
 
 
 def test_real_losses_are_dealt_to_two_arms_in_all_ways() -> None:
