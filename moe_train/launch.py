@@ -1,4 +1,4 @@
-"""How one training job starts: as a process of its own, through `accelerate launch`.
+"""How one training job starts: as a process of its own, through `accelerate launch` or without it.
 
 A process of its own, because threads, precision and determinism are set once per process and a job that fails must not
 take others with it. Sweeps and claims start their jobs here too.
@@ -26,23 +26,18 @@ def launch_job(overrides: Sequence[str], output: IO[str] | None = None) -> int:
 
     output: a file for what it says; None: it speaks for itself.
     """
-    command, environment = _command(overrides), _environment()
-    return subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+    command = [sys.executable, *_ACCELERATE, str(TRAIN), *overrides]
+    return subprocess.run(command, env=_environment(), stdout=output, stderr=output, check=False).returncode
 
 
 def start_job(overrides: Sequence[str], output: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """The same without waiting, in a process group of its own, so that a signal to the group ends launcher and run.
+    """The same without waiting, and in a process group of its own, so that a Ctrl-C does not reach it by itself.
 
-    environment: what is set beside ours, e.g. the devices the job may see.
+    Without accelerate's launcher, which for one process settles nothing that the run does not settle itself, and takes
+    as long to start as the run. environment: what is set beside ours, e.g. the devices the job may see.
     """
-    variables = {**_environment(), **environment}
-    return subprocess.Popen(
-        _command(overrides), env=variables, stdout=output, stderr=output, text=True, start_new_session=True
-    )
-
-
-def _command(overrides: Sequence[str]) -> list[str]:
-    return [sys.executable, *_ACCELERATE, str(TRAIN), *overrides]
+    command, variables = [sys.executable, str(TRAIN), *overrides], {**_environment(), **environment}
+    return subprocess.Popen(command, env=variables, stdout=output, stderr=output, text=True, start_new_session=True)
 
 
 def _environment() -> dict[str, str]:

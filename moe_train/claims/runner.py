@@ -104,7 +104,7 @@ class Runner:
     # ---------------------------------------------------------------------------------------------------- one job
 
     def _outwait(self, run: PlannedRun) -> None:
-        """Wait for a job that outlived the suite that started it: first for its launcher, then for its folder."""
+        """Wait for a job that outlived the suite that started it."""
         pid = self.folder.noted(run.hash).get("pid")
         while pid is not None and _is_job(pid, run.hash):
             time.sleep(POLL_SECONDS)
@@ -229,7 +229,7 @@ def _quoted(value: object) -> str:
 
 
 def _signal(job: Job, number: signal.Signals) -> None:
-    """To the job's whole process group: the launcher would not hand it on."""
+    """To the job's whole process group."""
     try:
         os.killpg(job.pid, number)
     except (ProcessLookupError, PermissionError):
