@@ -11,6 +11,7 @@ from moe_train.errors import UserError
 Content = dict[str, Any]
 
 BEGIN, END = "<!-- claims: written by scripts/reproduce.py readme=README.md -->", "<!-- /claims -->"
+DIFFERENCE, RELATIVE = "nats a token", "log ratio"
 _SMOKE = "`scale=smoke` shows that a protocol runs, and proves nothing."
 
 
@@ -97,20 +98,23 @@ def _runs_of(claim: dict[str, Any]) -> str:
 def effect(figure: dict[str, Any]) -> str:
     if figure["effect"] is None:
         return "–"
-    signed = figure["unit"] in ("nats a token", "log ratio")
-    return f"{figure['bound'] + ' ' if figure['bound'] else ''}{number(figure['effect'], signed)} {figure['unit']}"
+    bound = f"{figure['bound']} " if figure["bound"] else ""
+    unit = "" if figure["unit"] == RELATIVE else f" {figure['unit']}"
+    return f"{bound}{number(figure['effect'], figure['unit'])}{unit}"
 
 
 def interval(figure: dict[str, Any]) -> str:
     if figure["interval"] is None:
         return "–"
-    signed = figure["unit"] in ("nats a token", "log ratio")
-    low, high = figure["interval"]
-    return f"over {number(low, signed)}" if high is None else f"{number(low, signed)} to {number(high, signed)}"
+    low, high = (None if end is None else number(end, figure["unit"]) for end in figure["interval"])
+    return f"over {low}" if high is None else f"{low} to {high}"
 
 
-def number(value: float, signed: bool = False) -> str:
-    return f"{value:+.3g}" if signed else f"{value:.3g}"
+def number(value: float, unit: str) -> str:
+    """Differences of losses with their sign, relative ones in percent."""
+    if unit == RELATIVE:
+        return f"{100 * value:+.3g}%"
+    return f"{value:+.3g}" if unit == DIFFERENCE else f"{value:.3g}"
 
 
 def dollars(usd: float | None) -> str:

@@ -21,12 +21,11 @@ _PROSE = ("statement", "source", "published", "carries_over", "does_not_carry_ov
 
 
 def protocol(plan: Plan) -> dict[str, Any]:
-    """Everything that decides a verdict, as plain values."""
+    """Everything that decides a verdict, as plain values; what a user gave for all arms is in their hashes."""
     claim = {key: value for key, value in to_dict(plan.claim.config).items() if key not in _PROSE}
     return {
         "claim": claim,
         "scale": to_dict(plan.scale),
-        "given": list(plan.given),
         "arms": {name: arm.config.config_hash() for name, arm in plan.arms.items()},
     }
 

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train.claims.estimate import Estimate
+from moe_train.claims.markdown import dollars, effect, interval
 from moe_train.claims.plan import Plan
 from moe_train.forecast.interval import Interval
 
 if TYPE_CHECKING:
-    from moe_train.claims.verdict import Compared, Judged
+    from moe_train.claims.verdict import Judged
 
 
 def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
@@ -24,10 +25,10 @@ def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
     for column in ("arms", "runs", "there", "FLOPs", "hours", "dollars"):
         table.add_column(column, justify="right")
     for plan, row in rows:
-        dollars = "no price" if row.usd is None else _spread(row.usd, row.at_least)
+        paid = "no price" if row.usd is None else _spread(row.usd, row.at_least)
         table.add_row(
             *(plan.claim.name, str(len(plan.arms)), str(row.runs), str(row.there), f"{row.flops:.2e}"),
-            *(_spread(row.seconds * (1 / 3600), row.at_least), dollars),
+            *(_spread(row.seconds * (1 / 3600), row.at_least), paid),
         )
     seconds, usd = _total(rows)
     at_least = any(row.at_least for _, row in rows)
@@ -83,26 +84,11 @@ def show_verdicts(judged: Sequence[Judged]) -> None:
     for column in ("runs", "dollars"):
         table.add_column(column, justify="right")
     for each in judged:
-        main = each.main
-        dollars = "no price" if each.usd is None else f"{each.usd:.4f}"
+        main = asdict(each.main)
         runs = f"{len(each.results) + len(each.tuning)} of {each.planned}"
-        table.add_row(each.plan.claim.name, each.verdict, effect(main), interval(main), runs, dollars)
+        table.add_row(each.plan.claim.name, each.verdict, effect(main), interval(main), runs, dollars(each.usd))
     console = Console()
     console.print(table)
     for each in judged:
         for reason in each.reasons[:3]:
             console.print(Text(f"{each.plan.claim.name}: {reason}"), soft_wrap=True)
-
-
-def effect(compared: Compared) -> str:
-    if compared.effect is None:
-        return "–"
-    sign = "+" if compared.effect > 0 and compared.unit in ("nats a token", "log ratio") else ""
-    return f"{compared.bound + ' ' if compared.bound else ''}{sign}{compared.effect:.4g} {compared.unit}"
-
-
-def interval(compared: Compared) -> str:
-    if compared.interval is None:
-        return "–"
-    low, high = compared.interval
-    return f"over {low:.4g}" if high is None else f"{low:.4g} to {high:.4g} ({compared.level:.0%})"
