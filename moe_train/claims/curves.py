@@ -30,9 +30,6 @@ class Curve:
     factor: Array
     exponent: Array
 
-    def loss(self, cost: npt.ArrayLike) -> Array:
-        return self.limit + self.factor * np.asarray(cost) ** -self.exponent
-
 
 def fit(cost: Array, loss: Array) -> Curve:
     """Least squares of every row of `loss` (draws, budgets) at `cost` (budgets,): E and a in closed form for each b."""

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,16 @@ GENERATE = CONFIGS.parent / "scripts" / "generate.py"
 GENERATED_TOKENS = 200
 
 
-@dataclass(frozen=True)
-class Unit:
-    name: str
-    digits: int = 4
-
-
-UNITS: dict[Measure, Unit] = {
-    "val_loss": Unit("nats a token"),
-    "max_violation": Unit("MaxVio", 3),
-    "optimizer_bytes_per_param": Unit("bytes a parameter", 3),
-    "cache_elements": Unit("elements a token", 1),
-    "generation_speed_up": Unit("times as fast", 3),
-    "tokens_to_target": Unit("times the tokens", 3),
-    "flops_to_target": Unit("times the FLOPs", 3),
-    "seconds_to_target": Unit("times the seconds", 3),
-    "usd_to_target": Unit("times the dollars", 3),
+UNITS: dict[Measure, str] = {
+    "val_loss": "nats a token",
+    "max_violation": "MaxVio",
+    "optimizer_bytes_per_param": "bytes a parameter",
+    "cache_elements": "elements a token",
+    "generation_speed_up": "times as fast",
+    "tokens_to_target": "times the tokens",
+    "flops_to_target": "times the FLOPs",
+    "seconds_to_target": "times the seconds",
+    "usd_to_target": "times the dollars",
 }
 
 

@@ -77,7 +77,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A claim at one scale. `rates`: of the arms, once they are tuned; None before."""
+    """A claim at one scale, its arms composed."""
 
     claim: Claim
     scale_name: ScaleName

@@ -22,12 +22,6 @@ class Result:
     rows: list[Row]  # of metrics.jsonl
     neighbours: int  # jobs of the suite on the same device at some time of this one
 
-    @property
-    def usd(self) -> float | None:
-        """The whole bill, earlier attempts included."""
-        dollars: float | None = self.summary["usd_total"]
-        return dollars
-
 
 @dataclass(frozen=True)
 class Folder:

@@ -24,7 +24,7 @@ from moe_train.errors import UserError
 
 Verdict = Literal["supported", "refuted", "inconclusive"]
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
-COSTLY = ("seconds_to_target", "usd_to_target", "generation_speed_up")  # what neighbours and devices change
+COSTLY = ("seconds_to_target", "usd_to_target")  # what neighbours and devices change
 
 
 @dataclass
@@ -138,7 +138,7 @@ def judge(
 
 
 def _blank(plan: Plan, config: ComparisonConfig) -> Compared:
-    unit = measures.UNITS[config.measure].name
+    unit = measures.UNITS[config.measure]
     if config.test.relative:
         unit = "log ratio"
     elif config.test.kind == "ratio_above" and config.measure not in TO_TARGET:
@@ -279,7 +279,8 @@ def _notes(plan: Plan, results: Sequence[Result], rates: dict[str, float], folde
                 notes.append(f"the best learning rate of arm {name} is the {rate:.4g} at the edge of its grid")
     if plan.scale_name == "smoke":
         notes.insert(0, "scale=smoke shows that the protocol runs; it proves nothing, and decides nothing")
-    ratio = plan.scale.tokens[-1] / max(arm.figures["active_params"] for arm in plan.arms.values())
+    deciding = {arm for c in plan.claim.config.at(plan.scale_name) if c.decides for arm in c.arms}
+    ratio = plan.scale.tokens[-1] / max(plan.arms[arm].figures["active_params"] for arm in deciding)
     if ratio < 20 and plan.scale_name != "smoke":
         notes.append(f"{ratio:.0f} tokens an active parameter, fewer than 20: too short for capacity to bind")
     loads = [folder.noted(result.run.hash).get("load_average") for result in results]

@@ -14,7 +14,6 @@ from pydantic.dataclasses import dataclass
 from moe_train.config.fields import STRICT, Count, NonNegative, Positive, PositiveFloat, require
 
 ScaleName = Literal["smoke", "cpu", "gpu"]
-SCALES: tuple[ScaleName, ...] = ("smoke", "cpu", "gpu")
 
 TO_TARGET = ("tokens_to_target", "flops_to_target", "seconds_to_target", "usd_to_target")
 Measure = Literal[

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from moe_train.claims.library import load_claims
 from moe_train.claims.plan import TUNING_SEED, Plan, make_plan
 from moe_train.compose import CONFIGS
-from moe_train.config.claim import MIN_BUDGETS, SCALES
+from moe_train.config.claim import MIN_BUDGETS, ScaleName
 from moe_train.errors import UserError
 
 NAMES = sorted(file.stem for file in (CONFIGS / "claim").glob("*.yaml"))
@@ -39,7 +39,7 @@ def test_every_claim_plans(name: str, scale: Any) -> None:
 
 
 def test_the_ten_claims_and_the_extras_are_there_at_every_scale() -> None:
-    for scale in SCALES:
+    for scale in get_args(ScaleName):
         claims = load_claims("all", scale, None)
         assert [claim.config.number for claim in claims][:10] == list(range(1, 11))
         assert {claim.name for claim in claims} == set(NAMES)
