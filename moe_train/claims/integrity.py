@@ -47,7 +47,7 @@ def timing_problems(results: Sequence[Result]) -> list[str]:
     for result in results:
         if result.neighbours:
             found.append(
-                f"{result.folder}: timed beside {result.neighbours} other jobs on its device: make it with jobs=1"
+                f"{result.place}: timed beside {result.neighbours} other jobs on its device: make it with jobs=1"
             )
     if any(result.summary["usd_train"] is None for result in results):
         found.append("no price is known for the device: give hardware.price_usd_per_hour=…")
@@ -55,12 +55,12 @@ def timing_problems(results: Sequence[Result]) -> list[str]:
 
 
 def _as_planned(result: Result) -> list[str]:
-    run, summary, where = result.run, result.summary, result.folder
+    run, summary, where = result.run, result.summary, result.place
     found = []
     from moe_train.training.run_folder import load_run_config  # brings torch along
 
     # The folder's own configuration, hashed anew: neither a summary nor a folder's name is taken at its word.
-    actual = load_run_config(where).config_hash()
+    actual = load_run_config(result.folder).config_hash()
     if not run.hash == actual == summary["config_hash"]:
         found.append(f"{where}: arm {run.arm} was trained with another configuration ({actual}, not {run.hash})")
     step = run.config.batch_size * run.config.data.sequence_length
@@ -79,7 +79,7 @@ def _odd_ones_out(results: Sequence[Result], values: Sequence[Any], what: str) -
         return []
     common = max(values, key=list(values).count)
     return [
-        f"{result.folder}: arm {result.run.arm}, seed {result.run.seed}, was {what} ({value}, the others {common})"
+        f"{result.place}: arm {result.run.arm}, seed {result.run.seed}, was {what} ({value}, the others {common})"
         for result, value in zip(results, values)
         if value != common
     ]
@@ -97,7 +97,7 @@ def _other_order(plan: Plan, results: Sequence[Result]) -> list[str]:
             first, other = seen.setdefault(key, (tokens, result))
             if first != tokens and other.run.arm != result.run.arm:
                 found.append(
-                    f"{result.folder}: arm {result.run.arm} had seen {tokens:,.0f} tokens at step {row['step']}, arm "
+                    f"{result.place}: arm {result.run.arm} had seen {tokens:,.0f} tokens at step {row['step']}, arm "
                     f"{other.run.arm} {first:,.0f}: their data are not in the same order"
                 )
                 break

@@ -47,7 +47,7 @@ def _max_violation(result: Result, _: Folder) -> float:
     rows = [row for row in result.rows if row.get("moe/max_violation") is not None]
     late = [row["moe/max_violation"] for row in rows if row["step"] > result.summary["steps"] * 2 / 3]
     if not late:
-        raise UserError(f"{result.folder}: arm {result.run.arm} logged no expert load: give it experts")
+        raise UserError(f"{result.place}: arm {result.run.arm} logged no expert load: give it experts")
     return float(np.mean(late))
 
 
@@ -58,7 +58,7 @@ def _optimizer_bytes(result: Result, _: Folder) -> float:
 
     paths = checkpoint_paths(result.folder)
     if not paths:
-        raise UserError(f"{result.folder} has no checkpoint to weigh: remove the folder, and the run is made again")
+        raise UserError(f"{result.place} has no checkpoint to weigh: remove the folder, and the run is made again")
 
     def bytes_of(node: Any) -> int:
         if isinstance(node, torch.Tensor):
@@ -81,7 +81,7 @@ def _cache_elements(result: Result, folder: Folder) -> float:
 def _speed_up(result: Result, folder: Folder) -> float:
     figures = _generated(result, folder)
     if "speed_up" not in figures:
-        raise UserError(f"{result.folder}: arm {result.run.arm} has no MTP module to draft with")
+        raise UserError(f"{result.place}: arm {result.run.arm} has no MTP module to draft with")
     return float(figures["speed_up"])
 
 
@@ -106,6 +106,6 @@ def generation(result: Result, folder: Folder, speculative: bool) -> dict[str, A
         made = subprocess.run(command, capture_output=True, text=True, check=False)
         if made.returncode or not target.exists():
             last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
-            raise UserError(f"{result.folder}: generating with arm {result.run.arm} failed: {last}")
+            raise UserError(f"{result.place}: generating with arm {result.run.arm} failed: {last}")
     content: dict[str, Any] = json.loads(Path(target).read_text())
     return content

@@ -22,6 +22,11 @@ class Result:
     rows: list[Row]  # of metrics.jsonl
     neighbours: int  # jobs of the suite on the same device at some time of this one
 
+    @property
+    def place(self) -> str:
+        """Where it is within the suite's folder: what a report says must not depend on the machine."""
+        return f"runs/{self.folder.name}"
+
 
 @dataclass(frozen=True)
 class Folder:

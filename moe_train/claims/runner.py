@@ -172,7 +172,7 @@ class Runner:
                 said = self.folder.beside(running.run.hash, ".log")
                 lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()]
                 last = lines[-1].removeprefix("error: ") if lines else "it said nothing"
-                line = f"{running.run.label} ended with exit status {status}: {last} ({said})"
+                line = f"{running.run.label} ended with exit status {status}: {last} (runs/{said.name})"
                 self.say(f"  {line}\n")
                 missing.append(line)
         return missing

@@ -6,6 +6,7 @@ report is written again after each, so that an interrupted suite has said what i
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,8 +100,9 @@ def reproduce(
     except filelock.Timeout:
         raise UserError(f"out={asked.out} is in use by another suite: wait for it or choose another out=") from None
     try:
+        settings = [*_SETTINGS, *_threads(asked, device, jobs)]
         runner = Runner(
-            folder, budget, jobs, device.count, device.on_gpu, _SETTINGS, asked.config_dir, start=start, say=say
+            folder, budget, jobs, device.count, device.on_gpu, settings, asked.config_dir, start=start, say=say
         )
         judged: list[Judged] = []
         for plan in plans:
@@ -126,6 +128,14 @@ def _one(plan: Plan, folder: Folder, runner: Runner, say: Callable[[str], object
     runs = plan.runs(rates)
     missing = runner.make(runs, plan.claim.name, _tags(runs))
     return judge(plan, folder, tuning, runs, rates, missing)
+
+
+def _threads(asked: Asked, device: Device, jobs: int) -> list[str]:
+    """Jobs that share a CPU share its cores: each would take all of them."""
+    if device.on_gpu or jobs == 1 or any(o.startswith("num_threads=") for o in asked.given):
+        return []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [f"num_threads={max(1, cores // jobs)}"]
 
 
 def _tags(runs: Sequence[PlannedRun]) -> dict[str, list[str]]:

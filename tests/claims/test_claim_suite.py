@@ -155,6 +155,7 @@ def test_jobs_that_share_a_device_are_no_measure_of_seconds(asked: Make, claim_d
 
     (found,) = suite.reproduce(asked(jobs=2), start=lambda *args: Slow(slow(*args)), device=HERE, say=lambda _: None)
     assert found.verdict == "supported"  # of losses
+    assert any(o.startswith("num_threads=") for o in slow.settings[0])  # cores are shared out
     assert found.axes[0].axes["seconds"] is None
     assert found.axes[0].axes["usd"] is None
     assert found.axes[0].axes["tokens"] is not None
