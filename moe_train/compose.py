@@ -204,6 +204,8 @@ def explain_hydra_error(error: Exception, config_dir: Path | None = None) -> Use
     text = one_line(error)
     cause = one_line(error.__cause__) if error.__cause__ else ""
     if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
+        if found[1] == "claim":
+            return UserError("claim= is no setting of a run: python scripts/reproduce.py claim=NAME scale=cpu")
         if (CONFIGS / found[1]).is_dir():
             return UserError(
                 f"{found[1]} cannot be chosen here, since the file of this choice gives its keys one by one: set them, "
@@ -256,7 +258,7 @@ def _suggestion_from_files(key: str) -> str:
     known: set[str] = set()
     for file in CONFIGS.rglob("*.yaml"):
         groups = file.relative_to(CONFIGS).parent.parts
-        if groups[:1] in (("debug",), ("experiment",)):
+        if groups[:1] in (("debug",), ("experiment",), ("claim",)):
             continue
         known |= _dotted(OmegaConf.load(file), ".".join(groups))
     if key in known:

@@ -1,4 +1,4 @@
-"""How one training job starts: as a process of its own, through `accelerate launch`.
+"""How one training job starts: as a process of its own, through `accelerate launch` or without it.
 
 A process of its own, because threads, precision and determinism are set once per process and a job that fails must not
 take others with it. Sweeps and claims start their jobs here too.
@@ -9,11 +9,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+_ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
 
 
 def launch_job(overrides: Sequence[str], output: IO[str] | None = None) -> int:
@@ -21,19 +26,20 @@ def launch_job(overrides: Sequence[str], output: IO[str] | None = None) -> int:
 
     output: a file for what it says; None: it speaks for itself.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += [
-        "--quiet",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    command = [sys.executable, *_ACCELERATE, str(TRAIN), *overrides]
+    return subprocess.run(command, env=_environment(), stdout=output, stderr=output, check=False).returncode
+
+
+def start_job(overrides: Sequence[str], output: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """The same without waiting, and in a process group of its own, so that a Ctrl-C does not reach it by itself.
+
+    Without accelerate's launcher, which for one process settles nothing that the run does not settle itself, and takes
+    as long to start as the run. environment: what is set beside ours, e.g. the devices the job may see.
+    """
+    command, variables = [sys.executable, str(TRAIN), *overrides], {**_environment(), **environment}
+    return subprocess.Popen(command, env=variables, stdout=output, stderr=output, text=True, start_new_session=True)
+
+
+def _environment() -> dict[str, str]:
     # accelerate would set one thread a process; the training runtime shares the cores out itself.
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command += [str(TRAIN), *overrides]
-    return subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

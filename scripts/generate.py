@@ -81,7 +81,12 @@ def _figures(result: Generated) -> dict[str, Any]:
 
 
 def _draft_figures(decoder: SpeculativeDecoder) -> dict[str, Any]:
-    return {"acceptance": decoder.acceptance, "acceptance_per_depth": decoder.acceptance_per_depth}
+    return {
+        "acceptance": decoder.acceptance,
+        "acceptance_per_depth": decoder.acceptance_per_depth,
+        "drafted": sum(decoder.drafted),
+        "accepted": sum(decoder.accepted),
+    }
 
 
 def _comparison_figures(comparison: Comparison) -> dict[str, Any]:

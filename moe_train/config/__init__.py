@@ -26,7 +26,7 @@ from moe_train.config.model import (
     YarnConfig,
 )
 from moe_train.config.precision import Fp8Config, Fp8HealthConfig, OperandConfig, PrecisionConfig
-from moe_train.config.run import RunConfig, model_digest, to_dict
+from moe_train.config.run import RunConfig, differences, model_digest, to_dict
 from moe_train.config.training import (
     AdamWConfig,
     BatchRampConfig,
@@ -76,6 +76,7 @@ __all__ = [
     "TrackingConfig",
     "WarmupDecayConfig",
     "YarnConfig",
+    "differences",
     "model_digest",
     "to_dict",
 ]

@@ -108,3 +108,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain dicts and lists, ready for YAML and JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, before, now) of every setting in which two configurations differ, keys with dots."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(before) + [key for key in now if key not in before]
+        return [
+            d for key in keys for d in differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if before == now else [(prefix, before, now)]

@@ -51,7 +51,7 @@ def forecast_of(asked: _Asked, overrides: list[str], config_dir: Path | None) ->
     """A run that was not made."""
     if asked.tokens is None:
         raise UsageError("tokens= is missing: give how many the run trains on, e.g. tokens=1_000_000_000")
-    hardware = _hardware(asked, config_dir)
+    hardware = named_hardware(asked.hardware, asked.price_usd_per_hour, config_dir)
     composed = compose_model(overrides, config_dir)
     model = composed.model.resolved()
     if asked.parallel == "auto":
@@ -117,7 +117,7 @@ def _row(prediction: LeftOut) -> dict[str, Any]:
 
 def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
     """What fits one device: of the model that is named, or of a list of them."""
-    hardware = _hardware(asked, config_dir)
+    hardware = named_hardware(asked.hardware, asked.price_usd_per_hour, config_dir)
     if hardware.memory_gb is None:
         raise UserError(f"the memory of hardware={hardware.name} is not known: choose another or give it in its file")
     chosen = any(override.startswith("model=") for override in overrides)
@@ -162,26 +162,24 @@ def probed(overrides: Sequence[str], tokens: int | None, against: Path | None) -
     return content
 
 
-def _hardware(asked: _Asked, config_dir: Path | None) -> HardwareConfig:
-    """By name, from the user's folder or from configs/; with the user's price where one is given."""
+def named_hardware(name: str | None, price_usd_per_hour: float | None, config_dir: Path | None) -> HardwareConfig:
+    """By name, from the user's folder or from configs/; with the user's price where one is given. Raises UserError."""
     known = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml") if path.stem not in ("auto", "cpu"))
-    if asked.hardware is None:
+    if name is None:
         raise UsageError(f"hardware= is missing: choose one of {', '.join(known)}")
     folders = ([] if config_dir is None else [config_dir]) + [CONFIGS]
-    files = [folder / f"hardware/{asked.hardware}.yaml" for folder in folders]
-    found = next((file for file in files if "/" not in str(asked.hardware) and file.is_file()), None)
-    if found is None or asked.hardware == "auto":
-        raise UserError(f"there is no hardware={asked.hardware}: choose one of {', '.join(known)}")
+    files = [folder / f"hardware/{name}.yaml" for folder in folders]
+    found = next((file for file in files if "/" not in name and file.is_file()), None)
+    if found is None or name == "auto":
+        raise UserError(f"there is no hardware={name}: choose one of {', '.join(known)}")
     hardware = load_hardware(found)
     if not hardware.match:
-        raise UserError(
-            f"hardware={asked.hardware}: no published run is of such a device: probe=true measures the one at hand"
-        )
-    if asked.price_usd_per_hour is None:
+        raise UserError(f"hardware={name}: no published run is of such a device: probe=true measures the one at hand")
+    if price_usd_per_hour is None:
         return at_the_launchers_price(hardware, os.environ)
     return replace(
         hardware,
-        price_usd_per_hour=asked.price_usd_per_hour,
+        price_usd_per_hour=price_usd_per_hour,
         price_range_usd_per_hour=None,
         price_source=GIVEN,
         price_date=None,

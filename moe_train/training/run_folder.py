@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 import yaml
 
-from moe_train.config import RunConfig, to_dict
+from moe_train.config import RunConfig, differences, to_dict
 from moe_train.errors import UserError
 from moe_train.training.checkpoints import STATE, Checkpoint, checkpoint_paths, open_checkpoint
 
@@ -175,16 +175,6 @@ def _check_same_run(path: Path, config: RunConfig) -> None:
             f"the run in {path} was started with {key}={json.dumps(old)}, not {json.dumps(new)}: "
             "give the settings it was started with, or another run_dir="
         )
-
-
-def differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, before, now) of every setting in which two configurations differ, keys with dots."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = list(before) + [key for key in now if key not in before]
-        return [
-            d for key in keys for d in differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if before == now else [(prefix, before, now)]
 
 
 def _finished_summary(path: Path, config: RunConfig) -> dict[str, Any] | None:

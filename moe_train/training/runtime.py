@@ -79,7 +79,7 @@ def start_runtime(config: RunConfig) -> Runtime:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device_name = torch.cuda.get_device_name() if on_gpu else _cpu_name()
+    device_name = torch.cuda.get_device_name() if on_gpu else cpu_name()
     dtype, note = _choose_dtype(config, on_gpu, device_name)
     # torch 2.13 renamed the option, torch 2.11 knows the old name only.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -164,7 +164,7 @@ def _choose_dtype(config: RunConfig, on_gpu: bool, device_name: str) -> tuple[to
     return getattr(torch, asked), None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moe_train.config import ModelConfig, RunConfig, model_digest, to_dict
+from moe_train.config import ModelConfig, RunConfig, differences, model_digest, to_dict
 from moe_train.data.packing import PreparedData
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.training.checkpoints import Checkpoint
-from moe_train.training.run_folder import CONFIG, differences, load_run_config
+from moe_train.training.run_folder import CONFIG, load_run_config
 
 
 def check_same_text(checkpoint: Checkpoint, data: PreparedData) -> None:

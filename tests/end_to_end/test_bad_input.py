@@ -41,6 +41,7 @@ def one_line(commands: Commands, *command: str, status: int = 1) -> str:
         ("optimizer.lr=abc", 'optimizer.lr="abc"', 1),
         ("model=giant", "there is no model=giant: choose one of", 1),
         ("modell=nano", "unknown key modell", 1),
+        ("claim=fp8_recipe", "claim= is no setting of a run: python scripts/reproduce.py", 1),
         ("experiment=missing", "there is no experiment=missing", 1),
         ("model.moe.top_k", "cannot read the command line", 2),
         ("model.moe=[", "cannot read the command line", 2),

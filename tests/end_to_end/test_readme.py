@@ -12,6 +12,8 @@ import yaml
 from command_line import ROOT, Commands
 from small_model import SMALL
 
+from moe_train.claims import markdown
+from moe_train.claims.markdown import BEGIN, END
 from moe_train.forecast.published import published_runs
 from moe_train.forecast.utilization_model import leave_one_out
 
@@ -58,6 +60,8 @@ def made_small(words: list[str], commands: Commands) -> list[str]:
         (file,) = commands.folder.glob(words[2] + "/run-*.wandb")
         return ["wandb", "leet", "inspect", "--json", str(file)]  # a terminal's view, read without one
     script = words[1].removeprefix("scripts/")
+    if script == "reproduce.py":
+        return [words[0], str(ROOT / words[1]), *of_a_tiny_claim(words[2:], commands)]
     if "probe=true" in words:
         tiny = [o for o in commands.tiny if not o.startswith("stop")]
         return [
@@ -70,6 +74,23 @@ def made_small(words: list[str], commands: Commands) -> list[str]:
         ]
     extra = {"generate.py": ["max_new_tokens=3"], "upcycle.py": SHAPE, "benchmark.py": [*SMALL, *NARROW]}
     return [words[0], str(ROOT / words[1]), *words[2:], *extra.get(script, [])]
+
+
+def of_a_tiny_claim(words: list[str], commands: Commands) -> list[str]:
+    """One arm and two seeds in place of the claim; a README with markers in place of this one."""
+    if any(word.startswith("readme=") for word in words):
+        (commands.folder / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    if "scale=smoke" not in words:
+        return words
+    folder = commands.folder / "own/claim"
+    folder.mkdir(parents=True)
+    claim = yaml.safe_load((ROOT / "configs/claim/latent_attention.yaml").read_text())
+    comparison = {"arm": "mha", "against": None, "measure": "val_loss", "test": {"kind": "below", "margin": 3.0}}
+    base = [o for o in commands.tiny if not o.startswith(("stop", "tracking", "num_threads"))]
+    scale = {"smoke": {"overrides": [], "tokens": [1280], "seeds": 2}}
+    tiny = {"base": base, "arms": {"mha": claim["arms"]["mha"]}, "comparisons": [comparison], "scales": scale}
+    (folder / "latent_attention.yaml").write_text(yaml.safe_dump(claim | tiny))
+    return [*words, "--config-dir", "own", "num_threads=1"]
 
 
 def test_the_map_names_every_module_and_no_other() -> None:
@@ -86,6 +107,7 @@ def test_the_map_names_every_module_and_no_other() -> None:
         "generation",
         "evaluation",
         "benchmark",
+        "claims",
     ):
         for file in (ROOT / "moe_train" / folder).glob("[a-z]*.py"):
             assert re.search(rf"\b{file.stem}\b", described), f"{folder}/{file.name}"
@@ -105,6 +127,13 @@ def test_every_configuration_file_is_valid_yaml_with_a_comment_that_says_what_it
         text = file.read_text()
         yaml.safe_load(text)
         assert "# " in text.split("\n\n")[0], file
+
+
+def test_the_readme_says_of_claims_what_their_report_says_and_no_more() -> None:
+    inside = README[README.index(BEGIN) + len(BEGIN) : README.index(END)].strip()
+    (link,) = re.findall(r"\[figures\]\(([^)]+)\)", inside.splitlines()[0])
+    content = json.loads((ROOT / link).read_text())
+    assert inside == markdown.readme_section(content, link).strip()
 
 
 def test_the_published_figures_in_the_readme_are_those_of_the_files_and_these_are_what_the_code_says_now() -> None:

@@ -1,0 +1,70 @@
+"""Which device the runs will be made on, and whether those that are there already were made on the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_train.claims.plan import Plan
+from moe_train.claims.results import Folder, Result
+from moe_train.compose import CONFIGS
+from moe_train.config.claim import TO_TARGET
+from moe_train.cost.hardware import detect
+from moe_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Device:
+    """`price_usd_per_hour`: of a GPU, or of a core."""
+
+    name: str
+    count: int
+    on_gpu: bool
+    hardware: str
+    price_usd_per_hour: float | None
+
+
+def device_here(plan: Plan) -> Device:
+    import torch
+
+    from moe_train.training.runtime import cpu_name
+
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    name = torch.cuda.get_device_name() if on_gpu else cpu_name()
+    config = next(iter(plan.arms.values())).config
+    hardware, _ = detect(config.hardware, CONFIGS, "cuda" if on_gpu else "cpu", name, os.environ)
+    count = torch.cuda.device_count() if on_gpu else 1
+    return Device(name, count, on_gpu, hardware.name, hardware.price_usd_per_hour)
+
+
+def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:
+    """Refuse to add runs to a claim about seconds or dollars that has some of another device or price. UserError."""
+    timed = [c.name for c in plan.claim.config.at(plan.scale_name) if c.measure in TO_TARGET[2:]]
+    if not timed:
+        return
+    for result in _there(plan, folder):
+        summary = result.summary
+        cores = 1 if device.on_gpu else summary["num_threads"]
+        price = None if summary["price_usd_per_hour"] is None else summary["price_usd_per_hour"] / cores
+        same_price = price == device.price_usd_per_hour or (
+            price is not None
+            and device.price_usd_per_hour is not None
+            and abs(price - device.price_usd_per_hour) < 1e-9 * max(1.0, price)
+        )
+        if summary["device_name"] != device.name or not same_price:
+            raise UserError(
+                f"claim={plan.claim.name} compares {timed[0]}, and {result.folder} was made on "
+                f"{summary['device_name']} at {_dollars(price)}, not on {device.name} at "
+                f"{_dollars(device.price_usd_per_hour)}: give another out=, or that price with "
+                "hardware.price_usd_per_hour="
+            )
+
+
+def _there(plan: Plan, folder: Folder) -> Sequence[Result]:
+    planned = [*plan.tuning_runs(), *plan.runs(plan.untuned())]
+    return [result for run in planned if (result := folder.result(run)) is not None]
+
+
+def _dollars(price: float | None) -> str:
+    return "no price" if price is None else f"${price:g} an hour"

@@ -1,0 +1,179 @@
+"""What a suite will take, before it begins: runs, FLOPs, hours, dollars.
+
+On the device at hand from runs that are there already, else from a probe (forecast/probe.py: twenty steps of one arm)
+of each kind of arm, the others reckoned by their FLOPs. For a GPU one does not have (hardware=NAME) from published
+runs, whose models are a hundred times larger, so roughly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_train.claims.plan import Arm, Plan, PlannedRun
+from moe_train.claims.results import Folder
+from moe_train.config import HardwareConfig
+from moe_train.cost.layout import Layout
+from moe_train.forecast import probe as probes
+from moe_train.forecast.interval import Interval
+from moe_train.forecast.published import published_runs
+from moe_train.forecast.training_run import Plan as ForecastPlan
+from moe_train.forecast.training_run import forecast
+from moe_train.forecast.utilization_model import fitted
+
+OTHER_ARM = 1.5  # seconds a FLOP of an arm that was not probed, over those of one that was: a naive MoE's tax is 1.3
+START_SECONDS = 15.0  # of a run on a GPU nobody probed: imports, data, evaluation, checkpoint
+
+Probe = Callable[[Sequence[str], int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of the runs of a claim that are not there yet; `usd` None without a price; `at_least`: no more is known."""
+
+    runs: int
+    there: int
+    flops: float
+    seconds: Interval
+    usd: Interval | None
+    source: str
+    at_least: bool = False
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one kind of arm on one device: seconds a FLOP, seconds round the steps, dollars a second."""
+
+    arm_hash: str
+    per_flop: Interval
+    around: float
+    usd_per_second: float | None
+    source: str
+
+    def seconds(self, run: PlannedRun, exact: bool) -> Interval:
+        rate = (
+            self.per_flop
+            if exact
+            else Interval(self.per_flop.value, self.per_flop.low / OTHER_ARM, self.per_flop.high * OTHER_ARM)
+        )
+        return Interval(*(run.flops * each + self.around for each in (rate.value, rate.low, rate.high)))
+
+
+def planned(plan: Plan) -> list[PlannedRun]:
+    """All runs of a claim, each once; rates do not change what they cost."""
+    runs = [*plan.tuning_runs(), *plan.runs(plan.untuned())]
+    return list({run.hash: run for run in runs}.values())
+
+
+def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings: Sequence[str]) -> Estimate:
+    """On the device at hand. `taken`: hashes other claims pay for, to which this one's are added."""
+    runs = [run for run in planned(plan) if run.hash not in taken]
+    taken |= {run.hash for run in runs}
+    left = [run for run in runs if not folder.is_finished(run)]
+    seconds, usd = Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0)
+    priced, sources = True, []
+    for run in left:
+        speed = _speed(plan, plan.arms[run.arm], folder, probe, settings)
+        took = speed.seconds(run, exact=speed.arm_hash == _probed_as(plan.arms[run.arm]))
+        seconds = _sum(seconds, took)
+        priced = priced and speed.usd_per_second is not None
+        usd = _sum(usd, took * (speed.usd_per_second or 0.0))
+        sources.append(speed.source)
+    source = ", ".join(dict.fromkeys(sources)) or "nothing is left to do"
+    return Estimate(
+        len(runs), len(runs) - len(left), sum(r.flops for r in left), seconds, usd if priced else None, source
+    )
+
+
+def estimate_elsewhere(plan: Plan, hardware: HardwareConfig, taken: set[str]) -> Estimate:
+    """On a GPU by the published runs. Raises UserError where its peak is not known."""
+    runs = [run for run in planned(plan) if run.hash not in taken]
+    taken |= {run.hash for run in runs}
+    utilization = fitted(published_runs())
+    per_token = {name: _published_speed(arm, hardware, utilization) for name, arm in plan.arms.items()}
+    seconds = Interval(0.0, 0.0, 0.0)
+    for run in runs:
+        took = per_token[run.arm] * run.tokens
+        seconds = _sum(seconds, Interval(*(each + START_SECONDS for each in (took.value, took.low, took.high))))
+    price = hardware.price_usd_per_hour
+    usd = None if price is None else seconds * (price / 3600)
+    return Estimate(
+        len(runs),
+        0,
+        sum(run.flops for run in runs),
+        seconds,
+        usd,
+        f"published runs on {hardware.name}, of far larger models: small ones reach less of the peak",
+        at_least=True,
+    )
+
+
+def _published_speed(arm: Arm, hardware: HardwareConfig, utilization: Any) -> Interval:
+    """Seconds a token."""
+    config = arm.config
+    found = forecast(
+        ForecastPlan(
+            model=config.model.resolved(),
+            vocab_size=arm.vocab_size,
+            optimizer=config.optimizer,
+            tokens=1_000_000,
+            sequence_length=config.data.sequence_length,
+            hardware=hardware,
+            num_devices=1,
+            precision="fp8" if config.precision.fp8 is not None and hardware.peak_tflops.float8 else "bf16",
+            layouts=[Layout.named("single")],
+            micro_batch=config.batch_size,
+            activation_checkpointing=None,
+        ),
+        utilization,
+    )
+    hours = found["gpu_hours"]
+    return Interval(hours["value"], hours["low"], hours["high"]) * (3600 / 1_000_000)
+
+
+def _kind(arm: Arm) -> str:
+    """Arms of a kind spend about as long on a FLOP."""
+    fp8 = arm.config.precision.name if arm.config.precision.fp8 is not None else "-"
+    shape = (arm.config.batch_size, arm.config.data.sequence_length, arm.config.model.hidden_size)
+    return "-".join(str(part) for part in (arm.config.optimizer.kind, fp8.split("_")[0], *shape))
+
+
+def _probed_as(arm: Arm) -> str:
+    return arm.config.config_hash()
+
+
+def _speed(plan: Plan, arm: Arm, folder: Folder, probe: Probe, settings: Sequence[str]) -> Speed:
+    """Probed once for each kind, and kept."""
+    file = folder.path / "probes" / f"{_kind(arm)}.json"
+    content = _kept(file)
+    if content is None:
+        longest = max(plan.scale.tokens)
+        folders = [] if plan.config_dir is None else ["--config-dir", str(plan.config_dir.absolute())]
+        content = {**probe([*folders, *arm.overrides, *settings], longest), "arm": arm.name, "hash": _probed_as(arm)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=1) + "\n")
+    flops = content["flops_per_token"]
+    rate = content["tokens_per_second"]
+    per_flop = Interval(*(1 / rate[key] / flops for key in ("value", "high", "low")))
+    wall, train = content["wall_seconds"]["value"], content["train_seconds"]["value"]
+    usd = None if content["usd_total"] is None else content["usd_total"]["value"] / wall
+    source = f"a probe of arm {content['arm']} on {content['device']}"
+    return Speed(content["hash"], per_flop, wall - train, usd, source)
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        return content
+    except (OSError, ValueError):
+        return None
+
+
+def _sum(one: Interval, other: Interval) -> Interval:
+    return Interval(one.value + other.value, one.low + other.low, one.high + other.high)
+
+
+DEFAULT_PROBE: Probe = probes.probe

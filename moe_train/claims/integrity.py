@@ -1,0 +1,104 @@
+"""What is checked of the runs before any statistic is looked at: that they are the ones planned, and comparable.
+
+A run is judged by what it did (its summary, its curve), not by what it was told: other text, another number of tokens,
+another configuration, a part of the validation text, another format or version show here. Seconds and dollars have
+conditions of their own: one device, one price, no neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moe_train.claims.plan import Plan
+from moe_train.claims.results import Result
+
+_ALIKE = {
+    "corpus_fingerprint": "trained on other text",
+    "val_tokens": "evaluated on other text",
+    "compute_dtype": "computed in another format",
+    "cost_basis": "charged in another way",
+}
+_VERSIONS = ("moe_train", "torch")
+_TIMED_ALIKE = {
+    "device_name": "on another device",
+    "hardware": "priced as other hardware",
+    "num_devices": "on another number of devices",
+    "num_threads": "with another number of threads",
+    "price_usd_per_hour": "at another price",
+}
+
+
+def problems(plan: Plan, results: Sequence[Result]) -> list[str]:
+    """Why the runs cannot be compared at all, a line each; none if they can."""
+    found = [line for result in results for line in _as_planned(result)]
+    for key, what in _ALIKE.items():
+        found += _odd_ones_out(results, [result.summary.get(key) for result in results], what)
+    versions = [{name: result.summary["versions"].get(name) for name in _VERSIONS} for result in results]
+    found += _odd_ones_out(results, versions, "made with another version")
+    return found + _other_order(plan, results)
+
+
+def timing_problems(results: Sequence[Result]) -> list[str]:
+    """Why seconds and dollars of the runs cannot be compared, a line each."""
+    found = []
+    for key, what in _TIMED_ALIKE.items():
+        found += _odd_ones_out(results, [result.summary.get(key) for result in results], what)
+    for result in results:
+        if result.neighbours:
+            found.append(
+                f"{result.place}: timed beside {result.neighbours} other jobs on its device: make it with jobs=1"
+            )
+    if any(result.summary["usd_train"] is None for result in results):
+        found.append("no price is known for the device: give hardware.price_usd_per_hour=…")
+    return found
+
+
+def _as_planned(result: Result) -> list[str]:
+    run, summary, where = result.run, result.summary, result.place
+    found = []
+    from moe_train.training.run_folder import load_run_config  # brings torch along
+
+    # The folder's own configuration, hashed anew: neither a summary nor a folder's name is taken at its word.
+    actual = load_run_config(result.folder).config_hash()
+    if not run.hash == actual == summary["config_hash"]:
+        found.append(f"{where}: arm {run.arm} was trained with another configuration ({actual}, not {run.hash})")
+    step = run.config.batch_size * run.config.data.sequence_length
+    if not run.tokens <= summary["tokens"] < run.tokens + step:
+        found.append(f"{where}: arm {run.arm} trained on {summary['tokens']:,} tokens, not {run.tokens:,}")
+    if summary["seed"] != run.seed:
+        found.append(f"{where}: arm {run.arm} has seed {summary['seed']}, not {run.seed}")
+    if summary["val_loss"] is None or not summary["val_complete"]:
+        found.append(f"{where}: arm {run.arm} was not evaluated to the end")
+    return found
+
+
+def _odd_ones_out(results: Sequence[Result], values: Sequence[Any], what: str) -> list[str]:
+    """Those whose value is not the commonest one."""
+    if not results:
+        return []
+    common = max(values, key=list(values).count)
+    return [
+        f"{result.place}: arm {result.run.arm}, seed {result.run.seed}, was {what} ({value}, the others {common})"
+        for result, value in zip(results, values)
+        if value != common
+    ]
+
+
+def _other_order(plan: Plan, results: Sequence[Result]) -> list[str]:
+    """Runs of one seed see the same tokens in the same steps, whatever their arm."""
+    found = []
+    seen: dict[tuple[int, int], tuple[float, Result]] = {}
+    for result in results:
+        for row in result.rows:
+            tokens, key = row.get("progress/tokens"), (result.run.seed, int(row["step"]))
+            if tokens is None or row["step"] == result.summary["steps"]:
+                continue
+            first, other = seen.setdefault(key, (tokens, result))
+            if first != tokens and other.run.arm != result.run.arm:
+                found.append(
+                    f"{result.place}: arm {result.run.arm} had seen {tokens:,.0f} tokens at step {row['step']}, arm "
+                    f"{other.run.arm} {first:,.0f}: their data are not in the same order"
+                )
+                break
+    return found

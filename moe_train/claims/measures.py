@@ -1,0 +1,111 @@
+"""What is compared: one number a run, from its summary, its curve, its checkpoint or text generated with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_train.claims.results import Folder, Result
+from moe_train.compose import CONFIGS
+from moe_train.config.claim import Measure
+from moe_train.errors import UserError
+
+GENERATE = CONFIGS.parent / "scripts" / "generate.py"
+GENERATED_TOKENS = 200
+
+
+UNITS: dict[Measure, str] = {
+    "val_loss": "nats a token",
+    "max_violation": "MaxVio",
+    "optimizer_bytes_per_param": "bytes a parameter",
+    "cache_elements": "elements a token",
+    "generation_speed_up": "times as fast",
+    "tokens_to_target": "times the tokens",
+    "flops_to_target": "times the FLOPs",
+    "seconds_to_target": "times the seconds",
+    "usd_to_target": "times the dollars",
+}
+
+
+def value(measure: Measure, result: Result, folder: Folder) -> float:
+    """Of one run. Raises UserError, in one line, where it has none."""
+    return _OF[measure](result, folder)
+
+
+def _val_loss(result: Result, _: Folder) -> float:
+    return float(result.summary["val_loss"])
+
+
+def _max_violation(result: Result, _: Folder) -> float:
+    """Over the last third of the run: balance takes time to set in."""
+    rows = [row for row in result.rows if row.get("moe/max_violation") is not None]
+    late = [row["moe/max_violation"] for row in rows if row["step"] > result.summary["steps"] * 2 / 3]
+    if not late:
+        raise UserError(f"{result.place}: arm {result.run.arm} logged no expert load: give it experts")
+    return float(np.mean(late))
+
+
+def _optimizer_bytes(result: Result, _: Folder) -> float:
+    import torch
+
+    from moe_train.training.checkpoints import OPTIMIZERS, checkpoint_paths
+
+    paths = checkpoint_paths(result.folder)
+    if not paths:
+        raise UserError(f"{result.place} has no checkpoint to weigh: remove the folder, and the run is made again")
+
+    def bytes_of(node: Any) -> int:
+        if isinstance(node, torch.Tensor):
+            return node.numel() * node.element_size() if node.dim() else 0  # step counters are scalars
+        parts = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+        return sum(bytes_of(part) for part in parts)
+
+    states = torch.load(paths[-1] / OPTIMIZERS, weights_only=True, map_location="cpu")
+    return bytes_of(states) / float(result.summary["total_params"])
+
+
+def _generated(result: Result, folder: Folder) -> dict[str, Any]:
+    return generation(result, folder, speculative=result.run.config.model.mtp is not None)
+
+
+def _cache_elements(result: Result, folder: Folder) -> float:
+    return float(_generated(result, folder)["cache_elements_per_token"])
+
+
+def _speed_up(result: Result, folder: Folder) -> float:
+    figures = _generated(result, folder)
+    if "speed_up" not in figures:
+        raise UserError(f"{result.place}: arm {result.run.arm} has no MTP module to draft with")
+    return float(figures["speed_up"])
+
+
+_OF: dict[Measure, Callable[[Result, Folder], float]] = {
+    "val_loss": _val_loss,
+    "max_violation": _max_violation,
+    "optimizer_bytes_per_param": _optimizer_bytes,
+    "cache_elements": _cache_elements,
+    "generation_speed_up": _speed_up,
+}
+
+
+def generation(result: Result, folder: Folder, speculative: bool) -> dict[str, Any]:
+    """What scripts/generate.py measured with the run, kept beside it."""
+    target = folder.beside(result.run.hash, ".generation.json")
+    if not target.exists():
+        extra = ["speculative=true", "compare=true"] if speculative else []
+        command: Sequence[str] = [
+            *(sys.executable, str(GENERATE), f"run={result.folder}", "prompt=def ", "temperature=0"),
+            *(f"max_new_tokens={GENERATED_TOKENS}", *extra, f"json={target}"),
+        ]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        if made.returncode or not target.exists():
+            last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+            raise UserError(f"{result.place}: generating with arm {result.run.arm} failed: {last}")
+    content: dict[str, Any] = json.loads(Path(target).read_text())
+    return content

@@ -1,0 +1,66 @@
+"""What was fixed before the first run: margins, seeds, budgets, arms. A suite that has begun keeps to it.
+
+`OUT/registered/CLAIM-SCALE.json` is written before training. If the claim, or what its arms resolve to, has changed
+since, the suite is refused: a margin moved after the losses are known is no margin.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moe_train.claims.plan import Plan
+from moe_train.claims.results import Folder
+from moe_train.config import differences, to_dict
+from moe_train.errors import UserError
+
+# What may be worded better at any time.
+_PROSE = ("statement", "source", "published", "carries_over", "does_not_carry_over", "number", "scales")
+
+
+def protocol(plan: Plan) -> dict[str, Any]:
+    """Everything that decides a verdict, as plain values; what a user gave for all arms is in their hashes."""
+    claim = {key: value for key, value in to_dict(plan.claim.config).items() if key not in _PROSE}
+    return {
+        "claim": claim,
+        "scale": to_dict(plan.scale),
+        "arms": {name: arm.config.config_hash() for name, arm in plan.arms.items()},
+    }
+
+
+def file_of(plan: Plan, folder: Folder) -> Path:
+    return folder.path / "registered" / f"{plan.claim.name}-{plan.scale_name}.json"
+
+
+def check(plan: Plan, folder: Folder) -> str | None:
+    """When it was registered; None if it was not. Raises UserError where it has changed since."""
+    file = file_of(plan, folder)
+    if not file.exists():
+        return None
+    try:
+        before = json.loads(file.read_text())
+        date: str = before["date"]
+        was = before["protocol"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} cannot be read: put it back, or give another out=") from None
+    for key, old, new in differences(was, json.loads(json.dumps(protocol(plan)))):
+        raise UserError(
+            f"claim={plan.claim.name} scale={plan.scale_name} was registered on {date} with {key}={json.dumps(old)}, "
+            f"not {json.dumps(new)}: runs are there, so restore it, or give another out="
+        )
+    return date
+
+
+def register(plan: Plan, folder: Folder) -> str:
+    """Write it down before training; returns the date, of the first time if there was one."""
+    if date := check(plan, folder):
+        return date
+    file = file_of(plan, folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"date": date, "protocol": protocol(plan)}, indent=1) + "\n")
+    temporary.replace(file)
+    return date

@@ -1,0 +1,141 @@
+"""`report.json`, `REPORT.md` and `report.html` of a suite: the same content, every figure with the runs it is from.
+
+The JSON is the record, the other two are made from it alone. A claim that is put to the test again replaces its entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from moe_train.claims import html, markdown
+from moe_train.claims.loss_curves import curves_of
+from moe_train.claims.registered import file_of
+from moe_train.claims.results import Folder, Result
+from moe_train.claims.statistics import holm
+from moe_train.claims.verdict import Judged
+from moe_train.cli import write_json
+from moe_train.errors import UserError
+
+Content = dict[str, Any]
+
+JSON, MARKDOWN, HTML = "report.json", "REPORT.md", "report.html"
+_OF_DEVICE = ("device_name", "hardware", "num_devices", "num_threads", "compute_dtype", "price_usd_per_hour")
+_OF_DATA = ("price_source", "price_date", "corpus", "corpus_fingerprint", "versions")
+
+
+def write(judged: Sequence[Judged], folder: Folder) -> Content:
+    """The JSON and the Markdown in the suite's folder; returns what the JSON holds."""
+    path = folder.path / JSON
+    content = merged(read(path) if path.exists() else None, [entry(each, folder) for each in judged])
+    write_json(path, content)
+    (folder.path / MARKDOWN).write_text(markdown.report(content))
+    return content
+
+
+def write_page(folder: Folder) -> None:
+    """report.html from the JSON, once: drawing takes a second a claim."""
+    if (folder.path / JSON).exists():
+        (folder.path / HTML).write_text(html.report(read(folder.path / JSON)))
+
+
+def read(path: Path) -> Content:
+    """Raises UserError where it is no report."""
+    try:
+        content: Content = json.loads(path.read_text())
+        for claim in content["claims"]:
+            _ = claim["claim"], claim["scale"], claim["verdict"]
+    except FileNotFoundError:
+        raise UserError(f"there is no report {path}: run scripts/reproduce.py claim=NAME first") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no report of claims: move it away, or give another report=") from None
+    return content
+
+
+def merged(earlier: Content | None, entries: Sequence[dict[str, Any]]) -> Content:
+    """Earlier claims that are not among the new ones stay. Holm's adjustment over a scale's claims is made anew."""
+    new = {(each["claim"], each["scale"]) for each in entries}
+    kept = [each for each in (earlier or {}).get("claims", []) if (each["claim"], each["scale"]) not in new]
+    claims = sorted([*kept, *entries], key=lambda each: (each["scale"], each["number"] or 10**6, each["claim"]))
+    for scale in dict.fromkeys(each["scale"] for each in claims):
+        family = [each for each in claims if each["scale"] == scale]
+        adjusted = holm([1.0 if each["p_supported"] is None else each["p_supported"] for each in family])
+        for each, p in zip(family, adjusted):
+            each["p_supported_over_all_claims"] = None if each["p_supported"] is None else float(p)
+    runs = {run["hash"]: run["usd"] for each in claims for run in each["run_list"]}
+    usd = None if any(value is None for value in runs.values()) else sum(runs.values())
+    return {"date": date.today().isoformat(), "claims": claims, "distinct_runs": len(runs), "usd_of_distinct_runs": usd}
+
+
+def entry(judged: Judged, folder: Folder) -> dict[str, Any]:
+    """A claim as it stands in the JSON."""
+    plan, config = judged.plan, judged.plan.claim.config
+    main = judged.main
+    results = [*judged.tuning, *judged.results]
+    registered = file_of(plan, folder)
+    return {
+        "claim": plan.claim.name,
+        "number": config.number,
+        "scale": plan.scale_name,
+        "verdict": judged.verdict,
+        "effect": main.effect,
+        "interval": None if main.interval is None else list(main.interval),
+        "unit": main.unit,
+        "level": main.level,
+        "bound": main.bound,
+        "p_supported": judged.p_supported,
+        "runs": len({result.run.hash for result in results}),
+        "planned_runs": judged.planned,
+        "usd": judged.usd,
+        "usd_tuning": judged.usd_tuning,
+        "statement": config.statement,
+        "source": config.source,
+        "published": config.published,
+        "carries_over": config.carries_over,
+        "does_not_carry_over": config.does_not_carry_over,
+        "registered": json.loads(registered.read_text())["date"] if registered.exists() else None,
+        "protocol": str(registered.relative_to(folder.path)),
+        "seeds": plan.scale.seeds,
+        "budgets": list(plan.scale.tokens),
+        "learning_rates": judged.rates,
+        "reasons": judged.reasons,
+        "notes": judged.notes,
+        "comparisons": [asdict(compared) for compared in judged.comparisons],
+        "axes": [asdict(saved) for saved in judged.axes],
+        "arms": {
+            name: {"overrides": list(config.arms[name].overrides), **arm.figures} for name, arm in plan.arms.items()
+        },
+        "device": _common(results),
+        "run_list": [_run(result, folder) for result in results],
+        "curves": curves_of(judged.results, len(plan.scale.tokens) - 1),
+    }
+
+
+def _common(results: Sequence[Result]) -> dict[str, Any]:
+    """Of the last run; that all are alike was checked."""
+    return {key: results[-1].summary.get(key) for key in (*_OF_DEVICE, *_OF_DATA)} if results else {}
+
+
+def _run(result: Result, folder: Folder) -> dict[str, Any]:
+    run, summary = result.run, result.summary
+    return {
+        "hash": run.hash,
+        "folder": str(result.folder.relative_to(folder.path)),
+        "arm": run.arm,
+        "seed": run.seed,
+        "purpose": run.purpose,
+        "learning_rate": run.rate,
+        "tokens": summary["tokens"],
+        "flops": summary["tokens"] * summary["flops_per_token"],
+        "val_loss": summary["val_loss"],
+        "val_bits_per_byte": summary["val_bits_per_byte"],
+        "train_seconds": summary["train_seconds"],
+        "usd_train": summary["usd_train"],
+        "usd": folder.spent(run),
+        "max_violation": summary["final_max_violation"],
+        "neighbours": result.neighbours,
+    }

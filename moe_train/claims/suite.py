@@ -1,0 +1,162 @@
+"""A suite from its claims to its report: refuse, foretell, register, tune, train, judge.
+
+Everything that can be refused is refused before the first run of the first claim. Claims follow one another, and the
+report is written again after each, so that an interrupted suite has said what it knows.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from moe_train.claims import estimate as estimates
+from moe_train.claims import registered, report, tables, wandb_report
+from moe_train.claims.device import Device, check_same_device, device_here
+from moe_train.claims.library import load_claims
+from moe_train.claims.plan import Plan, PlannedRun, make_plan
+from moe_train.claims.results import Folder
+from moe_train.claims.runner import Runner, Start
+from moe_train.claims.tuning import best_rates
+from moe_train.claims.verdict import Judged, judge
+from moe_train.config import HardwareConfig
+from moe_train.config.claim import ScaleName
+from moe_train.cost.budget import Budget
+from moe_train.errors import UserError
+from moe_train.launch import start_job
+
+# Settings of every job that no loss depends on.
+_SETTINGS = ("tracking.log_every_steps=10",)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`given`: settings of train.py for all arms. `jobs`: at a time; None: as many as there are GPUs, else one."""
+
+    claims: str
+    scale: ScaleName
+    out: Path
+    given: tuple[str, ...] = ()
+    config_dir: Path | None = None
+    usd: float | None = None
+    jobs: int | None = None
+
+    def plans(self) -> list[Plan]:
+        """Raises UserError for the first thing that is wrong with any of the claims."""
+        claims = load_claims(self.claims, self.scale, self.config_dir)
+        plans = [make_plan(claim, self.scale, self.given, self.config_dir) for claim in claims]
+        for plan in plans:
+            registered.check(plan, Folder(self.out))
+        return plans
+
+    def budget(self, plans: Sequence[Plan]) -> Budget:
+        ledger = next(iter(plans[0].arms.values())).config.cost.ledger
+        if self.usd is not None and ledger is None:
+            raise UserError(f"budget.usd={self.usd:g} is kept with the ledger: leave cost.ledger at a file")
+        return Budget(f"claims in {self.out}", None if ledger is None else Path(ledger), self.usd)
+
+
+def foretell(asked: Asked, hardware: HardwareConfig | None, probe: estimates.Probe) -> list[dict[str, object]]:
+    """`dry_run=true`: what would be done, shown and returned for the JSON. Nothing is trained but the probes."""
+    plans, folder = asked.plans(), Folder(asked.out.absolute())
+    rows = _estimates(plans, folder, hardware, probe)
+    tables.show_estimates(rows, asked.scale)
+    return [tables.as_dict(plan, row) for plan, row in rows]
+
+
+def _estimates(
+    plans: Sequence[Plan], folder: Folder, hardware: HardwareConfig | None, probe: estimates.Probe
+) -> list[tuple[Plan, estimates.Estimate]]:
+    taken: set[str] = set()
+    if hardware is not None:
+        return [(plan, estimates.estimate_elsewhere(plan, hardware, taken)) for plan in plans]
+    return [(plan, estimates.estimate(plan, folder, probe, taken, ())) for plan in plans]
+
+
+def reproduce(
+    asked: Asked,
+    start: Start = start_job,
+    device: Device | None = None,
+    probe: estimates.Probe = estimates.DEFAULT_PROBE,
+    say: Callable[[str], object] = sys.stderr.write,
+) -> list[Judged]:
+    """Make the runs that are missing and judge every claim. Raises UserError before the first of them."""
+    plans, folder = asked.plans(), Folder(asked.out.absolute())
+    device = device or device_here(plans[0])
+    for plan in plans:
+        check_same_device(plan, folder, device)
+    budget = asked.budget(plans)
+    if asked.usd is not None:
+        _refuse_what_cannot_be_paid(plans, folder, asked.usd, budget, probe)
+    jobs = asked.jobs or (device.count if device.on_gpu else 1)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"out={asked.out} is in use by another suite: wait for it or choose another out=") from None
+    try:
+        settings = [*_SETTINGS, *_threads(asked, device, jobs)]
+        runner = Runner(
+            folder, budget, jobs, device.count, device.on_gpu, settings, asked.config_dir, start=start, say=say
+        )
+        judged: list[Judged] = []
+        for plan in plans:
+            registered.register(plan, folder)
+            judged.append(_one(plan, folder, runner, say))
+            report.write(judged, folder)
+            wandb_report.write(plan, report.entry(judged[-1], folder), folder)
+    finally:
+        report.write_page(folder)
+        lock.release()
+    tables.show_verdicts(judged)
+    return judged
+
+
+def _one(plan: Plan, folder: Folder, runner: Runner, say: Callable[[str], object]) -> Judged:
+    """Tune, train and judge one claim."""
+    tuning = plan.tuning_runs()
+    tags = _tags(tuning)
+    failed = runner.make(tuning, plan.claim.name, tags) if tuning else []
+    rates = best_rates(plan, tuning, folder)
+    if rates is None or any("budget.usd" in line for line in failed):
+        return judge(plan, folder, tuning, [], plan.untuned(), failed or ["no learning rate of an arm ended its run"])
+    runs = plan.runs(rates)
+    missing = runner.make(runs, plan.claim.name, _tags(runs))
+    return judge(plan, folder, tuning, runs, rates, missing)
+
+
+def _threads(asked: Asked, device: Device, jobs: int) -> list[str]:
+    """Jobs that share a CPU share its cores: each would take all of them."""
+    if device.on_gpu or jobs == 1 or any(o.startswith("num_threads=") for o in asked.given):
+        return []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [f"num_threads={max(1, cores // jobs)}"]
+
+
+def _tags(runs: Sequence[PlannedRun]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        names = found.setdefault(run.hash, [])
+        if run.arm not in names:
+            names.append(run.arm)
+    return found
+
+
+def _refuse_what_cannot_be_paid(
+    plans: Sequence[Plan], folder: Folder, usd: float, budget: Budget, probe: estimates.Probe
+) -> None:
+    """A suite that ends for want of money shows nothing."""
+    rows = _estimates(plans, folder, None, probe)
+    if any(row.usd is None for _, row in rows):
+        raise UserError(f"budget.usd={usd:g} needs a price: give hardware.price_usd_per_hour=…")
+    least = sum(row.usd.low for _, row in rows if row.usd is not None)
+    if budget.spent() + least > usd:
+        raise UserError(
+            f"budget.usd={usd:g}: ${budget.spent():.3g} are spent and the runs that are left take at least "
+            f"${least:.3g}: raise it, or choose fewer claims or a smaller scale"
+        )

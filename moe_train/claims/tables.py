@@ -1,0 +1,94 @@
+"""Plans and verdicts as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe_train.claims.estimate import Estimate
+from moe_train.claims.markdown import dollars, effect, interval
+from moe_train.claims.plan import Plan
+from moe_train.forecast.interval import Interval
+
+if TYPE_CHECKING:
+    from moe_train.claims.verdict import Judged
+
+
+def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
+    table = Table(title=f"what scale={scale} would take", title_justify="left")
+    table.add_column("claim", overflow="fold")
+    for column in ("arms", "runs", "there", "FLOPs", "hours", "dollars"):
+        table.add_column(column, justify="right")
+    for plan, row in rows:
+        paid = "no price" if row.usd is None else _spread(row.usd, row.at_least)
+        table.add_row(
+            *(plan.claim.name, str(len(plan.arms)), str(row.runs), str(row.there), f"{row.flops:.2e}"),
+            *(_spread(row.seconds * (1 / 3600), row.at_least), paid),
+        )
+    seconds, usd = _total(rows)
+    at_least = any(row.at_least for _, row in rows)
+    table.add_section()
+    table.add_row(
+        *("all, shared runs once", "", str(sum(row.runs for _, row in rows)), str(sum(row.there for _, row in rows))),
+        *(f"{sum(row.flops for _, row in rows):.2e}", _spread(seconds * (1 / 3600), at_least)),
+        "no price" if usd is None else _spread(usd, at_least),
+    )
+    console = Console()
+    console.print(table)
+    for source in dict.fromkeys(row.source for _, row in rows):
+        console.print(Text(f"reckoned from {source}"), soft_wrap=True)
+
+
+def _total(rows: Sequence[tuple[Plan, Estimate]]) -> tuple[Interval, Interval | None]:
+    seconds = _sum([row.seconds for _, row in rows])
+    known = [row.usd for _, row in rows if row.usd is not None]
+    return seconds, _sum(known) if len(known) == len(rows) else None
+
+
+def _sum(intervals: Sequence[Interval]) -> Interval:
+    return Interval(*(sum(getattr(each, key) for each in intervals) for key in ("value", "low", "high")))
+
+
+def _spread(interval: Interval, at_least: bool) -> str:
+    value, low, high = (f"{each:.2g}" for each in (interval.value, interval.low, interval.high))
+    return f"over {low}" if at_least else f"{value} ({low} to {high})"
+
+
+def as_dict(plan: Plan, row: Estimate) -> dict[str, Any]:
+    return {
+        "claim": plan.claim.name,
+        "scale": plan.scale_name,
+        "verdict": None,
+        "effect": None,
+        "interval": None,
+        "runs": row.runs,
+        "runs_there": row.there,
+        "flops": row.flops,
+        "seconds": asdict(row.seconds),
+        "usd": None if row.usd is None else row.usd.value,
+        "usd_interval": None if row.usd is None else [row.usd.low, row.usd.high],
+        "at_least": row.at_least,
+        "source": row.source,
+    }
+
+
+def show_verdicts(judged: Sequence[Judged]) -> None:
+    table = Table(title="verdicts", title_justify="left")
+    for column in ("claim", "verdict", "effect", "interval"):
+        table.add_column(column, overflow="fold")
+    for column in ("runs", "dollars"):
+        table.add_column(column, justify="right")
+    for each in judged:
+        main = asdict(each.main)
+        runs = f"{len(each.results) + len(each.tuning)} of {each.planned}"
+        table.add_row(each.plan.claim.name, each.verdict, effect(main), interval(main), runs, dollars(each.usd))
+    console = Console()
+    console.print(table)
+    for each in judged:
+        for reason in each.reasons[:3]:
+            console.print(Text(f"{each.plan.claim.name}: {reason}"), soft_wrap=True)

@@ -1,0 +1,300 @@
+"""From finished runs to verdicts: first whether they may be looked at, then each comparison, then the claim.
+
+The number of seeds is fixed beforehand, so there is no looking early: as long as a planned run is missing, or one is
+not what was planned, the verdict is `inconclusive` and no statistic is computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from moe_train.claims import integrity, measures
+from moe_train.claims.axes import SavedOnAxes, losses_by_budget, price_ratio, saved_on_axes
+from moe_train.claims.curves import saving
+from moe_train.claims.plan import Plan, PlannedRun
+from moe_train.claims.results import Folder, Result
+from moe_train.claims.statistics import Array, Mean, binomial_interval, detectable, holm, p_values, power
+from moe_train.config.claim import TO_TARGET, ComparisonConfig
+from moe_train.errors import UserError
+
+Verdict = Literal["supported", "refuted", "inconclusive"]
+SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
+COSTLY = ("seconds_to_target", "usd_to_target")  # what neighbours and devices change
+
+
+@dataclass
+class Compared:
+    """A comparison and what came of it. p values are Holm's, over the family of deciding ones or of the others."""
+
+    name: str
+    arm: str
+    against: str | None
+    measure: str
+    unit: str
+    statement: str
+    decides: bool
+    verdict: Verdict
+    effect: float | None = None
+    interval: tuple[float, float | None] | None = None  # None: nothing bounds it from above
+    level: float | None = None
+    bound: str | None = None
+    p_supported: float | None = None
+    p_refuted: float | None = None
+    p_difference: float | None = None  # two-sided, unadjusted, against no difference at all
+    values: dict[str, list[float]] = field(default_factory=dict)  # by arm, in order of seeds
+    sigma: float | None = None  # standard deviation between seeds (of pairs), measured
+    power: str = ""
+    reason: str | None = None  # why nothing was computed
+
+
+@dataclass
+class Judged:
+    """A claim at a scale with everything the report needs."""
+
+    plan: Plan
+    verdict: Verdict
+    comparisons: list[Compared]
+    reasons: list[str]  # why it could not be looked at
+    notes: list[str]
+    axes: list[SavedOnAxes]
+    tuning: list[Result]
+    results: list[Result]
+    planned: int  # runs, tuning included
+    rates: dict[str, float]
+    usd: float | None
+    usd_tuning: float | None
+    p_supported: float | None
+
+    @property
+    def main(self) -> Compared:
+        """The first that decides: its effect stands in the table."""
+        return next(compared for compared in self.comparisons if compared.decides)
+
+
+def judge(
+    plan: Plan,
+    folder: Folder,
+    tuning: Sequence[PlannedRun],
+    runs: Sequence[PlannedRun],
+    rates: dict[str, float],
+    missing: Sequence[str],
+) -> Judged:
+    """`missing`: what the runner says of runs that did not finish."""
+    tuned = [result for run in tuning if (result := folder.result(run)) is not None]
+    results = [result for run in runs if (result := folder.result(run)) is not None]
+    reasons = list(dict.fromkeys(missing))
+    lacking = len(runs) - len(results)
+    if not runs or lacking:
+        all_runs = len(tuning) + (len(runs) or len(plan.runs(plan.untuned())))
+        there = len(tuned) + len(results)
+        reasons.insert(0, f"{there} of {all_runs} planned runs are there: nothing is computed before all are")
+    reasons += integrity.problems(plan, results)
+    timing = integrity.timing_problems(results)
+    notes = list(timing[:1] and [f"seconds and dollars are not compared: {timing[0]}"])
+    comparisons = [_blank(plan, config) for config in plan.claim.config.at(plan.scale_name)]
+    axes: list[SavedOnAxes] = []
+    if not reasons:
+        for compared, config in zip(comparisons, plan.claim.config.at(plan.scale_name)):
+            if config.measure in COSTLY and timing:
+                compared.reason = timing[0]
+                continue
+            try:
+                _compute(compared, config, plan, results, folder)
+            except UserError as error:
+                compared.reason = str(error)
+        _decide(comparisons, plan)
+        axes = saved_on_axes(plan, results, with_costs=not timing)
+        notes += _notes(plan, results, rates, folder)
+    deciding = [compared for compared in comparisons if compared.decides]
+    verdicts = [compared.verdict for compared in deciding]
+    verdict: Verdict = "inconclusive"
+    if all(each == SUPPORTED for each in verdicts):
+        verdict = "supported"
+    elif REFUTED in verdicts:
+        verdict = "refuted"
+    if plan.scale_name == "smoke":
+        verdict = "inconclusive"  # whatever the comparisons say
+    known = [compared.p_supported for compared in deciding if compared.p_supported is not None]
+    return Judged(
+        plan=plan,
+        verdict=verdict,
+        comparisons=comparisons,
+        reasons=reasons,
+        notes=notes,
+        axes=axes,
+        tuning=tuned,
+        results=results,
+        planned=len(tuning) + (len(runs) or len(plan.runs(plan.untuned()))),
+        rates=rates,
+        usd=_dollars(folder, [*tuning, *runs]),
+        usd_tuning=_dollars(folder, tuning),
+        p_supported=max(known) if len(known) == len(deciding) else None,
+    )
+
+
+def _blank(plan: Plan, config: ComparisonConfig) -> Compared:
+    unit = measures.UNITS[config.measure]
+    if config.test.relative:
+        unit = "log ratio"
+    elif config.test.kind == "ratio_above" and config.measure not in TO_TARGET:
+        unit = "ratio"
+    return Compared(
+        name=config.name,
+        arm=config.arm,
+        against=config.against,
+        measure=config.measure,
+        unit=unit,
+        statement=statement(config),
+        decides=config.decides,
+        verdict="inconclusive",
+        power=power_statement(plan, config),
+    )
+
+
+def statement(config: ComparisonConfig) -> str:
+    """What would be supported, in words."""
+    test, measure = config.test, config.measure
+    margin = f"{test.margin:.3%}" if test.relative else f"{test.margin:g}"
+    if test.kind == "ratio_above":
+        return f"{measure} of {config.against} over that of {config.arm} is above {margin}"
+    if test.kind in ("below", "above"):
+        return f"{measure} of {config.arm} is {test.kind} {margin}"
+    words = {
+        "superiority": f"lower by more than {margin}" if test.margin else "lower",
+        "non_inferiority": f"higher by less than {margin}",
+        "tost": f"within ±{margin}",
+    }
+    return f"{measure} of {config.arm} is {words[test.kind]} against {config.against}"
+
+
+def power_statement(plan: Plan, config: ComparisonConfig) -> str:
+    """What the comparison can see at this scale, reckoned with the scatter that the claim's file expects."""
+    seeds, test = plan.scale.seeds, config.test
+    if config.measure in TO_TARGET or config.measure != "val_loss":
+        return ""
+    family = sum(c.decides == config.decides for c in plan.claim.config.at(plan.scale_name))
+    alpha = test.alpha / family  # the first step of Holm
+    sigma = plan.claim.config.sigma
+    if test.kind in ("tost", "non_inferiority"):
+        share = power(test.kind, test.margin, 0.0, sigma, seeds, alpha)
+        return f"{seeds} seeds scattering by {sigma:g} show it in {share:.0%} of suites where there is no difference"
+    beyond = detectable(sigma, seeds, alpha)
+    return f"{seeds} seeds scattering by {sigma:g} see an effect {beyond:.2g} beyond its bound in 80% of suites"
+
+
+# ------------------------------------------------------------------------------------------------- one comparison
+
+
+def _of_arm(results: Sequence[Result], plan: Plan, arm: str, budget: int) -> list[Result]:
+    """One a seed, in the order of seeds."""
+    found = [r for r in results if r.run.arm == arm and r.run.budget == budget]
+    return sorted(found, key=lambda result: result.run.seed)
+
+
+def _compute(
+    compared: Compared, config: ComparisonConfig, plan: Plan, results: Sequence[Result], folder: Folder
+) -> None:
+    last, test = len(plan.scale.tokens) - 1, config.test
+    level = compared.level = 1 - 2 * test.alpha
+    if config.measure in TO_TARGET:
+        assert config.against is not None  # ratio_above has one
+        found = saving(
+            *losses_by_budget(plan, results, config.arm),
+            *losses_by_budget(plan, results, config.against),
+            price_ratio(config.measure.removesuffix("_to_target"), plan, results, config.arm, config.against),
+        )
+        compared.effect, compared.interval, compared.bound = found.ratio, found.interval(level), found.bound
+        compared.p_supported, compared.p_refuted = found.p_values(test.margin)
+        compared.p_difference = min(1.0, 2 * min(found.p_values(1.0)))
+        return
+    for arm in config.arms:
+        compared.values[arm] = [
+            measures.value(config.measure, result, folder) for result in _of_arm(results, plan, arm, last)
+        ]
+    own = np.array(compared.values[config.arm])
+    logs = test.relative or test.kind == "ratio_above"
+    if config.against is None:
+        mean, scatter = Mean.of(own), own.std(ddof=1)
+    else:
+        other = np.array(compared.values[config.against])
+        first, second = (np.log(own), np.log(other)) if logs else (own, other)
+        if test.kind == "ratio_above":
+            first, second = second, first
+        mean = Mean.of(first - second) if config.paired else Mean.of_difference(first, second)
+        scatter = (
+            (first - second).std(ddof=1) if config.paired else np.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2)
+        )
+    supported, refuted = p_values(mean, test.kind, test.margin)
+    low, high = mean.interval(level)
+    effect: Array = mean.value
+    if test.kind == "ratio_above":
+        effect, low, high = np.exp(effect), np.exp(low), np.exp(high)
+    compared.effect, compared.interval = float(effect), (float(low), float(high))
+    compared.p_supported, compared.p_refuted = float(supported), float(refuted)
+    if config.against is not None:
+        compared.p_difference = float(mean.p_difference())
+    compared.sigma = float(scatter)
+
+
+def _decide(comparisons: Sequence[Compared], plan: Plan) -> None:
+    """Holm within the deciding comparisons and within the others; one that could not be computed counts as p = 1."""
+    alphas = [config.test.alpha for config in plan.claim.config.at(plan.scale_name)]
+    for decides, chosen in itertools.product((True, False), ("p_supported", "p_refuted")):
+        family = [compared for compared in comparisons if compared.decides == decides]
+        if not family:
+            continue
+        known = [getattr(compared, chosen) for compared in family]
+        for compared, adjusted in zip(family, holm([1.0 if p is None else p for p in known])):
+            if getattr(compared, chosen) is not None:
+                setattr(compared, chosen, float(adjusted))
+    for compared, alpha in zip(comparisons, alphas):
+        if compared.p_supported is not None and compared.p_supported <= alpha:
+            compared.verdict = "supported"
+        elif compared.p_refuted is not None and compared.p_refuted <= alpha:
+            compared.verdict = "refuted"
+
+
+# -------------------------------------------------------------------------------------------------- round about it
+
+
+def _dollars(folder: Folder, runs: Sequence[PlannedRun]) -> float | None:
+    known = [folder.spent(run) for run in {run.hash: run for run in runs}.values()]
+    return None if any(usd is None for usd in known) else sum(usd or 0.0 for usd in known)
+
+
+def _notes(plan: Plan, results: Sequence[Result], rates: dict[str, float], folder: Folder) -> list[str]:
+    notes = []
+    tuning = plan.scale.tuning
+    if tuning is None:
+        notes.append("learning rates are those of the configuration: not tuned at this scale")
+    else:
+        for name, rate in rates.items():
+            factor = rate / plan.arms[name].rate
+            if min(abs(factor / edge - 1) for edge in (min(tuning.factors), max(tuning.factors))) < 1e-3:
+                notes.append(f"the best learning rate of arm {name} is the {rate:.4g} at the edge of its grid")
+    if plan.scale_name == "smoke":
+        notes.insert(0, "scale=smoke shows that the protocol runs; it proves nothing, and decides nothing")
+    deciding = {arm for c in plan.claim.config.at(plan.scale_name) if c.decides for arm in c.arms}
+    ratio = plan.scale.tokens[-1] / max(plan.arms[arm].figures["active_params"] for arm in deciding)
+    if ratio < 20 and plan.scale_name != "smoke":
+        notes.append(f"{ratio:.0f} tokens an active parameter, fewer than 20: too short for capacity to bind")
+    loads = [folder.noted(result.run.hash).get("load_average") for result in results]
+    known = [load for load in loads if load is not None]
+    if known and next(iter(results)).summary["hardware"] == "cpu":
+        notes.append(f"the machine's load average when runs began was {min(known):.1f} to {max(known):.1f}")
+    for result in results:
+        file = folder.beside(result.run.hash, ".generation.json")
+        if file.exists() and result.run.config.model.mtp is not None:
+            figures = measures.generation(result, folder, speculative=True)
+            if figures.get("drafted"):
+                low, high = binomial_interval(figures["accepted"], figures["drafted"], 0.95)
+                notes.append(
+                    f"arm {result.run.arm}, seed {result.run.seed}: {figures['accepted']} of {figures['drafted']} "
+                    f"drafts accepted, {figures['acceptance']:.0%} (95% interval {low:.0%} to {high:.0%})"
+                )
+    return notes

@@ -1,0 +1,33 @@
+"""A claim's verdict as a run of its own in wandb, in the group of the runs it rests on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from typing import Any
+
+from moe_train.claims.plan import Plan
+from moe_train.claims.registered import protocol
+from moe_train.claims.results import Folder
+from moe_train.tracking.tracker import Tracker
+
+_FIGURES = ("claim", "scale", "verdict", "effect", "unit", "p_supported", "runs", "planned_runs", "usd", "statement")
+
+
+def write(plan: Plan, entry: dict[str, Any], folder: Folder) -> None:
+    """As tracking is set for the arms: offline unless a key is there, nothing with tracking=none."""
+    config = next(iter(plan.arms.values())).config.tracking
+    if config.wandb == "off":
+        return
+    place = folder.path / "verdicts" / f"{plan.claim.name}-{plan.scale_name}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    name = f"{plan.claim.name}-verdict"
+    tags = ("verdict", plan.scale_name, entry["verdict"])
+    run_id = re.sub(r"[^\w-]", "_", f"{name}-{plan.scale_name}-{entry['registered'] or ''}")[:64]
+    tracking = dataclasses.replace(config, group=plan.claim.name, tags=tags)
+    tracker = Tracker(place, tracking, protocol(plan), name, run_id, resume_step=None)
+    low, high = entry["interval"] or (None, None)
+    figures = {key: entry[key] for key in _FIGURES} | {"interval_low": low, "interval_high": high}
+    tracker.finish(figures)

@@ -1,0 +1,126 @@
+"""Claims put to the test: what a technique saves at your scale, in tokens, FLOPs, seconds and dollars.
+
+    claim=NAME|all scale=smoke|cpu|gpu   make the runs that are missing, and judge them; goes on after a kill
+    … dry_run=true [hardware=NAME]       runs, FLOPs, hours and dollars beforehand, here or on a GPU you do not have
+    self_check=true                      whether the statistics keep what they promise, made up and on real seeds
+    readme=README.md [report=FILE]       write the table of a report between the README's markers
+
+python scripts/reproduce.py claim=NAME[,NAME…]|all scale=smoke|cpu|gpu [dry_run=true] [budget.usd=N] [jobs=N] \
+[out=outputs/claims] [json=FILE] [--config-dir DIR] [settings of train.py for all arms: data, tracking, cost, \
+hardware, num_threads]
+
+smoke: minutes on two cores, proves nothing. cpu: about an hour a claim there. gpu: for one card. REPORT.md, report.html
+and report.json are in out=, the runs beside them. jobs=N: several at a time; on one device their seconds do not count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py has it
+
+from moe_train.claims.plan import ALLOWED
+from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
+from moe_train.compose import split_overrides
+from moe_train.config.claim import ScaleName
+from moe_train.errors import UsageError, UserError, reported
+
+USAGE = (__doc__ or "").strip()
+
+
+@dataclass
+class Arguments:
+    claim: str | None = None
+    scale: ScaleName | None = None
+    dry_run: bool = False
+    hardware: str | None = None
+    budget_usd: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # budget.usd=
+    jobs: Annotated[int, Field(ge=1, le=1024)] | None = None
+    out: Path = Path("outputs/claims")
+    json: Path | None = None
+    self_check: bool = False
+    readme: Path | None = None
+    report: Path | None = None
+
+
+def main() -> None:
+    # A key with a dot can be no field of a dataclass.
+    words = [f"budget_usd={word[11:]}" if word.startswith("budget.usd=") else word for word in sys.argv[1:]]
+    own, others = divide_arguments(Arguments, words)
+    overrides, config_dir, unknown = split_overrides(others, ALLOWED)
+    try:
+        arguments = parse_arguments(Arguments, [*own, *unknown], usage=USAGE)
+    except UsageError as error:
+        raise UsageError(str(error).replace("budget_usd", "budget.usd")) from None
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError('the statistics are those of scipy, which is not installed: pip install -e ".[claims]"')
+    check_json_target(arguments.json, arguments.out)
+    content: dict[str, Any]
+    if arguments.self_check:
+        content = _self_check(arguments)
+    elif arguments.readme is not None:
+        content = _readme(arguments, arguments.readme)
+    else:
+        content = _suite(arguments, overrides, config_dir)
+    if arguments.json:
+        write_json(arguments.json, content)
+    if not content.pop("complete", True):
+        sys.exit(1)
+
+
+def _suite(arguments: Arguments, overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
+    if arguments.claim is None or arguments.scale is None:
+        raise UsageError("claim= and scale= are needed: claim=NAME or claim=all, and scale=smoke, cpu or gpu")
+    from moe_train.claims import estimate, report, suite
+    from moe_train.claims.results import Folder
+    from moe_train.forecast.commands import named_hardware
+
+    given = list(overrides)
+    if arguments.hardware is not None and not arguments.dry_run:
+        given.append(f"hardware={arguments.hardware}")
+    asked = suite.Asked(
+        arguments.claim, arguments.scale, arguments.out, tuple(given), config_dir, arguments.budget_usd, arguments.jobs
+    )
+    if arguments.dry_run:
+        elsewhere = None if arguments.hardware is None else named_hardware(arguments.hardware, None, config_dir)
+        return {"claims": suite.foretell(asked, elsewhere, estimate.DEFAULT_PROBE)}
+    judged = suite.reproduce(asked)
+    folder = Folder(arguments.out.absolute())
+    sys.stdout.write(f"report in {folder.path / report.MARKDOWN} and {folder.path / report.HTML}\n")
+    return {
+        "claims": [report.entry(each, folder) for each in judged],
+        "complete": not any(each.reasons for each in judged),
+    }
+
+
+def _self_check(arguments: Arguments) -> dict[str, Any]:
+    from moe_train.claims import self_check
+
+    checks = self_check.run(arguments.out)
+    failed = [check.what for check in checks if not check.passed]
+    if failed:
+        raise UserError(f"the self-check failed: {'; '.join(failed)}: do not trust a verdict of this installation")
+    return {"checks": [{**dataclasses.asdict(check), "passed": check.passed} for check in checks]}
+
+
+def _readme(arguments: Arguments, readme: Path) -> dict[str, Any]:
+    from moe_train.claims import markdown, report
+
+    source = arguments.report or arguments.out / report.JSON
+    content = report.read(source)
+    link = os.path.relpath(source.absolute(), readme.absolute().parent)
+    markdown.write_readme(readme, content, link)
+    return {"claims": content["claims"]}
+
+
+if __name__ == "__main__":
+    with reported(wants_traceback()):
+        main()

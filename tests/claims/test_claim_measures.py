@@ -1,0 +1,73 @@
+"""What a comparison takes from a run, and what it says where there is nothing to take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_train.claims import measures
+from moe_train.claims.loss_curves import POINTS, curves_of
+from moe_train.claims.made_up import write_run
+from moe_train.claims.plan import Plan
+from moe_train.claims.results import Folder, Result
+from moe_train.errors import UserError
+
+
+@pytest.fixture
+def made(plan_of: Callable[..., Plan], tmp_path: Path) -> tuple[Result, Folder]:
+    plan, folder = plan_of(), Folder(tmp_path / "out")
+    run = plan.runs(plan.untuned())[0]
+    write_run(plan.arms[run.arm], run, folder, 2.0)
+    result = folder.result(run)
+    assert result is not None
+    return result, folder
+
+
+def test_balance_is_that_of_the_last_third(made: tuple[Result, Folder]) -> None:
+    result, folder = made
+    steps = result.summary["steps"]
+    rows = [{"step": step, "moe/max_violation": 1.0 if step <= steps * 2 / 3 else 0.2} for step in range(1, steps + 1)]
+    assert measures.value("max_violation", dataclasses.replace(result, rows=rows), folder) == pytest.approx(0.2)
+    dense = [{"step": steps}]
+    with pytest.raises(UserError, match="logged no expert load"):
+        measures.value("max_violation", dataclasses.replace(result, rows=dense), folder)
+
+
+def test_optimizer_states_are_weighed_in_the_checkpoint(made: tuple[Result, Folder]) -> None:
+    result, folder = made
+    with pytest.raises(UserError, match="has no checkpoint to weigh"):
+        measures.value("optimizer_bytes_per_param", result, folder)
+    place = result.folder / "checkpoints/step_20"
+    place.mkdir(parents=True)
+    moments = {name: torch.zeros(100, 4, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
+    torch.save([{"state": {0: moments | {"step": torch.tensor(3.0)}}}], place / "optimizers.pt")
+    small = dataclasses.replace(result, summary=result.summary | {"total_params": 400})
+    assert measures.value("optimizer_bytes_per_param", small, folder) == 4.0
+
+
+def test_what_generating_measured_is_kept_beside_the_run(made: tuple[Result, Folder]) -> None:
+    result, folder = made
+    with pytest.raises(UserError, match=r"generating with arm one failed: .*no checkpoint"):
+        measures.value("cache_elements", result, folder)
+    kept: dict[str, Any] = {"cache_elements_per_token": 48}
+    folder.beside(result.run.hash, ".generation.json").write_text(json.dumps(kept))
+    assert measures.value("cache_elements", result, folder) == 48
+    with pytest.raises(UserError, match="has no MTP module"):
+        measures.value("generation_speed_up", result, folder)
+
+
+def test_curves_keep_their_end_and_no_more_points_than_can_be_seen(made: tuple[Result, Folder]) -> None:
+    result, _ = made
+    last = result.rows[-1]
+    rows = [last | {"step": step, "progress/tokens": step * 10, "train/loss": 1 / step} for step in range(1, 1000)]
+    curve = curves_of([dataclasses.replace(result, rows=rows)], result.run.budget)["one"]
+    assert len(curve["tokens"]) <= POINTS
+    assert curve["tokens"][-1] == 9990
+    assert curve["loss"]["mean"][-1] == pytest.approx(1 / 999, rel=1e-4)
+    assert curve["seconds"][-1] == pytest.approx(999 * last["throughput/step_seconds"], rel=1e-4)

@@ -1,0 +1,348 @@
+"""A suite from its first run to its report, with made-up runs: what is trained, in which order, and what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_claims import HERE, TWO_ARMS, MadeUpRuns
+
+from moe_train.claims import markdown, report, suite
+from moe_train.claims.library import load_claims
+from moe_train.claims.made_up import PRICE
+from moe_train.claims.plan import Plan, PlannedRun, make_plan
+from moe_train.claims.results import Folder
+from moe_train.claims.suite import Asked
+from moe_train.claims.verdict import Judged
+from moe_train.cost.attempt import FINISHED, Attempt, as_line
+from moe_train.errors import UserError
+
+Make = Callable[..., Any]
+
+
+def better(by: float) -> Callable[[PlannedRun], float]:
+    """Losses of arm `two` below those of `one`, seeds in common scattering far more than pairs."""
+
+    def loss(run: PlannedRun) -> float:
+        common = 2.0 + 0.1 * (run.seed % 7)
+        return common if run.arm == "one" else common - by + 0.001 * (run.seed % 2)
+
+    return loss
+
+
+def plans(asked: Asked) -> list[Plan]:
+    claims = load_claims(asked.claims, asked.scale, asked.config_dir)
+    return [make_plan(claim, asked.scale, asked.given, asked.config_dir) for claim in claims]
+
+
+def judged(asked: Asked, start: MadeUpRuns, **changes: Any) -> list[Judged]:
+    settings: dict[str, Any] = {"device": HERE, "say": lambda _: None} | changes
+    return suite.reproduce(asked, start=start, **settings)
+
+
+@pytest.mark.parametrize(
+    ("by", "verdict"), [(0.05, "supported"), (0.0, "refuted"), (-0.05, "refuted"), (0.0105, "inconclusive")]
+)
+def test_verdicts_follow_the_losses(by: float, verdict: str, asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    (found,) = judged(asked(), MadeUpRuns(plans(asked()), better(by)))
+    assert found.verdict == verdict
+    assert found.main.effect == pytest.approx(-by, abs=1e-3)
+    low, high = found.main.interval or (0, 0)
+    assert low < -by + 1e-3 < high + 2e-3
+
+
+def test_a_smoke_test_decides_nothing(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    smoke = dataclasses.replace(asked(), scale="smoke")
+    (found,) = judged(smoke, MadeUpRuns(plans(smoke), better(0.05)))
+    assert (found.verdict, found.main.verdict) == ("inconclusive", "supported")
+    assert "proves nothing" in (smoke.out / "REPORT.md").read_text()
+
+
+def test_arms_take_turns_seed_by_seed_with_the_same_data(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    made = MadeUpRuns(plans(asked()), better(0.05))
+    judged(asked(), made)
+    assert [(run.seed, run.arm) for run in made.started] == [(s, a) for s in range(3) for a in ("one", "two")]
+    for settings in made.settings:
+        assert {"resume=auto", "cost.claim=mine", "cost.purpose=seed", "tracking.group=mine"} <= set(settings)
+        assert any(o.startswith("tracking.tags=[") for o in settings)
+        assert not any(o.startswith(("budget", "stop.usd")) for o in settings)
+
+
+def test_what_is_there_is_not_made_again_and_shared_arms_are_made_once(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    claim_dir("other", statement="The same arms again.")
+    both = asked("mine,other")
+    made = MadeUpRuns(plans(both), better(0.05))
+    first, second = judged(both, made)
+    assert len(made.started) == 6
+    assert (first.verdict, second.verdict) == ("supported", "supported")
+    judged(both, made)
+    assert len(made.started) == 6
+    content = report.read(both.out / "report.json")
+    assert content["distinct_runs"] == 6
+    assert content["usd_of_distinct_runs"] == pytest.approx(content["claims"][0]["usd"])
+
+
+def test_an_incomplete_suite_is_not_looked_at_and_goes_on(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    made = MadeUpRuns(plans(asked()), lambda run: None if run.seed == 2 else better(0.05)(run))
+    (found,) = judged(asked(), made)
+    assert found.verdict == "inconclusive"
+    assert found.main.effect is None
+    assert "4 of 6 planned runs are there" in found.reasons[0]
+    assert any("the loss is nan" in reason for reason in found.reasons)
+    made.loss = better(0.05)
+    (found,) = judged(asked(), made)
+    assert found.verdict == "supported"
+    assert len(made.started) == 8
+
+
+def test_rates_are_tuned_alike_on_other_seeds_and_paid_for(asked: Make, claim_dir: Make) -> None:
+    tuning = {"factors": [0.5, 1.0, 2.0], "tokens": 1280}
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
+    (plan,) = plans(asked())
+    best = {"one": 2.0, "two": 0.5}
+
+    def loss(run: PlannedRun) -> float | None:
+        factor = run.rate / plan.arms[run.arm].rate
+        if run.purpose == "tuning" and factor == 2.0 and run.arm == "two":
+            return None  # diverged: it has lost
+        return better(0.05)(run) + abs(factor - best[run.arm])
+
+    made = MadeUpRuns([plan], loss)
+    made.know(plan, plan.runs({arm: plan.arms[arm].rate * factor for arm, factor in best.items()}))
+    (found,) = judged(asked(), made)
+    assert found.rates == {arm: pytest.approx(plan.arms[arm].rate * factor) for arm, factor in best.items()}
+    assert found.verdict == "supported"
+    assert found.usd_tuning is not None
+    assert found.usd is not None
+    assert 0 < found.usd_tuning < found.usd
+    assert any("edge of its grid" in note for note in found.notes)
+
+
+def test_a_margin_that_is_moved_after_the_runs_is_refused(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    judged(asked(), MadeUpRuns(plans(asked()), better(0.05)))
+    moved = TWO_ARMS["comparisons"][0] | {"test": {"kind": "superiority", "margin": 0.001}}
+    claim_dir(comparisons=[moved])
+    with pytest.raises(UserError, match=r"was registered on .* with claim\.comparisons=.*: runs are there"):
+        asked().plans()
+    claim_dir(statement="Only said better.")
+    assert asked().plans()
+
+
+def test_jobs_that_share_a_device_are_no_measure_of_seconds(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    slow = MadeUpRuns(plans(asked()), better(0.05))
+
+    class Slow:
+        pid = 2**30
+
+        def __init__(self, job: Any) -> None:
+            self.job, self.asked = job, 0
+
+        def poll(self) -> int | None:
+            self.asked += 1
+            return self.job.poll() if self.asked > 1 else None
+
+    (found,) = suite.reproduce(asked(jobs=2), start=lambda *args: Slow(slow(*args)), device=HERE, say=lambda _: None)
+    assert found.verdict == "supported"  # of losses
+    assert any(o.startswith("num_threads=") for o in slow.settings[0])  # cores are shared out
+    assert found.axes[0].axes["seconds"] is None
+    assert found.axes[0].axes["usd"] is None
+    assert found.axes[0].axes["tokens"] is not None
+    assert any("timed beside 1 other jobs" in note for note in found.notes)
+
+
+def curve_claim(measure: str) -> dict[str, Any]:
+    comparison = {
+        "arm": "two",
+        "against": "one",
+        "measure": measure,
+        "test": {"kind": "ratio_above", "margin": 1.2},
+    }
+    scale = {"overrides": [], "tokens": [2560, 3840, 5120, 7680], "seeds": 3}
+    return {"comparisons": [comparison], "scales": {"cpu": scale}}
+
+
+def learns(faster: float) -> Callable[[PlannedRun], float]:
+    return lambda run: 1.0 + 50 * (run.tokens * (faster if run.arm == "two" else 1.0)) ** -0.5 + 0.01 * run.seed
+
+
+@pytest.mark.parametrize(("faster", "verdict"), [(2.0, "supported"), (1.0, "refuted")])
+def test_cost_to_target_on_all_axes(faster: float, verdict: str, asked: Make, claim_dir: Make) -> None:
+    claim_dir(**curve_claim("usd_to_target"))
+    (found,) = judged(asked(), MadeUpRuns(plans(asked()), learns(faster)))
+    assert found.verdict == verdict
+    assert found.main.effect == pytest.approx(faster, rel=0.05)
+    axes = found.axes[0].axes
+    assert found.axes[0].at == "equal loss"
+    assert all(axes[axis] is not None for axis in ("tokens", "flops", "seconds", "usd"))
+    # Two experts a token cost more FLOPs than one.
+    assert axes["flops"].ratio < axes["tokens"].ratio  # type: ignore[union-attr]
+
+
+def test_runs_of_another_price_are_refused_before_training(asked: Make, claim_dir: Make) -> None:
+    claim_dir(**curve_claim("usd_to_target"))
+    made = MadeUpRuns(plans(asked()), learns(2.0))
+    judged(asked(), made)
+    dearer = HERE.__class__(HERE.name, 1, False, "cpu", 2 * PRICE)
+    with pytest.raises(UserError, match=r"at \$0\.1 an hour, not on made up at \$0\.2 an hour: give another out="):
+        judged(asked(), made, device=dearer)
+
+
+def probe(overrides: Any, tokens: int) -> dict[str, Any]:
+    seconds = {"value": 100.0, "low": 90.0, "high": 120.0}
+    return {
+        "flops_per_token": 1e4,
+        "tokens_per_second": {"value": 1000.0, "low": 900.0, "high": 1100.0},
+        "wall_seconds": seconds,
+        "train_seconds": {"value": 90.0, "low": 80.0, "high": 110.0},
+        "usd_total": {"value": 1.0, "low": 0.9, "high": 1.2},
+        "device": "made up",
+    }
+
+
+def test_a_dry_run_says_what_is_to_come_and_trains_nothing(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    (row,) = suite.foretell(asked(), None, probe)
+    assert (row["runs"], row["runs_there"], row["verdict"]) == (6, 0, None)
+    (plan,) = plans(asked())
+    flops = sum(run.flops for run in plan.runs(plan.untuned()))
+    assert row["flops"] == pytest.approx(flops)
+    assert row["seconds"]["value"] == pytest.approx(6 * 10 + flops / 1e4 / 1000)  # type: ignore[index]
+    low, high = row["usd_interval"]  # type: ignore[misc]
+    assert low < row["usd"] < high  # type: ignore[operator]
+    judged(asked(), MadeUpRuns([plan], better(0.05)))
+    (row,) = suite.foretell(asked(), None, probe)
+    assert (row["runs_there"], row["seconds"]["value"]) == (6, 0)  # type: ignore[index]
+
+
+def test_a_budget_too_small_for_the_runs_is_refused(asked: Make, claim_dir: Make, tmp_path: Path) -> None:
+    claim_dir()
+    given = ("tracking=none", f"cost.ledger={tmp_path}/ledger.jsonl")
+    made = MadeUpRuns(plans(asked(given=given)), better(0.05))
+    with pytest.raises(UserError, match=r"budget\.usd=0\.01: .* take at least .*: raise it, or choose fewer claims"):
+        judged(asked(given=given, usd=0.01), made, probe=probe)
+    assert not made.started
+
+
+def test_no_run_is_started_that_the_budget_cannot_pay_for(asked: Make, claim_dir: Make, tmp_path: Path) -> None:
+    claim_dir()
+    ledger = tmp_path / "ledger.jsonl"
+    given = ("tracking=none", f"cost.ledger={ledger}")
+    limited = asked(given=given, usd=3.5)
+    made = MadeUpRuns(plans(limited), better(0.05))
+
+    def paid(*args: Any) -> Any:
+        job = made(*args)
+        (sweep,) = (o.removeprefix("cost.sweep=").strip("'") for o in args[0] if o.startswith("cost.sweep="))
+        line = Attempt(run=str(len(made.started)), sweep=sweep, usd=1.0, wall_seconds=1.0, status=FINISHED)
+        with ledger.open("a") as file:
+            file.write(as_line(line) + "\n")
+        return job
+
+    cheap = lambda overrides, tokens: probe(overrides, tokens) | {"usd_total": {"value": 1e-6}}  # noqa: E731
+    (found,) = suite.reproduce(limited, start=paid, device=HERE, probe=cheap, say=lambda _: None)
+    assert len(made.started) == 3
+    assert found.verdict == "inconclusive"
+    says = "has $0.5 left, and the next run needs about $1: 3 of 6 runs were not started"
+    assert any(says in reason for reason in found.reasons)
+
+
+# --------------------------------------------------------------------------------------------------------- report
+
+
+def test_every_figure_of_the_report_leads_to_run_folders(asked: Make, claim_dir: Make) -> None:
+    claim_dir(**curve_claim("flops_to_target"))
+    (found,) = judged(asked(), MadeUpRuns(plans(asked()), learns(2.0)))
+    out = asked().out
+    content = json.loads((out / "report.json").read_text())
+    (claim,) = content["claims"]
+    assert {"claim", "scale", "verdict", "effect", "interval", "runs", "usd"} <= set(claim)
+    assert claim["runs"] == claim["planned_runs"] == len(claim["run_list"]) == 24
+    for run in claim["run_list"]:
+        summary = json.loads((out / run["folder"] / "summary.json").read_text())
+        assert summary["val_loss"] == run["val_loss"]
+        assert summary["config_hash"] == run["hash"]
+    assert (out / claim["protocol"]).exists()
+    text = (out / "REPORT.md").read_text()
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (out / link).exists(), link
+    assert "proves nothing" not in text
+    assert f"**{found.verdict}**" in text
+
+
+def test_the_page_needs_nothing_else(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    judged(asked(), MadeUpRuns(plans(asked()), better(0.05)))
+    page = (asked().out / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "MaxVio" in page
+    assert not re.findall(r"<(?:script|link|img)\b|src=|@import", page)
+    assert not re.findall(r'href="(?!#|runs/|registered/)', page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert all(target in ids for target in re.findall(r'xlink:href="#([^"]+)"', page))
+
+
+def test_the_readmes_section_is_the_reports_and_replaces_the_one_before(
+    asked: Make, claim_dir: Make, tmp_path: Path
+) -> None:
+    claim_dir()
+    judged(asked(), MadeUpRuns(plans(asked()), better(0.05)))
+    content = report.read(asked().out / "report.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
+    for _ in range(2):
+        markdown.write_readme(readme, content, "out/report.json")
+    text = readme.read_text()
+    assert text.startswith(f"before\n{markdown.BEGIN}\n**Claims put to the test** on made up")
+    assert text.endswith(f"{markdown.END}\nafter\n")
+    assert "| mine | cpu | **supported** | -0.0497 nats a token |" in text
+    readme.write_text("nothing")
+    with pytest.raises(UserError, match="has no place for it"):
+        markdown.write_readme(readme, content, "x")
+
+
+def test_claims_that_were_reported_before_stay_in_the_report(asked: Make, claim_dir: Make) -> None:
+    for name in ("mine", "other"):
+        claim_dir(name)
+        judged(asked(name), MadeUpRuns(plans(asked(name)), better(0.05)))
+    claims = report.read(asked().out / "report.json")["claims"]
+    assert [claim["claim"] for claim in claims] == ["mine", "other"]
+    for claim in claims:
+        assert claim["p_supported_over_all_claims"] == pytest.approx(2 * claim["p_supported"])
+
+
+def test_an_out_folder_in_use_is_refused(asked: Make, claim_dir: Make) -> None:
+    import filelock
+
+    claim_dir()
+    asked().out.mkdir()
+    with filelock.FileLock(asked().out / ".lock"), pytest.raises(UserError, match="in use by another suite"):
+        judged(asked(), MadeUpRuns(plans(asked()), better(0.05)))
+
+
+def test_a_folder_that_holds_no_report_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no report"):
+        report.read(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text("[]")
+    with pytest.raises(UserError, match="is no report of claims"):
+        report.read(tmp_path / "report.json")
+
+
+def test_a_finished_run_is_known_by_its_folder(tmp_path: Path, plan_of: Make) -> None:
+    plan = plan_of()
+    run = plan.runs(plan.untuned())[0]
+    folder = Folder(tmp_path / "out")
+    assert folder.result(run) is None
+    assert folder.spent(run) == 0

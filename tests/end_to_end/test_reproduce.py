@@ -1,0 +1,67 @@
+"""The claims command on real runs: a suite that is killed goes on, and what it reports leads to its runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+
+import pytest
+import yaml
+from command_line import ROOT, Commands
+
+SCRIPT = [sys.executable, str(ROOT / "scripts/reproduce.py")]
+
+
+@pytest.fixture
+def own(commands: Commands) -> Commands:
+    """With a claim about one arm, so that two runs are enough."""
+    base = [o for o in commands.tiny if not o.startswith(("stop", "tracking", "num_threads"))]
+    claim = {
+        "statement": "A tiny model ends below 3 nats.",
+        "source": "nowhere",
+        "published": "nothing",
+        "base": base,
+        "arms": {"tiny": {"overrides": []}},
+        "varies": [],
+        "comparisons": [
+            {"arm": "tiny", "against": None, "measure": "val_loss", "test": {"kind": "below", "margin": 3.0}},
+            {"arm": "tiny", "against": None, "measure": "max_violation", "test": {"kind": "above", "margin": 0.0}},
+        ],
+        "sigma": 0.1,
+        "scales": {"smoke": {"overrides": [], "tokens": [5120], "seeds": 2}},
+        "carries_over": "Nothing.",
+        "does_not_carry_over": "All of it.",
+    }
+    (commands.folder / "own/claim").mkdir(parents=True)
+    (commands.folder / "own/claim/tiny.yaml").write_text(yaml.safe_dump(claim))
+    return commands
+
+
+def test_a_killed_suite_goes_on_and_is_judged(own: Commands) -> None:
+    command = [*SCRIPT, "claim=tiny", "scale=smoke", "--config-dir", "own", "tracking.wandb=offline", "num_threads=1"]
+    suite = own.start(command)
+    runs = own.folder / "outputs/claims/runs"
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("*/config.yaml")):
+        assert suite.poll() is None, suite.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    suite.send_signal(signal.SIGKILL)
+    suite.communicate()
+    own.run(*command, "json=found.json")
+    content = json.loads((own.folder / "found.json").read_text())
+    (claim,) = content["claims"]
+    assert (claim["claim"], claim["scale"], claim["runs"], claim["reasons"]) == ("tiny", "smoke", 2, [])
+    assert claim["verdict"] in ("supported", "refuted", "inconclusive")
+    assert claim["interval"][0] <= claim["effect"] <= claim["interval"][1]
+    assert claim["usd"] > 0
+    for run in claim["run_list"]:
+        folder = own.folder / "outputs/claims" / run["folder"]
+        assert json.loads((folder / "summary.json").read_text())["val_loss"] == run["val_loss"]
+        assert list(folder.glob("wandb/offline-run-*"))
+    attempts = [json.loads(line) for line in (own.folder / "outputs/ledger.jsonl").read_text().splitlines()]
+    assert {attempt["claim"] for attempt in attempts} == {"tiny"}
+    assert list((own.folder / "outputs/claims/verdicts").glob("tiny-smoke/wandb/offline-run-*"))
+    assert "<svg" in (own.folder / "outputs/claims/report.html").read_text()
