@@ -31,10 +31,11 @@ function draw(id, traces, layout) {
   const full = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colourOf("--text"), size: narrow ? 11 : 12, family: "system-ui, sans-serif" },
-    margin: { l: 56, r: 12, t: 12, b: 44 },
+    margin: { l: 56, r: 12, t: 12, b: 40 },
     hovermode: "closest",
     hoverlabel: { bgcolor: colourOf("--card"), bordercolor: line, font: { color: colourOf("--text") }, align: "left" },
-    legend: { orientation: "h", y: -0.18, yanchor: "top", x: 0 },
+    legend: { orientation: "h", x: 0, yref: "container", y: 0, yanchor: "bottom" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colourOf("--quiet"), activecolor: colourOf("--accent") },
     dragmode: narrow ? false : "zoom", // a finger scrolls the page
     ...layout,
     xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
@@ -105,8 +106,7 @@ function drawGroups(side, runs, state) {
   const key = state[`group${side.toUpperCase()}`];
   const order = valuesOf(key).map(value => value.label);
   const missing = [];
-  const cost = COSTS[state.cost];
-  const panels = [[`usd-${side}`, state.cost, cost, "$"], [`speed-${side}`, "tokens_per_second", "tokens/s", ""]];
+  const panels = [[`usd-${side}`, state.cost, COSTS[state.cost], "$"], [`speed-${side}`, "tokens_per_second", "tokens/s", ""]];
   for (const [id, figure, title, prefix] of panels) {
     const known = runs.filter(run => run.figures[figure] !== null);
     if (known.length < runs.length) missing.push(`${runs.length - known.length} of ${runs.length} runs have no ${title}`);
@@ -141,8 +141,8 @@ function drawGroups(side, runs, state) {
 }
 
 const COSTS = {
-  usd_per_million_tokens: "dollars per million tokens, training steps",
-  usd_per_million_tokens_all_in: "dollars per million tokens, all in",
+  usd_per_million_tokens: "dollars per million tokens",
+  usd_per_million_tokens_all_in: "dollars per million, all in",
 };
 
 function drawLoad(runs, state) {
@@ -157,7 +157,7 @@ function drawLoad(runs, state) {
   const layers = { title: { text: "layer with experts" }, dtick: shown.some(run => run.load.layers.length > 12) ? undefined : 1 };
   const single = shown.every(run => run.load.layers.length === 1);
   draw("layers", traces, { xaxis: { ...layers, ...(single ? { range: [-0.6, 0.6] } : {}) },
-    yaxis: { title: { text: isNarrow() ? state.load.replace("_", " ") : LOADS[state.load] }, rangemode: "tozero" } });
+    yaxis: { title: { text: state.load.replace("_", " ") }, rangemode: "tozero" } });
   const run = shown.find(each => each.folder === state.selected) ?? shown[0];
   const over = run && run.load.tokens.some(value => value !== null) ? "tokens" : "steps";
   draw("load-over-time", run ? [{
@@ -166,7 +166,7 @@ function drawLoad(runs, state) {
     hovertemplate: `layer %{y}, %{x:.3s} ${over}: %{z:.3f}<extra></extra>`,
   }] : [], {
     title: run ? { text: plain(shortened(run.folder, isNarrow() ? 36 : 60)), font: { size: 12 }, y: 0.98 } : undefined,
-    margin: { l: 56, r: 12, t: 34, b: 44 },
+    margin: { l: 56, r: 12, t: 34, b: 40 },
     xaxis: { title: { text: over }, exponentformat: "SI" }, yaxis: { ...layers, zeroline: false },
   });
   const absent = runs.length - shown.length;

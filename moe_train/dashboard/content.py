@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.cost.attempt import RUNNING, Attempt
-from moe_train.dashboard.curves import MAX_POINTS
+from moe_train.dashboard.curves import points_each
 from moe_train.dashboard.entries import RAW_BITS_PER_BYTE, Entry, entry
 from moe_train.dashboard.folders import ACCOUNT, CONFIG, METRICS, SUMMARY, find_run_folders
 from moe_train.dashboard.runs import Unreadable, read_run
@@ -30,6 +30,7 @@ _EXAMPLES = 5  # folders named for each reason to leave some out
 @dataclass(frozen=True)
 class _Known:
     stamp: Stamp
+    most: int  # points of a curve
     entry: Entry | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     attempts: Sequence[Attempt] = ()
@@ -45,7 +46,8 @@ class Source:
 
     def read(self) -> dict[str, Any]:
         folders = find_run_folders(self.pattern)
-        self._known = {folder: self._look(folder) for folder in folders}
+        most = points_each(len(folders))
+        self._known = {folder: self._look(folder, most) for folder in folders}
         shown = [(folder, known) for folder, known in self._known.items() if known.entry is not None]
         keys, indices = _settings([known.settings for _, known in shown])
         # Where the folders have a parent in common, it says nothing.
@@ -56,7 +58,7 @@ class Source:
         ]
         return {
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "max_points": MAX_POINTS,
+            "max_points": most,
             "raw_bits_per_byte": RAW_BITS_PER_BYTE,
             "settings": keys,
             "runs": runs,
@@ -65,16 +67,17 @@ class Source:
             "claims": verdicts(self.claims),
         }
 
-    def _look(self, folder: Path) -> _Known:
+    def _look(self, folder: Path, most: int) -> _Known:
         known, stamp = self._known.get(folder), _stamp(folder)
         # One that runs becomes one that was killed without writing anything.
-        if known and known.stamp == stamp and (known.entry is None or known.entry["status"] != RUNNING):
+        still = known and (known.entry is None or known.entry["status"] != RUNNING)
+        if known and still and (known.stamp, known.most) == (stamp, most):
             return known
         try:
             run = read_run(folder)
         except Unreadable as reason:
-            return _Known(stamp, reason=str(reason))
-        return _Known(stamp, entry(run), run.settings, tuple(run.attempts))
+            return _Known(stamp, most, reason=str(reason))
+        return _Known(stamp, most, entry(run, most), run.settings, tuple(run.attempts))
 
 
 def _stamp(folder: Path) -> Stamp:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MAX_POINTS = 300  # of a run's loss: more than a phone has pixels, half of what a chart has
-MAX_LOAD_POINTS = 40  # of the load of its experts, which are layers × statistics
+MAX_POINTS = 300  # of a run's loss: about as many as a phone has pixels
+ALL_POINTS = 50_000  # of all runs together: a browser draws them in about a second
+LOAD_POINTS = 7  # times fewer points of the load of experts, which is layers × statistics
+
+
+def points_each(runs: int) -> int:
+    """How many points of a curve each of so many runs may have."""
+    return min(MAX_POINTS, max(30, ALL_POINTS // max(1, runs)))
 
 
 def thinned(values: Sequence[float], most: int) -> list[int]:

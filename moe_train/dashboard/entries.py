@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from moe_train.dashboard.curves import MAX_LOAD_POINTS, MAX_POINTS, evenly, short, thinned
-from moe_train.dashboard.runs import Number, Run
+from moe_train.dashboard.curves import LOAD_POINTS, evenly, short, thinned
+from moe_train.dashboard.runs import Number, Run, value
 
 Entry = dict[str, Any]
 
@@ -44,7 +44,8 @@ _FIGURES = {
 RAW_BITS_PER_BYTE = 8.0
 
 
-def entry(run: Run) -> Entry:
+def entry(run: Run, most: int) -> Entry:
+    """Curves have at most `most` points."""
     figures: dict[str, Number | None] = {
         name: run.figure(summary_key, metric) for name, (summary_key, metric) in _FIGURES.items()
     }
@@ -65,8 +66,8 @@ def entry(run: Run) -> Entry:
         "experts": run.num_experts,
         "hardware": _hardware(run),
         "figures": figures | {"bits_per_byte_a_dollar": saved},
-        "curves": {name: curve for name, metric in CURVES.items() if (curve := _curve(run, metric))},
-        "load": _load(run),
+        "curves": {name: curve for name, metric in CURVES.items() if (curve := _curve(run, metric, most))},
+        "load": _load(run, most // LOAD_POINTS),
         "notes": notes,
     }
 
@@ -88,29 +89,30 @@ def _hardware(run: Run) -> str | None:
     return f"{times}{name}" + (f", {cores:g} core{'s' if cores != 1 else ''}" if cores else "")
 
 
-def _curve(run: Run, metric: str) -> dict[str, list[Number | None]] | None:
-    rows = [row for row in run.rows if row.get(metric) is not None]
+def _curve(run: Run, metric: str, most: int) -> dict[str, list[Number | None]] | None:
+    rows = [row for row in run.rows if value(row, metric) is not None]
     if not rows:
         return None
-    kept = [rows[index] for index in thinned([row[metric] or 0.0 for row in rows], MAX_POINTS)]
-    curve = {name: [short(row.get(axis)) for row in kept] for name, axis in AXES.items()}
-    known = {name: values for name, values in curve.items() if any(value is not None for value in values)}
+    kept = [rows[index] for index in thinned([row[metric] for row in rows], most)]
+    curve = {name: [short(value(row, axis)) for row in kept] for name, axis in AXES.items()}
+    known = {name: values for name, values in curve.items() if any(each is not None for each in values)}
     return known | {"y": [short(row[metric]) for row in kept]}
 
 
-def _load(run: Run) -> dict[str, Any] | None:
-    """For each statistic of every layer with experts: now, and over time as layers × moments."""
-    rows = [row for row in run.rows if any(name.startswith("moe/layer_") for name in row)]
-    found = {int(match[1]) for row in rows[-1:] for name in row if (match := re.match(r"moe/layer_(\d+)/", name))}
-    if not found:
+def _load(run: Run, most: int) -> dict[str, Any] | None:
+    """For each statistic of every layer with experts, its values over time: layers × moments, the last one now."""
+    named = (re.match(r"moe/layer_(\d+)/", name) for row in run.rows[-1:] for name in row)
+    layers = sorted({int(match[1]) for match in named if match})
+    if not layers:
         return None
-    layers = sorted(found)
-    kept = [rows[index] for index in evenly(len(rows), MAX_LOAD_POINTS)]
+    rows = [row for row in run.rows if f"moe/layer_{layers[0]}/{LOADS[0]}" in row]
+    kept = [rows[index] for index in evenly(len(rows), most)]
     return {
         "layers": layers,
-        "tokens": [short(row.get("progress/tokens")) for row in kept],
+        "tokens": [short(value(row, "progress/tokens")) for row in kept],
         "steps": [short(row["step"]) for row in kept],
         "over_time": {
-            name: [[short(row.get(f"moe/layer_{layer}/{name}")) for row in kept] for layer in layers] for name in LOADS
+            name: [[short(value(row, f"moe/layer_{layer}/{name}")) for row in kept] for layer in layers]
+            for name in LOADS
         },
     }

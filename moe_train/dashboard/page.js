@@ -144,7 +144,7 @@ function drawWhole() {
   showLedger(content.spending);
   showClaims(content.claims);
   at("left-out").hidden = !content.left_out.length;
-  list("left-out-list", content.left_out.map(each => `${each.count} folders: ${each.reason} (${each.folders.join(", ")}` +
+  list("left-out-list", content.left_out.map(each => `${each.count} folder${each.count > 1 ? "s" : ""}: ${each.reason} (${each.folders.join(", ")}` +
     `${each.count > each.folders.length ? ", …" : ""})`));
   fill("shared", ["setting", "value"], content.settings.filter(each => !each.differs)
     .map(setting => ({ cells: [setting.key, setting.values[0]] })));

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic_core import from_json
 
 from moe_train.cost.attempt import KILLED, RUNNING, Attempt
 from moe_train.cost.ledger import read_account
@@ -22,7 +23,7 @@ from moe_train.dashboard.folders import ACCOUNT, CONFIG, METRICS, SUMMARY
 from moe_train.errors import UserError
 
 Number = int | float
-Row = dict[str, Number | None]
+Row = dict[str, Any]  # as it was logged: `value` reads it
 UNKNOWN_STATUS = "not finished"
 
 # The compiled loader takes 3 ms a configuration, the other one 26.
@@ -46,12 +47,10 @@ class Run:
     status: str
     notes: list[str]
 
-    def column(self, name: str) -> list[Number | None]:
-        return [row.get(name) for row in self.rows]
-
     def last(self, name: str) -> Number | None:
         """The newest value of a metric that is one."""
-        return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
+        values = (value(row, name) for row in reversed(self.rows))
+        return next((each for each in values if each is not None), None)
 
     def figure(self, summary_key: str, metric: str | None = None) -> Number | None:
         """A figure of the summary or, where none holds, of the last rows."""
@@ -78,10 +77,14 @@ def number_of_experts(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def number(value: Any) -> Number | None:
-    """The value if it is a finite number."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if known else None
+def number(found: Any) -> Number | None:
+    """What was found if it is a finite number."""
+    kind = type(found)  # exact, as a bool is no number; and asked a million times
+    return found if (kind is float or kind is int) and math.isfinite(found) else None
+
+
+def value(row: Row, name: str) -> Number | None:
+    return number(row.get(name))
 
 
 def read_run(folder: Path) -> Run:
@@ -100,7 +103,7 @@ def read_run(folder: Path) -> Run:
     if last == RUNNING and _is_silent(attempts[-1]):
         last = KILLED
     steps = number((summary or {}).get("steps"))
-    holds = summary and last != RUNNING and (steps is None or not rows or (rows[-1]["step"] or 0) <= steps)
+    holds = summary and last != RUNNING and (steps is None or not rows or rows[-1]["step"] <= steps)
     if not rows and not holds:
         raise Unreadable("no step is logged yet" if last == RUNNING else "no row of metrics and no summary")
     if not holds:
@@ -160,7 +163,7 @@ def _rows(path: Path) -> tuple[list[Row], list[str]]:
         if row is None:
             unreadable += index < len(lines) - 1
             continue
-        by_step[row["step"] or 0] = row
+        by_step[row["step"]] = row
     several = "s" if unreadable != 1 else ""
     notes = [f"{unreadable} line{several} of {METRICS} cannot be read"] if unreadable else []
     return [by_step[step] for step in sorted(by_step)], notes
@@ -168,9 +171,7 @@ def _rows(path: Path) -> tuple[list[Row], list[str]]:
 
 def _row(line: str) -> Row | None:
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
+        content = from_json(line)  # takes half the time of json.loads
+    except ValueError:
         return None
-    if not isinstance(content, dict) or number(content.get("step")) is None:
-        return None
-    return {name: number(value) for name, value in content.items()}
+    return content if isinstance(content, dict) and value(content, "step") is not None else None
