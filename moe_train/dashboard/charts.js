@@ -40,8 +40,9 @@ function draw(id, traces, layout) {
     ...layout,
     xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
   };
-  const config = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // Only these buttons: left to itself plotly offers to share the chart on a server of its own.
+  const config = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", plotlyServerURL: "",
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
   const div = document.getElementById(id);
   // Zoomed as it is while the axes stay the same.
   full.uirevision = JSON.stringify([full.xaxis.title, full.xaxis.type, full.yaxis.title, full.yaxis.type]);

@@ -28,6 +28,7 @@ _FIGURES = {
     "tokens": ("tokens", "progress/tokens"),
     "steps": ("steps", "step"),
     "seconds": ("wall_seconds", "progress/seconds"),
+    "train_seconds": ("train_seconds", None),
     "usd": ("usd_total", "cost/usd_total"),
     "usd_train": ("usd_train", "cost/usd_train"),
     "usd_per_million_tokens": ("usd_per_million_tokens", "cost/usd_per_million_tokens"),

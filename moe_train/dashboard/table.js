@@ -3,7 +3,6 @@
 
 const COLUMNS = [
   { label: "run", value: run => run.folder, text: run => run.folder, wide: true },
-  { label: "status", value: run => run.status, text: run => run.status },
   { label: "bits per byte a dollar", key: "bits_per_byte_a_dollar", text: asDigits, down: true },
   { label: "bits per byte", key: "val_bits_per_byte", text: asNumber() },
   { label: "val. loss", key: "val_loss", text: asNumber() },
@@ -17,6 +16,7 @@ const COLUMNS = [
   { label: "FLOPs", key: "flops", text: withPrefix, down: true },
   { label: "time", key: "seconds", text: asSeconds, down: true },
   { label: "active params", key: "active_params", text: asCount, down: true },
+  { label: "status", value: run => run.status, text: run => run.status },
   { label: "precision", value: run => run.precision, text: run => run.precision ?? UNKNOWN },
   { label: "experts", value: run => run.experts, text: run => run.experts ?? UNKNOWN },
   { label: "hardware", value: run => run.hardware, text: run => run.hardware ?? UNKNOWN },
@@ -54,7 +54,8 @@ function showRuns(runs, state) {
   const body = element("tbody");
   for (const run of found.slice(0, state.rows)) {
     const cells = COLUMNS.map(each => element("td", { class: each.key ? "number" : each.wide ? "wide" : "" }, textIn(run, each)));
-    if (run.notes.length) cells[0].append(element("small", {}, run.notes.join("; ")));
+    const remarks = [...(run.status === "finished" ? [] : [run.status]), ...run.notes];
+    if (remarks.length) cells[0].append(element("small", {}, remarks.join("; ")));
     body.append(element("tr", {
       tabindex: 0, class: run.folder === state.selected ? "chosen" : "", onclick: () => select(run.folder),
       onkeydown: event => { if (event.key === "Enter") select(run.folder); },
