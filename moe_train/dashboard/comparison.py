@@ -1,8 +1,8 @@
 """Two runs side by side: settings that differ, what each came to, and what each spent to get as far as the worse one.
 
 The last is the fair figure: of two runs of different length the final losses say little, but where the better one
-passed the worse one's final loss, tokens, FLOPs, seconds and dollars can be read off both curves. They are read off the
-decreasing curve that fits the logged points best (isotonic regression), for on a noisy one the first lucky point counts.
+passed the worse one's final loss, tokens, FLOPs, seconds and dollars can be read off both curves. Off the decreasing
+curve, that is, that fits the logged points best (isotonic regression): on a noisy one the first lucky point would count.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OF_DEVICES = ("seconds", "train_seconds", "tokens_per_second", "energy_kwh")
 OF_PRICES = ("usd", "usd_train", "usd_per_million_tokens")
 REACHED_OVER = ("tokens", "flops", "seconds", "usd")
 MIN_EVALUATIONS = 5  # fewer are too far apart to read a cost off between them
-_MISSING = {"usd": "it has no price", "tokens": "tokens are not logged", "flops": "FLOPs are not logged"}
+_MISSING = {"usd": "no price", "tokens": "no tokens logged", "flops": "no FLOPs logged", "seconds": "no clock logged"}
 
 
 def open_run(folder: Path) -> Run:
@@ -50,12 +50,11 @@ def open_run(folder: Path) -> Run:
 def compare(a: Run, b: Run) -> dict[str, Any]:
     """Plain values, with None for what is not known and the reason beside it."""
     first, second = entry(a, most=2), entry(b, most=2)
-    figures = [
-        {"name": name, **_pair(first["figures"][name], second["figures"][name]), "note": None} for name in FIGURES
-    ]
     devices, prices = _devices(a, b), _prices(a, b)
-    for figure in figures:
-        figure["note"] = _beside(str(figure["name"]), devices, prices)
+    figures = [
+        {"name": name, **_pair(first["figures"][name], second["figures"][name]), "note": _beside(name, devices, prices)}
+        for name in FIGURES
+    ]
     reached = _reached(a, b)
     for name, axis in reached["axes"].items():
         axis["note"] = _beside(name, devices, prices)
@@ -88,7 +87,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- what does not compare
+# ------------------------------------------------------------------------------------------------ what does not compare
 def _beside(name: str, devices: str | None, prices: str | None) -> str | None:
     if name in OF_DEVICES:
         return devices
@@ -139,10 +138,9 @@ def _reached(a: Run, b: Run) -> dict[str, Any]:
     axes = {}
     for name in REACHED_OVER:
         own = value(of_run[worse][-1], AXES[name])
-        found, reason = _cost_of(of_run[better], measure, AXES[name], target)
-        if own is None or reason == _NOT_LOGGED:
-            who = " and ".join(which for which, missing in ((worse, own is None), (better, found is None)) if missing)
-            reason = f"{_MISSING.get(name, 'not logged')} ({who})"
+        found, why_not = _cost_of(of_run[better], measure, AXES[name], target)
+        unknown = [*([worse] if own is None else []), *([better] if why_not == _NOT_LOGGED else [])]
+        reason = f"{_MISSING[name]} ({' and '.join(sorted(unknown)).upper()})" if unknown else why_not
         pair = {worse: own, better: found}
         axes[name] = {**_pair(pair["a"], pair["b"]), "reason": reason}
     return {"measure": measure, "target": target, "worse": worse, "axes": axes}

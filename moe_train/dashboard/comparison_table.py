@@ -36,7 +36,7 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
         remarks = "; ".join([run["status"], run["hardware"] or "hardware not known", *run["notes"]])
         console.print(Text(f"{which.upper()}  {run['folder']} ({remarks})"), soft_wrap=True)
     if content["settings"]:
-        table = _table("settings that differ", "setting")
+        table = _table("settings that differ", "setting", ratio=False)
         for each in content["settings"]:
             cells = ("–" if each["only_in"] not in (None, which) else _plain(each[which]) for which in ("a", "b"))
             table.add_row(Text(each["key"]), *(Text(cell) for cell in cells))
@@ -44,7 +44,7 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     else:
         console.print("no setting differs")
     marks: dict[str, str] = {}
-    table = _table("results", "", "B / A", "")
+    table = _table("results", "")
     for each in content["figures"]:
         _add(table, each["name"], _TITLES[each["name"]], each, marks)
     console.print(table)
@@ -52,37 +52,34 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     if reached["measure"] is None:
         console.print(Text(f"cost of coming equally far: not known: {reached['axes']['tokens']['reason']}"))
     else:
-        title = (
-            f"to reach {_MEASURES[reached['measure']]} {reached['target']:.4f}, where {reached['worse'].upper()} ended"
-        )
-        table = _table(title, "", "B / A", "")
+        target = f"{_MEASURES[reached['measure']]} {reached['target']:.4f}"
+        title = f"to reach {target}, where {reached['worse'].upper()} ended"
+        table = _table(title, "")
         for name, each in reached["axes"].items():
             _add(table, name, _TITLES[name], each, marks)
         console.print(table)
     for text, mark in marks.items():
-        console.print(Text(f"{mark} {text}"), soft_wrap=True)
+        console.print(Text(f"{mark.strip()} {text}"), soft_wrap=True)
     for text in content["notes"]:
         if text not in marks:
             console.print(Text(f"note: {text}"), soft_wrap=True)
 
 
-def _table(title: str, first: str, *more: str) -> Table:
+def _table(title: str, first: str, ratio: bool = True) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(first, overflow="fold")
-    for name in ("A", "B"):
+    for name in ("A", "B", "B / A") if ratio else ("A", "B"):
         table.add_column(name, justify="right", overflow="fold")
-    for name in more:
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
     return table
 
 
 def _add(table: Table, name: str, title: str, figure: dict[str, Any], marks: dict[str, str]) -> None:
-    """A row; what does not compare gets a mark that stands for its explanation below."""
-    note, reason = figure["note"], figure.get("reason")
-    mark = "" if note is None else marks.setdefault(note, "*" * (len(marks) + 1))
+    """A row; what does not compare, or is not known, gets a mark that stands for its explanation below."""
     ratio = "–" if figure["ratio"] is None else f"{figure['ratio']:.3g}×"
-    cells = [_figure(name, figure["a"]), _figure(name, figure["b"]), ratio + mark]
-    table.add_row(title, *cells, Text(reason or ""))
+    for text in (figure["note"], figure.get("reason")):
+        if text is not None:
+            ratio += marks.setdefault(text, f" [{len(marks) + 1}]")
+    table.add_row(title, _figure(name, figure["a"]), _figure(name, figure["b"]), Text(ratio))
 
 
 def _figure(name: str, value: float | None) -> str:
