@@ -21,6 +21,11 @@ const LOADS = {
   dead_experts: "experts without a token",
 };
 
+// Dollars are written out: those of a CPU's run are thousandths, and nobody counts in micro-dollars.
+const USD = "$,.4~r";
+const IN_USD = { tickprefix: "$", exponentformat: "none" };
+const IN_SI = { exponentformat: "SI" };
+
 const colourOf = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const isNarrow = () => window.matchMedia("(max-width: 820px)").matches;
 
@@ -78,7 +83,7 @@ function drawLoss(runs, state) {
   const points = run => ({ x: run.curves[state.y][state.x], y: run.curves[state.y].y });
   // Of few evaluations a line alone would show nothing.
   const mode = state.y === "train_loss" ? "lines" : "lines+markers";
-  const hover = `%{text}<br>%{x:${axis.prefix ? "$" : ""}.4~s} ${axis.prefix ? "" : state.x}<br>%{y:.4f}`;
+  const hover = `%{text}<br>${axis.prefix ? `%{x:${USD}}` : `%{x:.4~s} ${state.x}`}<br>%{y:.4f}`;
   const traces = groupsOf(shown, state.colour).map(group => joined(group.runs, points, {
     mode, name: plain(group.label), showlegend: true, hovertemplate: `${hover}<extra>${plain(group.label)}</extra>`,
     line: { color: group.colour, width: shown.length > 40 ? 1 : 1.6 }, marker: { size: 5, color: group.colour },
@@ -89,7 +94,7 @@ function drawLoss(runs, state) {
       hovertemplate: `${hover}<extra></extra>`, line: { color: colourOf("--text"), width: 2.6 }, marker: { size: 6 } }));
   }
   draw("loss", traces, {
-    xaxis: { title: { text: axis.title }, type: state.logX ? "log" : "linear", tickprefix: axis.prefix, exponentformat: "SI" },
+    xaxis: { title: { text: axis.title }, type: state.logX ? "log" : "linear", ...(axis.prefix ? IN_USD : IN_SI) },
     yaxis: { title: { text: Y_AXES[state.y] }, type: state.logY ? "log" : "linear" },
   });
   const notes = [];
@@ -107,8 +112,9 @@ function drawGroups(side, runs, state) {
   const key = state[`group${side.toUpperCase()}`];
   const order = valuesOf(key).map(value => value.label);
   const missing = [];
-  const panels = [[`usd-${side}`, state.cost, COSTS[state.cost], "$"], [`speed-${side}`, "tokens_per_second", "tokens/s", ""]];
-  for (const [id, figure, title, prefix] of panels) {
+  const panels = [[`usd-${side}`, state.cost, COSTS[state.cost], USD, IN_USD],
+    [`speed-${side}`, "tokens_per_second", "tokens/s", ",.4~r", IN_SI]];
+  for (const [id, figure, title, form, ticks] of panels) {
     const known = runs.filter(run => run.figures[figure] !== null);
     if (known.length < runs.length) missing.push(`${runs.length - known.length} of ${runs.length} runs have no ${title}`);
     const byHardware = new Map();
@@ -127,14 +133,14 @@ function drawGroups(side, runs, state) {
         fillcolor: "rgba(128,128,128,0.08)", marker: { color: colour, size: 5, opacity: 0.75 }, showlegend: true,
         x: own.map(run => plain(shortened(labelOf(run, key), 24))), y: own.map(run => run.figures[figure]),
         text: own.map(run => plain(shortened(run.folder, 60))), customdata: own.map(run => run.folder),
-        hoveron: "points", hovertemplate: `%{text}<br>%{x}<br>${prefix}%{y:.4s}<extra>${plain(hardware)}</extra>`,
+        hoveron: "points", hovertemplate: `%{text}<br>%{x}<br>%{y:${form}}<extra>${plain(hardware)}</extra>`,
       };
     }), {
       boxmode: "group",
       xaxis: { type: "category", categoryorder: "array",
         categoryarray: order.filter(label => present.has(label)).map(label => plain(shortened(label, 24))) },
-      yaxis: { title: { text: title }, type: state.logGroups ? "log" : "linear", tickprefix: prefix,
-        rangemode: "tozero", exponentformat: "SI" },
+      yaxis: { title: { text: title }, type: state.logGroups ? "log" : "linear",
+        rangemode: "tozero", ...ticks },
     });
   }
   note(`note-${side}`, [...missing, "A point is a run, a box holds the middle half of them. Dollars and seconds of " +
@@ -168,7 +174,7 @@ function drawLoad(runs, state) {
   }] : [], {
     title: run ? { text: plain(shortened(run.folder, isNarrow() ? 36 : 60)), font: { size: 12 }, y: 0.98 } : undefined,
     margin: { l: 56, r: 12, t: 34, b: 40 },
-    xaxis: { title: { text: over }, exponentformat: "SI" }, yaxis: { ...layers, zeroline: false },
+    xaxis: { title: { text: over }, ...IN_SI }, yaxis: { ...layers, zeroline: false },
   });
   const absent = runs.length - shown.length;
   note("load-note", [...(absent ? [`${absent} of ${runs.length} runs have no experts, or logged no load`] : []),
@@ -180,7 +186,7 @@ function drawSpent(spending) {
   draw("spent", spending.lines.map((line, index) => ({
     type: "scatter", mode: "lines", x: line.at, y: line.usd, name: plain(shortened(line.sweep)), showlegend: true,
     line: { shape: "hv", color: index < PALETTE.length ? PALETTE[index] : OTHERS, width: 1.8 },
-    hovertemplate: `${plain(line.sweep)}<br>%{x}<br>%{y:$.4s}<extra></extra>`,
+    hovertemplate: `${plain(line.sweep)}<br>%{x}<br>%{y:${USD}}<extra></extra>`,
   })), { xaxis: { title: { text: "time, UTC" }, type: "date" },
-    yaxis: { title: { text: "dollars so far" }, tickprefix: "$", rangemode: "tozero", exponentformat: "SI" } });
+    yaxis: { title: { text: "dollars so far" }, rangemode: "tozero", ...IN_USD } });
 }

@@ -1,8 +1,8 @@
 """Two runs side by side: settings that differ, what each came to, and what each spent to get as far as the worse one.
 
 The last is the fair figure: of two runs of different length the final losses say little, but where the better one
-passed the worse one's final loss, tokens, FLOPs, seconds and dollars can be read off both curves. Off the decreasing
-curve, that is, that fits the logged points best (isotonic regression): on a noisy one the first lucky point would count.
+passed the worse one's final loss, tokens, FLOPs, seconds and dollars can be read off both curves. They are read off the
+decreasing curve that fits the points best (isotonic regression): on a noisy one the first lucky point would count.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def _reached(a: Run, b: Run) -> dict[str, Any]:
     """Where both curves stand at the final value of the worse one."""
     measure = _measure(a, b)
     if measure is None:
-        reason = _corpora(a, b) or "one of the runs has too few logged losses"
-        axes: dict[str, Any] = {name: {**_pair(None, None), "reason": reason} for name in REACHED_OVER}
+        unknown = _corpora(a, b) or "one of the runs has too few logged losses"
+        axes: dict[str, Any] = {name: {**_pair(None, None), "reason": unknown} for name in REACHED_OVER}
         return {"measure": None, "target": None, "worse": None, "axes": axes}
     of_run = {"a": _logged(a, measure), "b": _logged(b, measure)}
     finals = {which: rows[-1][measure] for which, rows in of_run.items()}
@@ -139,8 +139,9 @@ def _reached(a: Run, b: Run) -> dict[str, Any]:
     for name in REACHED_OVER:
         own = value(of_run[worse][-1], AXES[name])
         found, why_not = _cost_of(of_run[better], measure, AXES[name], target)
-        unknown = [*([worse] if own is None else []), *([better] if why_not == _NOT_LOGGED else [])]
-        reason = f"{_MISSING[name]} ({' and '.join(sorted(unknown)).upper()})" if unknown else why_not
+        without = [*([worse] if own is None else []), *([better] if why_not == _NOT_LOGGED else [])]
+        of = " and ".join(sorted(which.upper() for which in without))
+        reason = f"{_MISSING[name]} ({of})" if without else why_not
         pair = {worse: own, better: found}
         axes[name] = {**_pair(pair["a"], pair["b"]), "reason": reason}
     return {"measure": measure, "target": target, "worse": worse, "axes": axes}

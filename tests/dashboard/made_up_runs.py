@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # compiled where it can be: five hundred take a second
 START = datetime(2026, 11, 20, tzinfo=UTC)
 
 
@@ -52,7 +53,7 @@ def write_run(
         **(settings or {}),
         "config_hash": f"{seed:012x}",
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.dump(config, Dumper=_DUMPER, sort_keys=False))
     rows = []
     for step in range(1, steps + 1):
         tokens = step * 1000
@@ -74,7 +75,7 @@ def write_run(
             row[f"moe/layer_{layer}/max_violation"] = (layer + 1) / step
             row[f"moe/layer_{layer}/load_entropy"] = 1 - 0.1 * (layer + 1) / step
             row[f"moe/layer_{layer}/dead_experts"] = 0.0
-        if step % max(1, steps // 4) == 0:
+        if step % max(1, steps // 4) == 0 or step == steps:
             row |= {"val/loss": loss + 0.1, "val/bits_per_byte": (loss + 0.1) / math.log(2)}
         rows.append(row)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
