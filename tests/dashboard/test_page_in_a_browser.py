@@ -88,12 +88,31 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return Source(f"{folder}/runs/**", folder / "ledger.jsonl", folder / "report.json")
 
 
+# As it was when it was loaded: that takes a second, and to draw it anew a tenth.
+AS_LOADED = """
+    Object.assign(state, {x: "usd", y: "train_loss", logX: false, logY: false, colour: "precision", filters: new Map(),
+        selected: null, sort: "bits per byte a dollar", descending: true, search: ""});
+    for (const box of document.querySelectorAll("input")) { box.checked = false; box.value = ""; }
+    at("x").value = state.x; at("y").value = state.y;
+    drawWhole();
+"""
+
+
+@pytest.fixture(scope="module")
+def written(source: Source, tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("page") / "page.html"
+    write_page(file, source.read())
+    return file.as_uri()
+
+
 @pytest.fixture
-def page(browser: webdriver.Chrome, source: Source, tmp_path: Path) -> webdriver.Chrome:
-    write_page(tmp_path / "page.html", source.read())
-    browser.get_log("performance")
-    browser.get_log("browser")
-    browser.get((tmp_path / "page.html").as_uri())
+def page(browser: webdriver.Chrome, written: str) -> webdriver.Chrome:
+    if browser.current_url == written:
+        browser.execute_script(AS_LOADED)
+    else:
+        browser.get_log("performance")
+        browser.get_log("browser")
+        browser.get(written)
     return browser
 
 
@@ -131,7 +150,12 @@ def first_cells(browser: webdriver.Chrome) -> list[str]:
     return list(chart(browser, "runs", "[...chart.tBodies[0].rows].map(row => row.cells[0].firstChild.textContent)"))
 
 
-def test_it_loads_itself_and_nothing_else_without_an_error_and_draws_every_chart(page: webdriver.Chrome) -> None:
+def test_it_loads_itself_and_nothing_else_without_an_error_and_draws_every_chart(
+    browser: webdriver.Chrome, written: str
+) -> None:
+    browser.get_log("performance")
+    browser.get(written)
+    page = browser
     assert [url.rpartition("/")[2] for url in requested(page)] == ["page.html"]
     assert page.get_log("browser") == []
     for name in CHARTS:
@@ -204,7 +228,7 @@ def test_a_run_that_is_clicked_stands_out_with_its_settings_and_its_own_load(pag
 def test_hovering_shows_the_run_and_its_figures(page: webdriver.Chrome) -> None:
     page.execute_script("Plotly.Fx.hover('loss', [{curveNumber: 0, pointNumber: 39}])")
     label = wait_for(lambda: chart(page, "loss", "chart.querySelector('.hoverlayer .hovertext')?.textContent"))
-    assert label == "bf160$0.0005556 2.0000"  # group, run, dollars, loss
+    assert label == "bf160$0.00055562.0000"  # group, run, dollars, loss
 
 
 def test_names_with_markup_are_shown_as_text(page: webdriver.Chrome) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import ROOT
 from made_up_runs import write_run
 
 from moe_train.dashboard.content import Source
@@ -70,6 +75,17 @@ def test_data_are_read_anew_and_unchanged_ones_not_sent_again(server: DashboardS
     answer, body = get(server, "/data.json", If_None_Match=name)
     assert answer.status == 200
     assert [run["figures"]["steps"] for run in json.loads(body)["runs"]] == [9, 3]
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/dashboard.py"), "serve=true", "port=0"]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert re.fullmatch(r"serving http://127\.0\.0\.1:\d+/ to this machine \(Ctrl-C ends it\)\n", line)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_a_taken_port_is_a_mistake_with_its_remedy(server: DashboardServer, tmp_path: Path) -> None:
