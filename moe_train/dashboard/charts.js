@@ -49,6 +49,11 @@ function draw(id, traces, layout) {
   const config = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", plotlyServerURL: "",
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
   const div = document.getElementById(id);
+  if (!traces.some(trace => trace.x.length)) {
+    full.annotations = [{ text: "nothing to show", showarrow: false, x: 0.5, y: 0.5, xref: "paper", yref: "paper" }];
+    Object.assign(full.xaxis, { visible: false });
+    Object.assign(full.yaxis, { visible: false });
+  }
   // Zoomed as it is while the axes stay the same.
   full.uirevision = JSON.stringify([full.xaxis.title, full.xaxis.type, full.yaxis.title, full.yaxis.type]);
   const first = !div.data;
@@ -75,6 +80,18 @@ function joined(runs, pointsOf, style) {
   return trace;
 }
 
+// Groups in turn, a handful of runs at a time: else the last colour would cover all others where runs are many.
+const RUNS_IN_TURN = 15;
+
+function interleaved(groups, traceOf) {
+  const turns = Math.max(0, ...groups.map(group => Math.ceil(group.runs.length / RUNS_IN_TURN)));
+  return Array.from({ length: turns }, (_, turn) => groups.flatMap(group => {
+    const runs = group.runs.slice(turn * RUNS_IN_TURN, (turn + 1) * RUNS_IN_TURN);
+    const name = plain(group.label);
+    return runs.length ? [{ ...traceOf(runs, group), name, legendgroup: name, showlegend: turn === 0 }] : [];
+  })).flat();
+}
+
 function drawLoss(runs, state) {
   const axis = X_AXES[state.x];
   const noCurve = runs.filter(run => !run.curves[state.y]);
@@ -84,8 +101,8 @@ function drawLoss(runs, state) {
   // Of few evaluations a line alone would show nothing.
   const mode = state.y === "train_loss" ? "lines" : "lines+markers";
   const hover = `%{text}<br>${axis.prefix ? `%{x:${USD}}` : `%{x:.4~s} ${state.x}`}<br>%{y:.4f}`;
-  const traces = groupsOf(shown, state.colour).map(group => joined(group.runs, points, {
-    mode, name: plain(group.label), showlegend: true, hovertemplate: `${hover}<extra>${plain(group.label)}</extra>`,
+  const traces = interleaved(groupsOf(shown, state.colour), (some, group) => joined(some, points, {
+    mode, hovertemplate: `${hover}<extra>${plain(group.label)}</extra>`,
     line: { color: group.colour, width: shown.length > 40 ? 1 : 1.6 }, marker: { size: 5, color: group.colour },
     opacity: state.selected && shown.some(run => run.folder === state.selected) ? 0.3 : shown.length > 40 ? 0.7 : 1,
   }));
@@ -156,8 +173,8 @@ function drawLoad(runs, state) {
   const shown = runs.filter(run => run.load && run.load.over_time[state.load].some(layer => layer.some(v => v !== null)));
   const last = layer => layer.findLast(value => value !== null) ?? null;
   const points = run => ({ x: run.load.layers, y: run.load.over_time[state.load].map(last) });
-  const traces = groupsOf(shown, state.colour).map(group => joined(group.runs, points, {
-    mode: "lines+markers", name: plain(group.label), showlegend: true, line: { color: group.colour, width: 1 },
+  const traces = interleaved(groupsOf(shown, state.colour), (some, group) => joined(some, points, {
+    mode: "lines+markers", line: { color: group.colour, width: 1 },
     marker: { color: group.colour, size: 6 }, opacity: shown.length > 40 ? 0.5 : 0.9,
     hovertemplate: `%{text}<br>layer %{x}: %{y:.3f}<extra>${plain(group.label)}</extra>`,
   }));

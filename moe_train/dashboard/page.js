@@ -102,7 +102,10 @@ function showSelected() {
 
 // -------------------------------------------------------------------------------------------------------- the page
 function showTiles(runs) {
-  const sum = name => runs.reduce((total, run) => total + (run.figures[name] ?? 0), 0);
+  const sum = name => { // of those that know it
+    const known = runs.map(run => run.figures[name]).filter(value => value !== null);
+    return known.length || !runs.length ? known.reduce((total, value) => total + value, 0) : null;
+  };
   const best = runs.filter(run => run.figures.val_bits_per_byte !== null)
     .sort((a, b) => a.figures.val_bits_per_byte - b.figures.val_bits_per_byte)[0];
   const unpriced = runs.filter(run => run.figures.usd === null).length;
@@ -112,7 +115,7 @@ function showTiles(runs) {
     [String(runs.length), `runs shown${going ? `, ${going} running` : ""}`],
     [asCount(sum("tokens")), "tokens trained on"],
     [asUsd(sum("usd")), `spent on them${unpriced ? `, ${unpriced} without a price` : ""}`],
-    [asUsd(total.usd_total), `in the ledger, ${total.attempts} attempts`],
+    [asUsd(total.usd_total), `in the ${content.spending.ledger ? "ledger" : "runs' own accounts"}, ${total.attempts} attempts`],
     [best ? asNumber(3)(best.figures.val_bits_per_byte) : UNKNOWN, `lowest bits per byte${best ? `: ${shortened(best.folder, 48)}` : ""}`],
   ];
   at("tiles").replaceChildren(...tiles.map(([figure, what]) => element("div", { class: "tile" }, element("b", {}, figure), element("span", {}, what))));

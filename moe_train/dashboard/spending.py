@@ -17,12 +17,12 @@ MAX_SWEEPS = 10  # lines that can be told apart; what the others spent is one mo
 
 def spending(ledger: Path, of_runs: Iterable[Attempt]) -> dict[str, Any]:
     """Totals are those of `scripts/ledger.py`; without a ledger, of the accounts that the runs keep."""
-    notes = []
+    notes, found = [], True
     own = {attempt.id: attempt for attempt in of_runs}
     try:
         attempts, unreadable = read_ledger(ledger)
     except UserError as error:
-        attempts, unreadable = list(own.values()), 0
+        attempts, unreadable, found = list(own.values()), 0, False
         missing = f"there is no ledger {ledger.name}" if not ledger.exists() else str(error)
         notes.append(f"{missing}: these are the accounts of the runs shown, without runs whose folder is gone")
     else:
@@ -45,7 +45,13 @@ def spending(ledger: Path, of_runs: Iterable[Attempt]) -> dict[str, Any]:
         }
         for row in [*bill.rows, bill.total]
     ]
-    return {"rows": rows, "energy_kwh": bill.total.energy_kwh, "lines": _lines(attempts), "notes": notes}
+    return {
+        "ledger": found,
+        "rows": rows,
+        "energy_kwh": bill.total.energy_kwh,
+        "lines": _lines(attempts),
+        "notes": notes,
+    }
 
 
 def _lines(attempts: Iterable[Attempt]) -> list[dict[str, Any]]:
