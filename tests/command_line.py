@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from warm_start import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +40,8 @@ TINY = [
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
+_forks: list[Forks] = []  # of this worker, once it is needed
+
 
 class Commands:
     """Commands of the README in a folder of their own, without an account and with a cache of their own."""
@@ -54,11 +60,23 @@ class Commands:
         )
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(
-            command, cwd=self.folder, env=self.environment, text=True, capture_output=True, timeout=300, check=False
-        )
+        result = self._forked(command) if command[0] == sys.executable and command[1] != "-m" else self._run(command)
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
+
+    def _run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environment, text=True, capture_output=True, timeout=300, check=False
+        )
+
+    def _forked(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        if not _forks:
+            _forks.append(Forks({k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "PYTEST"))}))
+            atexit.register(_forks[0].close)
+        with tempfile.TemporaryDirectory() as folder:
+            files = Path(folder, "stdout"), Path(folder, "stderr")
+            status = _forks[0].run(list(command[1:]), self.folder, self.environment, files)
+            return subprocess.CompletedProcess(command, status, *(file.read_text() for file in files))
 
     def train(self, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`python train.py` on the tiny settings."""

@@ -9,15 +9,13 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from moe_train.training.allocator import keep_freed_memory
 done = keep_freed_memory()
-before = None
+for _ in range(2):
+    torch.empty(2**25).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
-    if before is None:
-        for _ in range(2):
-            torch.empty(2**22).fill_(1)  # 16 MB
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(2**24).fill_(1)  # 64 MB, above any threshold of glibc's own
 print(int(done), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
