@@ -16,7 +16,7 @@ const Y_AXES = {
   val_bits_per_byte: "validation, bits per byte",
 };
 const LOADS = {
-  max_violation: "fullest expert's load over the mean, less one",
+  max_violation: "fullest expert over the mean, less one",
   load_entropy: "entropy of the load, 1 where all are equal",
   dead_experts: "experts without a token",
 };
