@@ -59,9 +59,9 @@ def _write(source: Source, out: Path, pattern: str) -> None:
 
 
 def _serve(server: DashboardServer) -> None:
-    sys.stdout.write(f"serving {server.url} to this machine (Ctrl-C ends it)\n")
-    sys.stdout.flush()
     try:
+        sys.stdout.write(f"serving {server.url} to this machine (Ctrl-C ends it)\n")
+        sys.stdout.flush()
         server.serve_forever()
     except KeyboardInterrupt:
         sys.stdout.write("\n")

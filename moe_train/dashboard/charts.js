@@ -16,7 +16,7 @@ const Y_AXES = {
   val_bits_per_byte: "validation, bits per byte",
 };
 const LOADS = {
-  max_violation: "fullest expert's load over the mean, less one",
+  max_violation: "fullest expert over the mean, less one",
   load_entropy: "entropy of the load, 1 where all are equal",
   dead_experts: "experts without a token",
 };
@@ -165,7 +165,7 @@ function drawGroups(side, runs, state) {
 }
 
 const COSTS = {
-  usd_per_million_tokens: "dollars per million tokens",
+  usd_per_million_tokens: "dollars per million tokens", // of the training steps
   usd_per_million_tokens_all_in: "dollars per million, all in",
 };
 

@@ -87,7 +87,7 @@ function showFilters() {
 // --------------------------------------------------------------------------------------------------- the run chosen
 function select(folder) {
   state.selected = state.selected === folder ? null : folder;
-  drawAll();
+  redraw("loss", "load", "table", "selected");
 }
 
 function showSelected() {
@@ -116,21 +116,30 @@ function showTiles(runs) {
     [asCount(sum("tokens")), "tokens trained on"],
     [asUsd(sum("usd")), `spent on them${unpriced ? `, ${unpriced} without a price` : ""}`],
     [asUsd(total.usd_total), `in the ${content.spending.ledger ? "ledger" : "runs' own accounts"}, ${total.attempts} attempts`],
-    [best ? asNumber(3)(best.figures.val_bits_per_byte) : UNKNOWN, `lowest bits per byte${best ? `: ${shortened(best.folder, 48)}` : ""}`],
+    [best ? asNumber(3)(best.figures.val_bits_per_byte) : UNKNOWN,
+      `lowest bits per byte${best ? `: ${shortened(best.folder, 48)}` : ""}`],
   ];
-  at("tiles").replaceChildren(...tiles.map(([figure, what]) => element("div", { class: "tile" }, element("b", {}, figure), element("span", {}, what))));
+  at("tiles").replaceChildren(...tiles.map(([figure, what]) =>
+    element("div", { class: "tile" }, element("b", {}, figure), element("span", {}, what))));
 }
 
+// Each choice draws anew what depends on it: all charts of hundreds of runs take a second.
+const shownRuns = () => content.runs.filter(passes);
+const drawing = {
+  loss: () => drawLoss(shownRuns(), state),
+  a: () => drawGroups("a", shownRuns(), state),
+  b: () => drawGroups("b", shownRuns(), state),
+  load: () => drawLoad(shownRuns(), state),
+  table: () => showRuns(shownRuns(), state),
+  selected: showSelected,
+};
+const redraw = (...parts) => parts.forEach(part => drawing[part]());
+
 function drawAll() {
-  const runs = content.runs.filter(passes);
+  const runs = shownRuns();
   at("shown").textContent = runs.length === content.runs.length ? "" : `${runs.length} of ${content.runs.length} runs`;
   showTiles(runs);
-  drawLoss(runs, state);
-  drawGroups("a", runs, state);
-  drawGroups("b", runs, state);
-  drawLoad(runs, state);
-  showRuns(runs, state);
-  showSelected();
+  redraw(...Object.keys(drawing));
 }
 
 function showMoment() {
@@ -160,24 +169,37 @@ function options(select, entries, chosen) {
 function offerKeys() {
   const differ = content.settings.filter(setting => setting.differs).map(setting => setting.key);
   const alike = content.settings.filter(setting => !setting.differs).map(setting => setting.key);
-  const groups = [...Object.entries(OWN_KEYS), ...differ.filter(key => !NEVER_ALIKE.includes(key)).map(key => [key, key])];
-  for (const [id, name] of [["colour", "colour"], ["group-a", "groupA"], ["group-b", "groupB"]]) options(at(id), groups, state[name]);
-  const group = (label, entries) => element("optgroup", { label }, ...entries.map(([value, text]) => element("option", { value }, text)));
-  at("filter-key").replaceChildren(element("option", { value: "" }, "choose a key …"), group("of runs", Object.entries(OWN_KEYS)),
-    group("settings that differ", differ.map(key => [key, key])), group("the same in all runs", alike.map(key => [key, key])));
+  const common = differ.filter(key => !NEVER_ALIKE.includes(key));
+  const groups = [...Object.entries(OWN_KEYS), ...common.map(key => [key, key])];
+  options(at("colour"), groups, state.colour);
+  options(at("group-a"), groups, state.groupA);
+  options(at("group-b"), groups, state.groupB);
+  const group = (label, entries) =>
+    element("optgroup", { label }, ...entries.map(([value, text]) => element("option", { value }, text)));
+  at("filter-key").replaceChildren(
+    element("option", { value: "" }, "choose a key …"),
+    group("of runs", Object.entries(OWN_KEYS)),
+    group("settings that differ", differ.map(key => [key, key])),
+    group("the same in all runs", alike.map(key => [key, key])),
+  );
 }
 
-function choose(element, name, redraw = drawAll) {
-  element.addEventListener("change", () => {
-    state[name] = element.type === "checkbox" ? element.checked : element.value;
-    redraw();
-  });
+// The elements, more than one where a choice is offered in several places, set `name` and draw `parts` anew.
+function choose(elements, name, ...parts) {
+  const property = elements[0].type === "checkbox" ? "checked" : "value";
+  for (const element of elements) {
+    element.addEventListener("change", () => {
+      state[name] = element[property];
+      for (const other of elements) other[property] = state[name];
+      redraw(...parts);
+    });
+  }
 }
 
 function sortBy(column) {
   state.descending = state.sort === column.label ? !state.descending : Boolean(column.down);
   state.sort = column.label;
-  drawAll();
+  redraw("table");
 }
 
 function setTheme(choice) {
@@ -195,21 +217,26 @@ function start() {
     setTheme(event.target.value);
     drawWhole();
   });
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { setTheme(at("theme").value); drawWhole(); });
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    setTheme(at("theme").value);
+    drawWhole();
+  });
   window.matchMedia("(max-width: 820px)").addEventListener("change", drawWhole);
 
   options(at("x"), Object.entries(X_AXES).map(([key, axis]) => [key, axis.title]), state.x);
   options(at("y"), Object.entries(Y_AXES), state.y);
   options(at("load"), Object.entries(LOADS), state.load);
-  for (const [id, name] of [["x", "x"], ["y", "y"], ["log-x", "logX"], ["log-y", "logY"], ["colour", "colour"],
-    ["group-a", "groupA"], ["group-b", "groupB"], ["load", "load"]]) choose(at(id), name);
-  for (const each of document.querySelectorAll(".cost")) {
-    options(each, [["usd_per_million_tokens", "of training steps"], ["usd_per_million_tokens_all_in", "all in"]], state.cost);
-    choose(each, "cost", () => { for (const other of document.querySelectorAll(".cost")) other.value = state.cost; drawAll(); });
+  const costs = [...document.querySelectorAll(".cost")];
+  for (const each of costs) {
+    options(each, Object.entries(COSTS).map(([key, title]) => [key, title.replace("dollars ", "")]), state.cost);
   }
-  for (const each of document.querySelectorAll(".log-groups")) {
-    choose(each, "logGroups", () => { for (const other of document.querySelectorAll(".log-groups")) other.checked = state.logGroups; drawAll(); });
-  }
+  for (const [id, name] of [["x", "x"], ["y", "y"], ["log-x", "logX"], ["log-y", "logY"]]) choose([at(id)], name, "loss");
+  choose([at("colour")], "colour", "loss", "load");
+  choose([at("group-a")], "groupA", "a");
+  choose([at("group-b")], "groupB", "b");
+  choose([at("load")], "load", "load");
+  choose(costs, "cost", "a", "b");
+  choose([...document.querySelectorAll(".log-groups")], "logGroups", "a", "b");
   at("filter-key").addEventListener("change", event => {
     if (event.target.value && !state.filters.has(event.target.value)) {
       state.filters.set(event.target.value, { chosen: new Set(), from: null, to: null });
@@ -217,8 +244,11 @@ function start() {
     event.target.value = "";
     showFilters();
   });
-  at("search").addEventListener("input", event => { state.search = event.target.value; state.rows = ROWS_AT_ONCE; showRuns(content.runs.filter(passes), state); });
-  at("more").addEventListener("click", () => { state.rows += ROWS_AT_ONCE; showRuns(content.runs.filter(passes), state); });
+  at("search").addEventListener("input", event => {
+    Object.assign(state, { search: event.target.value, rows: ROWS_AT_ONCE });
+    redraw("table");
+  });
+  at("more").addEventListener("click", () => { state.rows += ROWS_AT_ONCE; redraw("table"); });
   drawWhole();
   const seconds = Number(document.documentElement.dataset.refresh);
   if (seconds > 0) setInterval(refresh, 1000 * seconds);

@@ -30,7 +30,8 @@ function sorted(runs, column, descending) {
   return [...runs].sort((one, other) => {
     const a = valueIn(one, column), b = valueIn(other, column);
     if (a === null || b === null) return (a === null) - (b === null);
-    const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+    const numbers = typeof a === "number" && typeof b === "number";
+    const order = numbers ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
     return descending ? -order : order;
   });
 }
@@ -40,7 +41,8 @@ function isFound(run, search) {
   if (!words.length) return true;
   const own = content.settings.filter(setting => setting.differs)
     .map((setting, index) => (run.settings[index] < 0 ? "" : `${setting.key}=${setting.values[run.settings[index]]}`));
-  const text = [run.folder, run.name, run.status, run.precision, run.experts, run.hardware, ...own, ...run.notes].join(" ").toLowerCase();
+  const named = [run.folder, run.name, run.status, run.precision, run.experts, run.hardware];
+  const text = [...named, ...own, ...run.notes].join(" ").toLowerCase();
   return words.every(word => text.includes(word));
 }
 
@@ -74,7 +76,8 @@ function showRuns(runs, state) {
 function fill(id, head, rows, numbers = []) {
   const cell = (tag, text, index) => element(tag, { class: numbers.includes(index) ? "number" : "wide" }, text);
   document.getElementById(id).replaceChildren(
-    element("thead", {}, element("tr", {}, ...head.map((text, index) => element("th", { class: numbers.includes(index) ? "number" : "" }, text)))),
+    element("thead", {}, element("tr", {}, ...head.map((text, index) =>
+      element("th", { class: numbers.includes(index) ? "number" : "" }, text)))),
     element("tbody", {}, ...rows.map(row => element("tr", { class: row.kind ?? "" },
       ...row.cells.map((text, index) => (text instanceof Node ? element("td", {}, text) : cell("td", text, index)))))),
   );
