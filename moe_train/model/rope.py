@@ -95,7 +95,8 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    wide = x.to(cos.dtype)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    cos, sin = cos.to(wide.dtype), sin.to(wide.dtype)
     first, second = wide.chunk(2, dim=-1)
     sin_first, sin_second = sin.chunk(2, dim=-1)
     out = wide * cos
