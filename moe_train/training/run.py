@@ -11,9 +11,7 @@ import contextlib
 import json
 import math
 import re
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +37,7 @@ from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.schedules import lr_factor
+from moe_train.training.signals import Interruption
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import StepFigures, Stepper
 
@@ -166,7 +165,7 @@ class Run:
         self.evaluation: Evaluation | None = None
         self.closing = Closing(config, runtime, account, self.model, self.data, self.stepper.micro_batch_size)
         self.startup_seconds = 0.0  # of this attempt, until its first step
-        self.interrupted: int | None = None  # the signal that ended the run
+        self.interruption = Interruption()
         self.stopped_by: str | None = None  # the limit that did
         self.tracker: Tracker | None = None
         if runtime.is_main:
@@ -192,12 +191,17 @@ class Run:
             self.path, self.config.tracking, to_dict(self.config), self.config.name, run_id, resume_step=last_step
         )
 
+    @property
+    def interrupted(self) -> int | None:
+        """The signal that ended the run."""
+        return self.interruption.signal
+
     # -------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
         """Step until a limit is reached or a signal ends it, then evaluate, save and sum up."""
         bar = TrainingProgress() if self.runtime.is_main else None
-        with self._signals_end_the_run(), bar or contextlib.nullcontext():
+        with self.interruption.noted(self.runtime.world_size == 1), bar or contextlib.nullcontext():
             progress = self._progress()
             if progress >= 1 and not self.steps_done and self.account.limits.uses_clock:
                 raise UserError(f"{self._limit_reached()} was used up before the first step: raise it")
@@ -286,25 +290,6 @@ class Run:
 
     def _limit_reached(self) -> str | None:
         return self.account.limits.reason(self.account.spent(self.steps_done, self.closing.reserve_seconds()))
-
-    @contextlib.contextmanager
-    def _signals_end_the_run(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint. Of one process only, so far."""
-        if self.runtime.world_size > 1:
-            yield
-            return
-
-        def note(number: int, _frame: object) -> None:
-            if self.interrupted is not None:  # asked twice: at once
-                raise KeyboardInterrupt
-            self.interrupted = number
-
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     # ------------------------------------------------------------------------------------------ logging and saving
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from recipes_by_name import precision, recipe
 from torch import Tensor
 
 from moe_train.compose import CONFIGS, validated
-from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig, RunConfig
+from moe_train.config import OperandConfig, PrecisionConfig, RunConfig
 from moe_train.errors import UserError
 from moe_train.model.experts import Experts
 from moe_train.model.layers import Linear
@@ -26,17 +27,6 @@ from moe_train.precision.quantize import quantize
 
 CPU = torch.device("cpu")
 RECIPES = sorted(path.stem for path in (CONFIGS / "precision").glob("fp8_*.yaml"))
-
-
-def precision(name: str, **changes: object) -> PrecisionConfig:
-    content = yaml.safe_load((CONFIGS / f"precision/{name}.yaml").read_text())
-    return validated(PrecisionConfig, content | changes, name)
-
-
-def recipe(name: str) -> Fp8Config:
-    found = precision(name).fp8
-    assert found is not None
-    return found
 
 
 def rounded(x: Tensor, operand: OperandConfig) -> Tensor:

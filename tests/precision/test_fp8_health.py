@@ -11,10 +11,11 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipes_by_name import precision, recipe
 from torch import Tensor
 
-from moe_train.compose import CONFIGS, validated
-from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig
+from moe_train.compose import CONFIGS
+from moe_train.config import OperandConfig
 from moe_train.errors import UserError
 from moe_train.kernels.layouts import Rows
 from moe_train.model.transformer import Transformer
@@ -34,17 +35,6 @@ OPERANDS = [
 ]
 # Of |x| / scale: at most the first is zero (half of the smallest number), beyond the second is cut off.
 BOUNDS = {"e4m3": (2.0**-10, 464.0), "e5m2": (2.0**-17, 61440.0)}
-
-
-def precision(name: str, **changes: object) -> PrecisionConfig:
-    content = yaml.safe_load((CONFIGS / f"precision/{name}.yaml").read_text())
-    return validated(PrecisionConfig, content | changes, name)
-
-
-def recipe(name: str) -> Fp8Config:
-    found = precision(name).fp8
-    assert found is not None
-    return found
 
 
 def by_loop(x: Tensor, scales: Tensor, format: str) -> list[int]:
