@@ -4,6 +4,8 @@ The momentum of each matrix is replaced by the nearest semi-orthogonal one, so t
 same rate, rare ones too (Keller Jordan, https://kellerjordan.github.io/posts/muon/). The iteration is a handful of
 matrix products; run matrix by matrix it is bound by launches, so experts, and equal shapes of different layers, go
 through it as one batched product: 256 matrices of 64×128 take 31 ms instead of 125 ms in float32 on two CPU cores.
+Gate and up projection, joined for the sake of the model's products, are two matrices here: each is a map of its own,
+and 11 million multiplications do instead of 26 for each iteration of an expert of 96 × 256.
 torch.optim.Muon takes 2-D parameters only.
 
 Parameters must be whole on each device (one process, or data parallel): the iteration mixes all entries of a matrix.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, overload
 
 import torch
@@ -68,10 +70,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum_dtype: torch.dtype = torch.float32,
         rounding: Rounding = NEAREST,
+        joined: Collection[Tensor] = (),
     ) -> None:
+        """joined: those whose rows are two matrices, one above the other."""
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
         self.momentum_dtype, self.rounding = momentum_dtype, rounding
+        self._joined = {id(parameter) for parameter in joined}
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self.chunk = chunk_elements(sum(parameter.numel() for parameter in parameters))
@@ -93,7 +98,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for batch in _batches(group["params"]):
+            for batch in self._batches(group["params"]):
                 self._step_batch(batch, group)
         return loss
 
@@ -104,7 +109,7 @@ class Muon(torch.optim.Optimizer):
         """One step of parameters whose matrices have one shape."""
         directions = [self._direction(parameter, group) for parameter in parameters]
         updates = orthogonalized(torch.cat(directions), group["ns_steps"])
-        scale = 0.2 * math.sqrt(max(parameters[0].shape[-2:]))
+        scale = 0.2 * math.sqrt(max(self.matrix_shape(parameters[0])))
         for parameter, update in zip(parameters, torch.split(updates, [len(d) for d in directions]), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
@@ -125,7 +130,7 @@ class Muon(torch.optim.Optimizer):
             direction = direction.to(fast_dtype(parameter.device))
         else:
             direction = self._through_float32(parameter, gradient, state, group)
-        return direction.reshape(-1, *parameter.shape[-2:])
+        return direction.reshape(-1, *self.matrix_shape(parameter))
 
     def _through_float32(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
@@ -145,19 +150,23 @@ class Muon(torch.optim.Optimizer):
             out.copy_(grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
         return direction
 
+    def matrix_shape(self, parameter: Tensor) -> tuple[int, int]:
+        """Rows and columns of each of its matrices."""
+        rows, columns = parameter.shape[-2:]
+        return (rows // 2 if id(parameter) in self._joined else rows), columns
 
-def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS`."""
-    by_shape: dict[tuple[torch.device, torch.Size], list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_shape[parameter.device, parameter.shape[-2:]].append(parameter)
-    for alike in by_shape.values():
-        batch: list[Tensor] = []
-        most = MUON_BATCH_ELEMENTS["cuda" if alike[0].is_cuda else "cpu"]
-        for parameter in alike:
-            if batch and sum(p.numel() for p in batch) + parameter.numel() > most:
-                yield batch
-                batch = []
-            batch.append(parameter)
-        yield batch
+    def _batches(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS`."""
+        by_shape: dict[tuple[torch.device, tuple[int, int]], list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                by_shape[parameter.device, self.matrix_shape(parameter)].append(parameter)
+        for alike in by_shape.values():
+            batch: list[Tensor] = []
+            most = MUON_BATCH_ELEMENTS["cuda" if alike[0].is_cuda else "cpu"]
+            for parameter in alike:
+                if batch and sum(p.numel() for p in batch) + parameter.numel() > most:
+                    yield batch
+                    batch = []
+                batch.append(parameter)
+            yield batch

@@ -46,6 +46,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, seed: int = 0) -
                     weight_decay=config.weight_decay,
                     momentum_dtype=getattr(torch, config.moments),
                     rounding=Rounding(config.stochastic_rounding, seed, stream=1),
+                    joined=[p for name, p in trainable.items() if "gate_up_proj" in name.split(".")],
                 )
             )
         if rest:
