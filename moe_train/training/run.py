@@ -24,7 +24,8 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
 from moe_train.precision import recipes
-from moe_train.tracking.console import TrainingProgress, print_notes
+from moe_train.tracking.console import print_notes
+from moe_train.tracking.progress import Progress, check_console, open_progress
 from moe_train.tracking.tracker import Tracker
 from moe_train.training import metrics
 from moe_train.training import summary as summaries
@@ -80,6 +81,7 @@ def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
     folder, failure = None, None
     if runtime.is_main:
         try:
+            check_console(config.tracking.console)
             folder = open_run_folder(config)
         except UserError as error:
             failure = error
@@ -200,20 +202,21 @@ class Run:
 
     def train(self) -> None:
         """Step until a limit is reached or a signal ends it, then evaluate, save and sum up."""
-        bar = TrainingProgress() if self.runtime.is_main else None
-        with self.interruption.noted(self.runtime.world_size == 1), bar or contextlib.nullcontext():
+        title = f"{self.config.name}, seed {self.config.seed}, {self.account.hardware.name}"
+        display = open_progress(self.config.tracking.console, title) if self.runtime.is_main else None
+        with self.interruption.noted(self.runtime.world_size == 1), display or contextlib.nullcontext():
             progress = self._progress()
             if progress >= 1 and not self.steps_done and self.account.limits.uses_clock:
                 raise UserError(f"{self._limit_reached()} was used up before the first step: raise it")
             self.stopped_by = self._limit_reached()
             self.startup_seconds = self.account.meter.attempt_wall_seconds
             while progress < 1 and self.interrupted is None:
-                progress = self._step(progress, bar)
+                progress = self._step(progress, display)
             if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
                 self._save()
         self._finish()
 
-    def _step(self, progress: float, bar: TrainingProgress | None) -> float:
+    def _step(self, progress: float, display: Progress | None) -> float:
         """One optimizer step and what is due after it; returns the run's progress."""
         config, meter = self.config, self.account.meter
         tokens_before = meter.tokens
@@ -251,13 +254,14 @@ class Run:
                 row |= self._evaluate()
             if self.tracker:
                 self.tracker.log(self.steps_done, row)
-            if bar is not None:
-                bar.update(
+            if display is not None:
+                reserve = self.closing.reserve_seconds()
+                display.update(
                     min(progress, 1.0),
                     step=self.steps_done,
-                    loss=self.train_loss,
-                    tokens_per_second=row["throughput/tokens_per_second"],
+                    row=row,
                     usd=meter.usd_total,
+                    usd_ahead=lambda seconds: meter.usd_ahead(seconds + reserve),
                 )
         if saves or too_unhealthy is not None:
             self._save()
