@@ -93,8 +93,14 @@ def where_to_look(run_folder: Path, wandb_location: str | None) -> list[str]:
         return lines
     if wandb_location.startswith(("http://", "https://")):
         return [*lines, f"wandb       {wandb_location}"]
-    quoted = shlex.quote(wandb_location)
-    return [*lines, f"view        wandb leet {quoted}", f"upload      wandb sync {quoted}"]
+    view, upload = f"wandb leet {shlex.quote(wandb_location)}", sync_command(wandb_location)
+    return [*lines, f"view        {view}", f"upload      {upload}"]
+
+
+def sync_command(wandb_folder: str) -> str:
+    """What sends a run later. wandb takes one that began online for sent unless it is told otherwise."""
+    began_online = not Path(wandb_folder).name.startswith("offline-")
+    return f"wandb sync {'--no-skip-online ' if began_online else ''}{shlex.quote(wandb_folder)}"
 
 
 def _known(value: float | None, form: str, otherwise: str = "not known") -> str:

@@ -8,6 +8,7 @@ Everything a step does is in step.py; what it costs is account.py's; where figur
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -189,9 +190,9 @@ class Run:
         run_id = self.config.config_hash(without=MAY_CHANGE_ON_RESUME)
         run_id = re.sub(r"[^\w-]", "_", f"{run_id}-{self.path.name}", flags=re.ASCII)[:64]
         last_step = self.steps_done if has_metrics else None
-        return Tracker(
-            self.path, self.config.tracking, to_dict(self.config), self.config.name, run_id, resume_step=last_step
-        )
+        tracking, cost = self.config.tracking, self.config.cost
+        tracking = dataclasses.replace(tracking, group=tracking.group or cost.claim or cost.sweep)
+        return Tracker(self.path, tracking, to_dict(self.config), self.config.name, run_id, resume_step=last_step)
 
     @property
     def interrupted(self) -> int | None:
@@ -326,6 +327,7 @@ class Run:
         """Everything that is logged of the steps since the last log."""
         in_compute_format = float(len(self.fp8_health.in_compute_format))
         joules = self.account.joules()  # read when training paused
+        window = self.account.meter.window()
         return {
             **metrics.of_steps(figures, self.model_config.moe),
             **metrics.of_fp8(figures.fp8_rates),
@@ -334,18 +336,17 @@ class Run:
             "memory/peak_bytes": float(summaries.peak_memory_bytes(self.runtime)),
             "progress/seconds": self.account.meter.wall_seconds,
             "cost/energy_kwh": None if joules is None else joules / 3.6e6,
-            **self.account.meter.window(),
+            **self.account.of_sweep(window["cost/usd_total"]),
+            **window,
         }
 
     def _evaluate(self) -> metrics.Metrics:
         """The whole validation split, or as much of it as a limit in seconds or dollars leaves time for."""
         self.evaluation = self.closing.evaluate(self.config.eval.max_tokens)
-        if self.evaluation is not None and self.evaluation.complete:
-            return metrics.of_evaluation(self.evaluation)
-        if self.tracker:
+        if self.tracker and not (self.evaluation and self.evaluation.complete):
             seen = "nothing" if self.evaluation is None else f"the first {self.evaluation.tokens:,} tokens"
             print_notes([f"the limit left time to evaluate {seen} of the validation split"])
-        return {} if self.evaluation is None else metrics.of_evaluation(self.evaluation)
+        return {} if self.evaluation is None else metrics.of_evaluation(self.evaluation, self.account.meter.usd_total)
 
     def _save(self) -> None:
         state = {
@@ -377,14 +378,14 @@ class Run:
         if status == FINISHED and (self.stopped_by or "").startswith("budget.usd"):
             status = "out_of_budget"
         self.account.read_energy()
+        left = self.account.seconds_left(0.0)
         if self.tracker is None:
             return
-        location = self.tracker.wandb_location
-        self.tracker.finish(summaries.build(self, status))
+        self.tracker.finish(summaries.build(self, status), seconds_left=left)
         self.account.close(status)
         summary = summaries.build(self, status)  # the time wandb took is paid too
         summaries.write(self.path, summary)
-        summaries.show(summary, self.path, location)
+        summaries.show(summary, self.path, self.tracker.wandb_location)
 
 
 def vocabulary(config: RunConfig, data: PreparedData) -> int:

@@ -111,6 +111,7 @@ def test_an_offline_wandb_run_comes_with_the_commands_to_see_and_to_send_it():
         "view        wandb leet '/runs/a b/wandb/offline-run-1'",
         "upload      wandb sync '/runs/a b/wandb/offline-run-1'",
     ]
+    assert where_to_look(Path("/r"), "/r/wandb/run-1")[2] == "upload      wandb sync --no-skip-online /r/wandb/run-1"
     assert where_to_look(Path("/r"), "https://wandb.invalid/r/1")[1] == "wandb       https://wandb.invalid/r/1"
     assert where_to_look(Path("/r"), None) == ["run folder  /r"]
 
