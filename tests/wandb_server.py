@@ -14,7 +14,7 @@ API_KEY = "0123456789" * 4  # of the right form, of nobody
 
 
 class WandbServer(http.server.ThreadingHTTPServer):
-    """Keeps what it was sent. `mode`: answers, errors (HTTP 500) or hangs (takes the request and never answers)."""
+    """Keeps what it was sent. `mode`: answers, errors (HTTP 500), denies (401) or hangs (never answers)."""
 
     daemon_threads = True
 
@@ -26,6 +26,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.history: dict[int, dict[str, Any]] = {}  # by line
         self.summary: dict[str, Any] = {}
         self.views: list[dict[str, Any]] = []
+        self.no_project = False
         self.ended = threading.Event()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -72,6 +73,8 @@ class WandbServer(http.server.ThreadingHTTPServer):
     def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"viewer": {"id": "VXNlcg==", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
 
+    _GetDefaultEntity = _Viewer
+
     def _RunResumeStatus(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"model": None}
 
@@ -91,6 +94,8 @@ class WandbServer(http.server.ThreadingHTTPServer):
     # -------------------------------------------------------------------------------------------------- workspaces
 
     def _View(self, variables: dict[str, Any]) -> dict[str, Any]:
+        if self.no_project:
+            return {"project": None}
         wanted = [view for view in self.views if view["name"] == variables["viewName"]]
         found = [view for view in wanted if view["projectName"] == variables["name"]]
         return {"project": {"allViews": {"edges": [{"node": view} for view in found]}}}
@@ -113,8 +118,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.server.mode == "hangs":
             self.server.ended.wait()
             return
-        status = 500 if self.server.mode == "errors" else 200
-        content = json.dumps({"error": "out of order"} if status == 500 else self.server.answer(self.path, body))
+        status = {"errors": 500, "denies": 401}.get(self.server.mode, 200)
+        content = json.dumps(self.server.answer(self.path, body) if status == 200 else {"error": self.server.mode})
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

@@ -147,7 +147,7 @@ def _start(
 
     if wanted == "offline":
         run = start("offline")
-    elif not _finds_api_key(wandb):
+    elif not finds_api_key(wandb):
         if wanted == "online":
             raise UserError("tracking.wandb=online finds no API key: run `wandb login`, or set tracking.wandb=offline")
         run = start("offline")
@@ -167,7 +167,7 @@ def _start(
     return run
 
 
-def _finds_api_key(wandb: ModuleType) -> bool:
+def finds_api_key(wandb: ModuleType) -> bool:
     """Whether the environment, netrc or wandb's settings hold a key. Nothing is sent and nothing printed."""
     # mode: with WANDB_MODE=offline `login` would not look; silent: else it asks the server whose key it is, to say so.
     wandb.setup(wandb.Settings(mode="online", silent=True))

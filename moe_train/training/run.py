@@ -192,7 +192,8 @@ class Run:
         last_step = self.steps_done if has_metrics else None
         tracking, cost = self.config.tracking, self.config.cost
         tracking = dataclasses.replace(tracking, group=tracking.group or cost.claim or cost.sweep)
-        return Tracker(self.path, tracking, to_dict(self.config), self.config.name, run_id, resume_step=last_step)
+        settings = to_dict(self.config) | {"resolved": summaries.resolved(self)}
+        return Tracker(self.path, tracking, settings, self.config.name, run_id, resume_step=last_step)
 
     @property
     def interrupted(self) -> int | None:

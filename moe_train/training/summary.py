@@ -79,6 +79,21 @@ def predicted_peak_bytes(run: Run) -> int:
     ).bytes
 
 
+def resolved(run: Run) -> dict[str, Any]:
+    """What `auto` came to and the size of the model, for those who compare runs by their settings."""
+    counts, moe = parameter_counts(run.model_config, run.model.vocab_size), run.model_config.moe
+    automatic = run.config.precision.name == "auto"
+    return {
+        "precision": run.compute_format if automatic else run.config.precision.name,
+        "num_experts": 0 if moe is None else moe.num_experts,
+        "hardware": run.account.hardware.name,
+        "num_devices": run.runtime.world_size,
+        "total_params": counts.total,
+        "active_params": counts.active,
+        "flops_per_token": run.account.meter.work.flops,
+    }
+
+
 def build(run: Run, status: str) -> dict[str, Any]:
     """The figures of a run as they stand."""
     account, evaluation = run.account, run.evaluation
