@@ -22,6 +22,7 @@ _AXES = {
     "seconds": "progress/seconds",
 }
 _COST, _SPEED, _USD = "cost/usd_per_million_tokens", "throughput/tokens_per_second", "cost/usd_total"
+_RATES = {"Dollars per million tokens": _COST, "Tokens per second": _SPEED}
 _BY = {"precision": "resolved.precision", "experts": "resolved.num_experts"}
 _LOADS = {
     "fullest expert over the mean, less one": "max_violation",
@@ -85,9 +86,6 @@ def sections() -> list[ws.Section]:
         _section("Spending", spent, columns=2),
         _section("Expert load by layer", loads, columns=3),
     ]
-
-
-_RATES = {"Dollars per million tokens": _COST, "Tokens per second": _SPEED}
 
 
 def _bars(title: str, metric: str, by: str) -> panels.BarPlot:

@@ -51,7 +51,7 @@ class WandbRun:
             self._give_up(error)
             return
         if self._watch and (silence := self._watch.silence()):
-            self._warn(f"wandb {silence}: the run goes on; if it stays so, `{self._sync}` sends the rest later")
+            self._warn_once(f"wandb {silence}: the run goes on; if it stays so, `{self._sync}` sends the rest later")
 
     def finish(self, summary: dict[str, Any], seconds: float) -> None:
         """Give wandb the results and wait until all is sent, no longer than `seconds`."""
@@ -75,7 +75,7 @@ class WandbRun:
             self._give_up(failure[0])
         elif failure or waiting.is_alive():
             self.location = self._folder
-            self._warn(f"wandb did not take everything within {seconds:.0f} s: `{self._sync}` sends the rest")
+            self._warn_once(f"wandb did not take everything within {seconds:.0f} s: `{self._sync}` sends the rest")
             _end_service()
         self._run = None
 
@@ -85,10 +85,10 @@ class WandbRun:
 
     def _give_up(self, error: Exception) -> None:
         self._run, self.location = None, self._folder
-        self._warn(f"wandb failed ({_reason(error)}): metrics go on in metrics.jsonl only")
+        _warn(f"wandb failed ({_reason(error)}): metrics go on in metrics.jsonl only")
         _shut_down()
 
-    def _warn(self, text: str) -> None:
+    def _warn_once(self, text: str) -> None:
         if not self._warned:
             _warn(text)
         self._warned = True
@@ -206,7 +206,7 @@ def _shut_down() -> None:
 
 def _end_service() -> None:
     """wandb's own process would hold the end of ours for as long as it goes on trying."""
-    for child in psutil.Process().children(recursive=True):
+    for child in psutil.Process().children():
         try:
             if "wandb-core" in child.name():
                 child.kill()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from wandb_server import WandbServer
 
@@ -106,6 +107,7 @@ def test_one_that_stops_at_the_very_end_is_waited_for_no_longer_than_a_limit_lea
     )
     assert capfd.readouterr().err == warning
     assert rows(tmp_path) == [1, 2, 3]
+    assert "wandb-core" not in [child.name() for child in psutil.Process().children(recursive=True)]
     server.mode = "answers"
     again = online(tmp_path / "another")  # wandb itself can be used again
     again.finish({"status": "finished"})
