@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_train.config import CostConfig
 from moe_train.cost.attempt import RUNNING, Attempt
 from moe_train.cost.shared_ledger import read_ledger
 from moe_train.errors import UserError
@@ -80,3 +81,13 @@ class Budget:
         if left > 0 and left >= needed:
             return None
         return f"budget.usd={self.usd:g} has ${max(left, 0):.3g} left, and the next job needs about ${needed:.3g}"
+
+
+def spent_by_others(cost: CostConfig, run: str) -> float | None:
+    """By all runs of the sweep but `run`; None without a sweep or ledger, or where one of them has no price."""
+    if cost.sweep is None or cost.ledger is None:
+        return None
+    attempts = Budget(cost.sweep, Path(cost.ledger), None).attempts()
+    amounts = [attempt.usd for attempt in attempts if attempt.run != run]
+    known = [usd for usd in amounts if usd is not None]
+    return sum(known) if len(known) == len(amounts) else None

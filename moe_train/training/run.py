@@ -8,6 +8,7 @@ Everything a step does is in step.py; what it costs is account.py's; where figur
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -24,7 +25,8 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
 from moe_train.precision import recipes
-from moe_train.tracking.console import TrainingProgress, print_notes
+from moe_train.tracking.console import print_notes
+from moe_train.tracking.progress import Progress, check_console, open_progress
 from moe_train.tracking.tracker import Tracker
 from moe_train.training import metrics
 from moe_train.training import summary as summaries
@@ -80,6 +82,7 @@ def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
     folder, failure = None, None
     if runtime.is_main:
         try:
+            check_console(config.tracking.console)
             folder = open_run_folder(config)
         except UserError as error:
             failure = error
@@ -187,9 +190,10 @@ class Run:
         run_id = self.config.config_hash(without=MAY_CHANGE_ON_RESUME)
         run_id = re.sub(r"[^\w-]", "_", f"{run_id}-{self.path.name}", flags=re.ASCII)[:64]
         last_step = self.steps_done if has_metrics else None
-        return Tracker(
-            self.path, self.config.tracking, to_dict(self.config), self.config.name, run_id, resume_step=last_step
-        )
+        tracking, cost = self.config.tracking, self.config.cost
+        tracking = dataclasses.replace(tracking, group=tracking.group or cost.claim or cost.sweep)
+        settings = to_dict(self.config) | {"resolved": summaries.resolved(self)}
+        return Tracker(self.path, tracking, settings, self.config.name, run_id, resume_step=last_step)
 
     @property
     def interrupted(self) -> int | None:
@@ -200,20 +204,21 @@ class Run:
 
     def train(self) -> None:
         """Step until a limit is reached or a signal ends it, then evaluate, save and sum up."""
-        bar = TrainingProgress() if self.runtime.is_main else None
-        with self.interruption.noted(self.runtime.world_size == 1), bar or contextlib.nullcontext():
+        title = f"{self.config.name}, seed {self.config.seed}, {self.account.hardware.name}"
+        display = open_progress(self.config.tracking.console, title) if self.runtime.is_main else None
+        with self.interruption.noted(self.runtime.world_size == 1), display or contextlib.nullcontext():
             progress = self._progress()
             if progress >= 1 and not self.steps_done and self.account.limits.uses_clock:
                 raise UserError(f"{self._limit_reached()} was used up before the first step: raise it")
             self.stopped_by = self._limit_reached()
             self.startup_seconds = self.account.meter.attempt_wall_seconds
             while progress < 1 and self.interrupted is None:
-                progress = self._step(progress, bar)
+                progress = self._step(progress, display)
             if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
                 self._save()
         self._finish()
 
-    def _step(self, progress: float, bar: TrainingProgress | None) -> float:
+    def _step(self, progress: float, display: Progress | None) -> float:
         """One optimizer step and what is due after it; returns the run's progress."""
         config, meter = self.config, self.account.meter
         tokens_before = meter.tokens
@@ -251,13 +256,14 @@ class Run:
                 row |= self._evaluate()
             if self.tracker:
                 self.tracker.log(self.steps_done, row)
-            if bar is not None:
-                bar.update(
+            if display is not None:
+                reserve = self.closing.reserve_seconds()
+                display.update(
                     min(progress, 1.0),
                     step=self.steps_done,
-                    loss=self.train_loss,
-                    tokens_per_second=row["throughput/tokens_per_second"],
+                    row=row,
                     usd=meter.usd_total,
+                    usd_ahead=lambda seconds: meter.usd_ahead(seconds + reserve),
                 )
         if saves or too_unhealthy is not None:
             self._save()
@@ -322,6 +328,7 @@ class Run:
         """Everything that is logged of the steps since the last log."""
         in_compute_format = float(len(self.fp8_health.in_compute_format))
         joules = self.account.joules()  # read when training paused
+        window = self.account.meter.window()
         return {
             **metrics.of_steps(figures, self.model_config.moe),
             **metrics.of_fp8(figures.fp8_rates),
@@ -330,18 +337,17 @@ class Run:
             "memory/peak_bytes": float(summaries.peak_memory_bytes(self.runtime)),
             "progress/seconds": self.account.meter.wall_seconds,
             "cost/energy_kwh": None if joules is None else joules / 3.6e6,
-            **self.account.meter.window(),
+            **self.account.of_sweep(window["cost/usd_total"]),
+            **window,
         }
 
     def _evaluate(self) -> metrics.Metrics:
         """The whole validation split, or as much of it as a limit in seconds or dollars leaves time for."""
         self.evaluation = self.closing.evaluate(self.config.eval.max_tokens)
-        if self.evaluation is not None and self.evaluation.complete:
-            return metrics.of_evaluation(self.evaluation)
-        if self.tracker:
+        if self.tracker and not (self.evaluation and self.evaluation.complete):
             seen = "nothing" if self.evaluation is None else f"the first {self.evaluation.tokens:,} tokens"
             print_notes([f"the limit left time to evaluate {seen} of the validation split"])
-        return {} if self.evaluation is None else metrics.of_evaluation(self.evaluation)
+        return {} if self.evaluation is None else metrics.of_evaluation(self.evaluation, self.account.meter.usd_total)
 
     def _save(self) -> None:
         state = {
@@ -373,14 +379,14 @@ class Run:
         if status == FINISHED and (self.stopped_by or "").startswith("budget.usd"):
             status = "out_of_budget"
         self.account.read_energy()
+        left = self.account.seconds_left(0.0)
         if self.tracker is None:
             return
-        location = self.tracker.wandb_location
-        self.tracker.finish(summaries.build(self, status))
+        self.tracker.finish(summaries.build(self, status), seconds_left=left)
         self.account.close(status)
         summary = summaries.build(self, status)  # the time wandb took is paid too
         summaries.write(self.path, summary)
-        summaries.show(summary, self.path, location)
+        summaries.show(summary, self.path, self.tracker.wandb_location)
 
 
 def vocabulary(config: RunConfig, data: PreparedData) -> int:
