@@ -6,7 +6,8 @@ matrix products; run matrix by matrix it is bound by launches, so experts, and e
 through it as one batched product: 256 matrices of 64×128 take 31 ms instead of 125 ms in float32 on two CPU cores.
 torch.optim.Muon takes 2-D parameters only.
 
-Parameters must be whole on each device (one process, or data parallel): the iteration mixes all entries of a matrix.
+The iteration mixes all entries of a matrix, so matrices that are cut over processes are made whole for it
+(parallel/whole_matrices.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_train.cost.optimizer_memory import MUON_BATCH_ELEMENTS, chunk_elements
+from moe_train.parallel.whole_matrices import WholeMatrices
 from moe_train.precision.support import multiplies_bfloat16
 from moe_train.training.moments import NEAREST, Rounding, load_states, store
 
@@ -55,7 +57,8 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled by 0.2·sqrt(max(out, in)), which gives it the root mean square of AdamW's, so that AdamW's
     learning rate and weight decay carry over (arXiv 2502.16982, section 2.2). `momentum_dtype`: what the momentum is
-    stored in, FP32 or BF16; in BF16, `rounding` says how. It is updated and used in FP32 either way.
+    stored in, FP32 or BF16; in BF16, `rounding` says how. It is updated and used in FP32 either way. `whole`: knows the
+    parameters that are a process's rows of a matrix.
     """
 
     def __init__(
@@ -68,10 +71,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum_dtype: torch.dtype = torch.float32,
         rounding: Rounding = NEAREST,
+        whole: WholeMatrices | None = None,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
-        self.momentum_dtype, self.rounding = momentum_dtype, rounding
+        self.momentum_dtype, self.rounding, self.whole = momentum_dtype, rounding, whole
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self.chunk = chunk_elements(sum(parameter.numel() for parameter in parameters))
@@ -93,7 +97,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for batch in _batches(group["params"]):
+            for batch in _batches(group["params"], self.whole):
                 self._step_batch(batch, group)
         return loss
 
@@ -103,8 +107,13 @@ class Muon(torch.optim.Optimizer):
     def _step_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """One step of parameters whose matrices have one shape."""
         directions = [self._direction(parameter, group) for parameter in parameters]
-        updates = orthogonalized(torch.cat(directions), group["ns_steps"])
-        scale = 0.2 * math.sqrt(max(parameters[0].shape[-2:]))
+        shape = _matrix_shape(parameters[0], self.whole)
+        steps, pieces = group["ns_steps"], torch.cat(directions)
+        if self.whole is not None and parameters[0] in self.whole:
+            updates = self.whole.done_whole(lambda matrices: orthogonalized(matrices, steps), pieces, rows=shape[0])
+        else:
+            updates = orthogonalized(pieces, steps)
+        scale = 0.2 * math.sqrt(max(shape))
         for parameter, update in zip(parameters, torch.split(updates, [len(d) for d in directions]), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
@@ -125,7 +134,7 @@ class Muon(torch.optim.Optimizer):
             direction = direction.to(fast_dtype(parameter.device))
         else:
             direction = self._through_float32(parameter, gradient, state, group)
-        return direction.reshape(-1, *parameter.shape[-2:])
+        return direction.reshape(len(parameter) if parameter.ndim == 3 else 1, *parameter.shape[-2:])
 
     def _through_float32(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
@@ -146,18 +155,29 @@ class Muon(torch.optim.Optimizer):
         return direction
 
 
-def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS`."""
-    by_shape: dict[tuple[torch.device, torch.Size], list[Tensor]] = defaultdict(list)
+def _matrix_shape(parameter: Tensor, whole: WholeMatrices | None) -> torch.Size:
+    return whole.shapes[parameter] if whole is not None and parameter in whole else parameter.shape[-2:]
+
+
+def _batches(parameters: list[Tensor], whole: WholeMatrices | None = None) -> Iterator[list[Tensor]]:
+    """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS` a process.
+
+    What is cut is apart from what is not, and its batches are the same on all processes.
+    """
+    alike: dict[tuple[torch.device, bool, torch.Size], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
-            by_shape[parameter.device, parameter.shape[-2:]].append(parameter)
-    for alike in by_shape.values():
+            cut = whole is not None and parameter in whole
+            alike[parameter.device, cut, _matrix_shape(parameter, whole)].append(parameter)
+    for (device, cut, shape), members in alike.items():
         batch: list[Tensor] = []
-        most = MUON_BATCH_ELEMENTS["cuda" if alike[0].is_cuda else "cpu"]
-        for parameter in alike:
-            if batch and sum(p.numel() for p in batch) + parameter.numel() > most:
+        most = MUON_BATCH_ELEMENTS[device.type] * (whole.parts if whole is not None and cut else 1)
+        elements = 0
+        for parameter in members:
+            size = shape.numel() if cut else parameter.numel()
+            if batch and elements + size > most:
                 yield batch
-                batch = []
+                batch, elements = [], 0
             batch.append(parameter)
+            elements += size
         yield batch
