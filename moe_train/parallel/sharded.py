@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_train.cost.layout import Layout
 from moe_train.model.experts import Experts
-from moe_train.model.transformer import Transformer
+from moe_train.model.transformer import Losses, Transformer
 from moe_train.parallel.expert_exchange import share_out_experts
 from moe_train.parallel.meshes import Meshes
 from moe_train.parallel.spread import Part
@@ -52,7 +52,7 @@ class Sharded:
         if layout.expert_parallel > 1:
             share_out_experts(model, meshes.experts.get_group("expert"))
         self._modules = _cut(model, meshes)
-        self.wrapped: nn.Module = model
+        self._model = model
         expert_weights = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
         # By name: between a forward pass and what follows it the model has gathered weights in their place.
         self._held = {
@@ -80,12 +80,16 @@ class Sharded:
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
+    def wrapped(self, *inputs: object) -> Losses:
+        with self._accelerator.autocast():
+            losses: Losses = self._model(*inputs)
+        return losses
+
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         for module in self._modules:
             module.set_requires_all_reduce(last, recurse=False)
-        with self._accelerator.autocast():
-            yield
+        yield
         if last:
             for held in self._held.values():
                 if held.local.data_ptr() != _memory_of(held.sharded.data).data_ptr():

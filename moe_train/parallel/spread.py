@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_train.model.transformer import Transformer
+from moe_train.model.transformer import Losses, Transformer
 from moe_train.parallel.whole_matrices import WholeMatrices
 
 
@@ -46,9 +46,11 @@ class Parts(Protocol):
 class Spread(Parts, Protocol):
     """The same, and how gradients come together."""
 
-    wrapped: nn.Module  # what a step calls
     loss_scale: float  # of a process's loss, for gradients that are sums over the processes
     whole_matrices: WholeMatrices | None  # for an optimizer that needs them, where a process has parts
+
+    def wrapped(self, *inputs: object) -> Losses:
+        """The model's forward pass, in the compute format."""
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch, forward and backward; after a step's last one gradients are complete."""
@@ -80,19 +82,23 @@ class Whole:
 class Replicated(Whole):
     """Every process has the whole model."""
 
-    whole_matrices = None
+    whole_matrices: WholeMatrices | None = None
 
     def __init__(self, model: Transformer, accelerator: Accelerator) -> None:
         super().__init__(model.to(accelerator.device))
-        self.wrapped: nn.Module = accelerator.prepare(model)
+        self._prepared: nn.Module = accelerator.prepare(model)
         processes = accelerator.num_processes
-        if isinstance(self.wrapped, DistributedDataParallel) != (processes > 1):
-            raise RuntimeError(f"accelerate prepared a {type(self.wrapped).__name__} for {processes} processes")
+        if isinstance(self._prepared, DistributedDataParallel) != (processes > 1):
+            raise RuntimeError(f"accelerate prepared a {type(self._prepared).__name__} for {processes} processes")
         self.loss_scale = float(processes)  # DDP averages gradients
         self._accelerator = accelerator
 
+    def wrapped(self, *inputs: object) -> Losses:
+        losses: Losses = self._prepared(*inputs)
+        return losses
+
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if last else self._accelerator.no_sync(self.wrapped)
+        return nullcontext() if last else self._accelerator.no_sync(self._prepared)
 
     def clip(self, max_norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)

@@ -171,7 +171,9 @@ def _batches(parameters: list[Tensor], whole: WholeMatrices | None = None) -> It
             alike[parameter.device, cut, _matrix_shape(parameter, whole)].append(parameter)
     for (device, cut, shape), members in alike.items():
         batch: list[Tensor] = []
-        most = MUON_BATCH_ELEMENTS[device.type] * (whole.parts if whole is not None and cut else 1)
+        most = MUON_BATCH_ELEMENTS["cuda" if device.type == "cuda" else "cpu"] * (
+            whole.parts if whole is not None and cut else 1
+        )
         elements = 0
         for parameter in members:
             size = shape.numel() if cut else parameter.numel()

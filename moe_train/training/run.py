@@ -175,7 +175,7 @@ class Run:
             )
         if folder is None:  # rank 0 has done so with its ledger
             account.take_up(resumed)
-        self.saved_step = self.steps_done if resumed else None
+        self.saved_step = self._asked_step = self.steps_done if resumed else None  # whole, and asked to be written
         if folder is not None and not folder.fresh and checkpoint is None:
             notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
 
@@ -226,11 +226,11 @@ class Run:
             self.startup_seconds = self.account.meter.attempt_wall_seconds
             while progress < 1 and self.interrupted is None:
                 progress = self._step(progress, bar)
-            if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
+            if self._asked_step != self.steps_done:  # a signal came after the step had decided not to save
                 self._save()
             self._take_note_of_saving(wait=True)
-            self.runtime.accelerator.wait_for_everyone()
         self._finish()
+        self.runtime.accelerator.wait_for_everyone()  # a launcher ends rank 0 as soon as another has ended otherwise
 
     def _step(self, progress: float, bar: TrainingProgress | None) -> float:
         """One optimizer step and what is due after it; returns the run's progress."""
@@ -375,7 +375,9 @@ class Run:
             "config_hash": self.config.config_hash(),
             "model_digest": model_digest(self.config.model),
         }
+        self._asked_step = self.steps_done
         if self.saver is not None:
+            self._take_note_of_saving(wait=True)
             self.saver.save(state)
         else:
             began = time.monotonic()
@@ -383,12 +385,13 @@ class Run:
                 save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)
             self.runtime.accelerator.wait_for_everyone()
             self.closing.checkpoint_took(time.monotonic() - began)
-        self.saved_step = self.steps_done
+            self.saved_step = self.steps_done
 
     def _take_note_of_saving(self, *, wait: bool = False) -> None:
         """Of a checkpoint that is written while training goes on: that it has become whole, or once it is."""
-        seconds = None if self.saver is None else self.saver.finish(wait)
-        if seconds is not None:
+        written = None if self.saver is None else self.saver.finish(wait)
+        if written is not None:
+            self.saved_step, seconds = written
             self.closing.checkpoint_took(seconds)
 
     def abandon(self) -> None:

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from moe_train.errors import one_line
-from moe_train.parallel.spread import Parts
+from moe_train.parallel.spread import Part, Parts
 from moe_train.training.checkpoints import SHARDS, Checkpoint, begin, commit, damaged, load_optimizers, put_back
 from moe_train.training.new_folder import flush
 
@@ -65,20 +67,23 @@ class Saver:
         self._writing: tuple[Future[Any], Path, dict[str, Any], float] | None = None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Begin to write the step that `state` is of; returns once the tensors may change again."""
-        self.finish(wait=True)
+        """Begin to write the step that `state` is of; returns once the tensors may change again. One at a time."""
+        assert self._writing is None
         path = begin(self._run_folder, state["step"]) if dist.get_rank() == 0 else None
         box = [path]
         dist.broadcast_object_list(box, src=0)
         if box[0] is None:
             return
         began = time.monotonic()
-        writing = dcp.async_save(self._spreading.tensors(), checkpoint_id=box[0] / SHARDS, process_group=self._group)
+        writing = async_save(self._spreading.tensors(), checkpoint_id=box[0] / SHARDS, process_group=self._group)
         assert isinstance(writing, Future)
         self._writing = writing, box[0], state, began
 
-    def finish(self, wait: bool = False) -> float | None:
-        """Give a checkpoint that is written its name; returns the seconds it took, None if none has become finished."""
+    def finish(self, wait: bool = False) -> tuple[int, float] | None:
+        """Give a checkpoint that is written its name; returns its step and the seconds it took.
+
+        None: there is none, or it is not written yet.
+        """
         if self._writing is None or not (wait or self._writing[0].done()):
             return None
         (writing, path, state, began), self._writing = self._writing, None
@@ -90,12 +95,12 @@ class Saver:
         if dist.get_rank() == 0:
             flush(path / SHARDS)
             commit(self._run_folder, path, state, self._keep_last)
-        return time.monotonic() - began
+        return state["step"], time.monotonic() - began
 
 
 def _stored(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     try:
-        metadata = dcp.FileSystemReader(checkpoint.path / SHARDS).read_metadata()
+        metadata = FileSystemReader(checkpoint.path / SHARDS).read_metadata()
     except Exception as error:
         raise damaged(checkpoint.path, f"{SHARDS}: {one_line(error)}") from None
     return {k: each for k, each in metadata.state_dict_metadata.items() if isinstance(each, TensorStorageMetadata)}
@@ -104,7 +109,7 @@ def _stored(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
 def _read(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` with what the checkpoint has of them; for itself, without the other processes."""
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint.path / SHARDS, no_dist=True)
+        load(tensors, checkpoint_id=checkpoint.path / SHARDS, no_dist=True)
     except Exception as error:
         raise damaged(checkpoint.path, f"{SHARDS}: {one_line(error)}") from None
 
@@ -121,7 +126,9 @@ def load_spread_optimizers(checkpoint: Checkpoint, spreading: Spreading) -> None
     """Put back what this process holds of the optimizers' states, whatever layout wrote them. Raises UserError."""
     spread = spreading.spread
     if not checkpoint.in_shards:
-        parts = {spread.local(name): spread.part(name) for name, _ in spreading.model.named_parameters()}
+        parts: dict[Tensor, Part] = {
+            spread.local(name): spread.part(name) for name, _ in spreading.model.named_parameters()
+        }
         load_optimizers(checkpoint, spreading.optimizers, parts.__getitem__)
         return
     stored = _stored(checkpoint)

@@ -33,19 +33,17 @@ class Interruption:
     def noted(self) -> Iterator[None]:
         """Within, a signal is noted instead of followed.
 
-        A second one is followed at once by a process that is alone. Others get several: from the terminal and from
-        their launcher, which kills them when its patience ends.
+        A second one is followed at once by a process that is alone. Others get several, from the terminal and from
+        their launcher, one more when the first of them has ended: they go on noting them, to have their say, until the
+        launcher's patience ends.
         """
         previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-        except BaseException:
-            if not self._alone:  # the launcher ends all when one fails: first it has its say
-                previous = dict.fromkeys(previous, signal.SIG_IGN)
-            raise
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            if self._alone:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
         if self._alone:

@@ -24,6 +24,7 @@ from moe_train.compose import compose_run
 from moe_train.data.batches import Batches
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.sharded import Sharded
+from moe_train.parallel.whole_matrices import WholeMatrices
 from moe_train.precision import recipes
 from moe_train.training.checkpoints import load_weights, save_checkpoint
 from moe_train.training.optimizers import build_optimizers
@@ -69,7 +70,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     if "load" in case:
         load_spread_optimizers(checkpoint, spreading)
         begin, loaded = checkpoint.step, states(spreading)
-    losses, norms, counts, first = [], [], [], {}
+    begun = weights(model, spread)
+    losses, norms, counts, first, files = [], [], [], {}, []
     for step in range(begin, case["steps"]):
         stepper.step(step, *stepper.load(step), 1.0, step / case["steps"])
         figures = stepper.read_totals()
@@ -80,12 +82,15 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             first = weights(model, spread)
         if step + 1 == case.get("save_at"):
             saved = states(spreading)
-            save(Path(case["save"]), spreading, runtime, step + 1)
+            files = save(Path(case["save"]), spreading, runtime, step + 1)
     held = {name: len(spread.local(name)) for name, _ in model.named_parameters()}
     return {
         "losses": losses,
         "norms": norms,
         "counts": torch.stack(counts) if counts else None,
+        "begun": begun,
+        "files": files,
+        "made_whole": made_whole(spread.whole_matrices),
         "loaded": loaded,
         "saved": saved,
         "first": first,
@@ -100,7 +105,7 @@ def states(spreading: Spreading) -> dict[str, torch.Tensor]:
     return {name: whole(tensor).clone() for name, tensor in spreading.tensors().items()}
 
 
-def save(folder: Path, spreading: Spreading, runtime: Runtime, step: int) -> None:
+def save(folder: Path, spreading: Spreading, runtime: Runtime, step: int) -> list[str]:
     if isinstance(spreading.spread, Sharded):
         saver = Saver(folder, spreading, runtime.new_host_group(), keep_last=1)
         saver.save({"step": step})
@@ -112,6 +117,23 @@ def save(folder: Path, spreading: Spreading, runtime: Runtime, step: int) -> Non
     elif runtime.is_main:
         save_checkpoint(folder, spreading.model, spreading.optimizers, {"step": step}, keep_last=1)
     runtime.accelerator.wait_for_everyone()
+    return sorted(path.name for path in (folder / f"checkpoints/step_{step}").iterdir())
+
+
+def made_whole(matrices: WholeMatrices | None) -> list[float]:
+    """The largest error in doing something to cut matrices, for numbers and heights that do not divide evenly."""
+    errors = []
+    for count, rows, columns in ((5, 7, 3), (2, 3, 5), (1, 8, 4), (8, 16, 16)) if matrices is not None else ():
+        generator = torch.Generator().manual_seed(count)
+        whole_ones = torch.randn(count, rows, columns, generator=generator)
+        mine = whole_ones.chunk(matrices.parts, dim=1)
+        pieces = mine[matrices.part] if matrices.part < len(mine) else whole_ones[:, :0]
+        done = matrices.done_whole(lambda x: x @ x.mT @ x, pieces, rows)
+        expected = whole_ones @ whole_ones.mT @ whole_ones
+        first = matrices.part * -(-rows // matrices.parts)
+        assert done.shape == pieces.shape
+        errors.append((done - expected[:, first : first + done.shape[1]]).abs().sum().item())
+    return errors
 
 
 def weights(model: Transformer, spread: Any) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from moe_train.parallel.layouts import layout_of, note_on_experts
 Make = Callable[..., ModelConfig]
 
 
-def chosen(model: ModelConfig, processes: int, on_a_machine: int = 8, **settings: Any) -> tuple[str, int, int]:
-    layout = layout_of(ParallelConfig(**settings), model, processes, on_a_machine)
+def chosen(model: ModelConfig, started: int, on_a_machine: int = 8, **settings: Any) -> tuple[str, int, int]:
+    layout = layout_of(ParallelConfig(**settings), model, started, on_a_machine)
     return layout.name, layout.shard, layout.expert_parallel
 
 
