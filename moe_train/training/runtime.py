@@ -95,6 +95,7 @@ def start_runtime(config: RunConfig) -> Runtime:
     """Join the process group if there is one and settle device, threads and precision. Raises UserError."""
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
     expected = _count_from_environment("WORLD_SIZE")
+    _refuse_layouts_of_accelerate()
     if not on_gpu:
         _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
@@ -187,6 +188,16 @@ def _refuse_lost_processes(expected: int) -> None:
             "several processes were asked for and accelerate started one (its --cpu launcher does): "
             "use torchrun --standalone --nproc-per-node N train.py"
         )
+
+
+def _refuse_layouts_of_accelerate() -> None:
+    """Those of its configuration file would wrap the model in their own way, or on a CPU in none and say nothing."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate was set up for {name}: choose parallel= (fsdp2, ep, …) instead, and launch without it "
+                "(accelerate launch --multi_gpu, or torchrun)"
+            )
 
 
 def _set_threads(asked: int | None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -109,7 +110,9 @@ def _stored(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
 def _read(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` with what the checkpoint has of them; for itself, without the other processes."""
     try:
-        load(tensors, checkpoint_id=checkpoint.path / SHARDS, no_dist=True)
+        with warnings.catch_warnings():  # it says that it is alone, as it was told
+            warnings.simplefilter("ignore")
+            load(tensors, checkpoint_id=checkpoint.path / SHARDS, no_dist=True)
     except Exception as error:
         raise damaged(checkpoint.path, f"{SHARDS}: {one_line(error)}") from None
 

@@ -91,6 +91,9 @@ def test_a_process_that_dies_or_hangs_ends_the_run_and_its_log_is_named(
     process = started(2, *LONG, "parallel=ep", "run_dir=run")
     run = commands.folder / "run"
     wait_for_step(run, 6, process)
+    while not list((run / "checkpoints").glob("step_*")):  # written while training goes on
+        assert process.poll() is None
+        time.sleep(0.01)
     os.kill(pid_of(run, 1), deadly)
     _, errors = process.communicate(timeout=90)  # torchrun leaves a stopped process 30 seconds
     assert process.returncode != 0

@@ -91,3 +91,12 @@ def test_a_layout_that_cannot_be_held_ends_all_with_one_line(commands: Commands)
     (line,) = errors(result.stderr)
     assert "parallel.expert_parallel=2 does not divide model.moe.num_experts=7" in line
     assert os.listdir(commands.folder) == []
+
+
+def test_layouts_of_accelerate_are_refused_with_our_name_for_them(commands: Commands) -> None:
+    commands.environment["ACCELERATE_USE_FSDP"] = "true"
+    result = commands.run(sys.executable, str(ROOT / "train.py"), *commands.tiny, "run_dir=run", check=False)
+    assert result.returncode == 1
+    (line,) = errors(result.stderr)
+    assert "accelerate was set up for FSDP" in line
+    assert "choose parallel= (fsdp2, ep, …) instead" in line

@@ -88,6 +88,9 @@ def test_a_run_over_two_hosts_ends_when_the_link_is_cut_and_goes_on_when_it_is_b
     nodes = launch(commands, hosts, *settings, "stop.steps=100000")
     run = commands.folder / "run"
     wait_for_rows(run / "metrics.jsonl", 7)
+    while not list((run / "checkpoints").glob("step_*")):
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.01)
     ip("-n", hosts[0], "link", "set", f"v{hosts[0].split('-')[1]}a", "down")
     said = ended(nodes, 90)
     assert all(node.returncode != 0 for node in nodes)
