@@ -61,6 +61,7 @@ def build_optimizers(
                     momentum_dtype=getattr(torch, config.moments),
                     rounding=dataclasses.replace(rounding, stream=1),
                     whole=whole,
+                    joined=[here[id(p)] for name, p in trainable.items() if "gate_up_proj" in name.split(".")],
                 )
             )
         if rest:
