@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -70,3 +73,52 @@ def test_the_file_for_rented_machines_ends_them_and_takes_the_run_up_again() -> 
     assert task["resources"]["autostop"]["down"]
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [128 + signal.SIGTERM]
     assert "resume=auto" in task["run"]
+
+
+def test_a_job_of_submitit_that_has_to_make_room_goes_on_by_itself(commands: Commands, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    worker = (
+        "import sys; from moe_train.slurm import Job, submit\n"
+        "job, folder = submit(sys.argv[1:], Job(1, 2, 0, 1.0, None, 'local'))\n"
+        "print(job.job_id, flush=True); sys.stdin.readline(); job._interrupt()\n"
+        "print('interrupted', flush=True); job.results(); print('finished', flush=True)\n"
+    )
+    overrides = [*commands.tiny, "parallel=ep", "run_dir=run", "stop.steps=250", "checkpoint.every_steps=100"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", worker, *overrides],
+        cwd=commands.folder,
+        env=commands.environment | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    metrics = commands.folder / "run/metrics.jsonl"
+    for _ in range(6000):
+        if process.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+            break
+        time.sleep(0.01)
+    said, _ = process.communicate("now\n", timeout=120)
+    assert said.splitlines()[1:] == ["interrupted", "finished"]
+    assert [row["step"] for row in commands.metrics("run")] == list(range(1, 251))
+    attempts = json.loads((commands.folder / "run/ledger.json").read_text())["attempts"]
+    assert [(attempt["status"], attempt["num_devices"]) for attempt in attempts] == [
+        ("interrupted", 2),
+        ("finished", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nodes=0"], "nodes=0: give a number of at least 1"),
+        (["model=nano"], "run_dir= is missing: give a folder that all nodes reach"),
+        (["run_dir=run", "optimizer.lrr=1"], "unknown key optimizer.lrr"),
+        (["run_dir=run"], "cluster=slurm did not take the job"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_queued(commands: Commands, arguments: list[str], message: str) -> None:
+    pytest.importorskip("submitit")
+    result = commands.run(sys.executable, str(ROOT / "scripts/slurm.py"), *arguments, check=False)
+    assert result.returncode in (1, 2)
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error:"))
+    assert message in line
