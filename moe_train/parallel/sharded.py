@@ -11,6 +11,7 @@ replicas after the last one alone.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,6 +48,8 @@ class Sharded:
     loss_scale = 1.0
 
     def __init__(self, model: Transformer, layout: Layout, meshes: Meshes, accelerator: Accelerator) -> None:
+        # An expert's output is one, and nothing adds to it in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._accelerator, self._meshes = accelerator, meshes
         whole = {name: parameter.shape for name, parameter in model.named_parameters()}
         if layout.expert_parallel > 1:

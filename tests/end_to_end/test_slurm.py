@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from command_line import ROOT, Commands
@@ -46,15 +47,18 @@ def slurm(commands: Commands) -> Commands:
     return commands
 
 
-def test_a_pre_empted_run_is_queued_again_and_goes_on(slurm: Commands) -> None:
-    job = ["bash", str(ROOT / "cluster/slurm.sbatch"), *slurm.tiny, "parallel=fsdp2"]
-    process = slurm.start([*job, "stop.steps=100000"])
-    metrics = slurm.folder / "run/metrics.jsonl"
+def wait_for_rows(process: subprocess.Popen[str], metrics: Path) -> None:
     for _ in range(6000):
         if process.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
             break
         time.sleep(0.01)
-    assert process.poll() is None, process.communicate()[1]
+    assert process.poll() is None, process.communicate()
+
+
+def test_a_pre_empted_run_is_queued_again_and_goes_on(slurm: Commands) -> None:
+    job = ["bash", str(ROOT / "cluster/slurm.sbatch"), *slurm.tiny, "parallel=fsdp2"]
+    process = slurm.start([*job, "stop.steps=100000"])
+    wait_for_rows(process, slurm.folder / "run/metrics.jsonl")
     for log in (slurm.folder / "run/logs").glob("process_*.log"):
         os.kill(int(re.findall(r"pid (\d+)", log.read_text())[0]), signal.SIGTERM)
     process.communicate(timeout=60)
@@ -75,36 +79,28 @@ def test_the_file_for_rented_machines_ends_them_and_takes_the_run_up_again() -> 
     assert "resume=auto" in task["run"]
 
 
-def test_a_job_of_submitit_that_has_to_make_room_goes_on_by_itself(commands: Commands, tmp_path: Path) -> None:
+def test_a_job_of_submitit_that_has_to_make_room_goes_on_by_itself(commands: Commands) -> None:
     pytest.importorskip("submitit")
     worker = (
         "import sys; from moe_train.slurm import Job, submit\n"
         "job, folder = submit(sys.argv[1:], Job(1, 2, 0, 1.0, None, 'local'))\n"
-        "print(job.job_id, flush=True); sys.stdin.readline(); job._interrupt()\n"
-        "print('interrupted', flush=True); job.results(); print('finished', flush=True)\n"
+        "job.results(); print('finished', flush=True)\n"
     )
-    overrides = [*commands.tiny, "parallel=ep", "run_dir=run", "stop.steps=250", "checkpoint.every_steps=100"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", worker, *overrides],
-        cwd=commands.folder,
-        env=commands.environment | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    metrics = commands.folder / "run/metrics.jsonl"
-    for _ in range(6000):
-        if process.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-            break
-        time.sleep(0.01)
-    said, _ = process.communicate("now\n", timeout=120)
-    assert said.splitlines()[1:] == ["interrupted", "finished"]
-    assert [row["step"] for row in commands.metrics("run")] == list(range(1, 251))
+    settings = ["parallel=ep", "run_dir=run", "stop.steps=400", "checkpoint.every_steps=1000"]
+    commands.environment["PYTHONPATH"] = str(ROOT)
+    process = commands.start([sys.executable, "-c", worker, *commands.tiny, *settings])
+    wait_for_rows(process, commands.folder / "run/metrics.jsonl")
+    logs = [log.read_text() for log in (commands.folder / "run/logs").glob("process_*.log")]
+    tasks = [psutil.Process(int(re.findall(r"pid (\d+)", log)[0])).parent() for log in logs]
+    for task in tasks:
+        assert task is not None
+        task.send_signal(signal.SIGUSR2)  # SLURM's warning
+    said, errors = process.communicate(timeout=120)
+    assert said == "finished\n", errors
+    assert [row["step"] for row in commands.metrics("run")] == list(range(1, 401))
     attempts = json.loads((commands.folder / "run/ledger.json").read_text())["attempts"]
-    assert [(attempt["status"], attempt["num_devices"]) for attempt in attempts] == [
-        ("interrupted", 2),
-        ("finished", 2),
-    ]
+    found = [(attempt["status"], attempt["num_devices"]) for attempt in attempts]
+    assert found == [("interrupted", 2), ("finished", 2)]
 
 
 @pytest.mark.parametrize(
