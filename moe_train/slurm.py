@@ -67,9 +67,8 @@ class Task:
         )
         signal.signal(signal.SIGUSR2, signal_before)
         status = self._wait()
-        if status == _INTERRUPTED:  # the first task is queuing the job again, which a failure here would disturb
-            time.sleep(_GRACE_SECONDS if here.global_rank == 0 else _GRACE_SECONDS / 2)
-        elif status:
+        # Where the first has been warned, it is queuing the job again and not here; the others have nothing to add.
+        if status and not (status == _INTERRUPTED and here.global_rank != 0):
             raise RuntimeError(f"process {here.global_rank} ended with status {status}: see what it said above")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
