@@ -48,6 +48,7 @@ FIFTY = ("fifty", [*LOSSES, "optimizer=adamw", "optimizer.lr=1e-2", "batch_size=
 MUON = ("muon", [*LOSSES, "optimizer=muon", "optimizer.lr=1e-2"], {})
 CROWDED = ("crowded", ["optimizer=adamw", "activation_checkpointing=true"], {"double": True, "crowded": True})
 FP8 = ("fp8", ["optimizer=adamw", "optimizer.lr=1e-3", "precision=fp8_deepseek", "precision.backend=emulated"], {})
+FEW = ("few", ["optimizer=muon", "model.moe.num_experts=2", "model.moe.top_k=1"], {})  # experts, for four processes
 BF16 = ("bf16", [*LOSSES, "optimizer=adamw", "optimizer.lr=1e-3", "precision=bf16"], {})
 BF16_MOMENTS = ("moments", ["optimizer=muon", "optimizer.moments=bfloat16", "optimizer.stochastic_rounding=true"], {})
 
@@ -116,7 +117,7 @@ def run_all(folder: Path) -> Results:
     )
     found = run(folder, four + written(folder, 4), 4)
     found |= run(folder, cases(("ddp", "fsdp2", "ep"), FIFTY) + written(folder, 2) + read(folder, 2, (4, 2)), 2)
-    alone = cases(("single",), FIFTY, MUON, CROWDED, FP8, BF16_MOMENTS)
+    alone = cases(("single",), FIFTY, MUON, CROWDED, FP8, BF16_MOMENTS, FEW)
     alone = [each | {"overrides": [*each["overrides"], "micro_batch_size=4"]} for each in alone]
     found |= run(folder, alone + written(folder, 1) + read(folder, 1, (4, 2, 1)), 1)
     return found | run(folder, read(folder, 4, (4, 2, 1)), 4)

@@ -80,6 +80,12 @@ def test_moments_in_bf16_are_rounded_at_random_and_right_on_average(spread_resul
     torch.testing.assert_close(one, other, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["fsdp2", "ep_fsdp2"])
+def test_processes_beyond_the_number_of_experts_hold_none_and_take_part(spread_results: Results, layout: str) -> None:
+    one, other = spread_results["few/single"], spread_results[f"few/{layout}"]
+    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=1e-3, atol=0)
+
+
 def test_what_runs_in_bf16_is_the_same_in_all_layouts(spread_results: Results) -> None:
     ddp, other = spread_results["bf16/ddp"], spread_results["bf16/ep_fsdp2"]
     for key, tolerance in (("losses", 1e-3), ("norms", 3e-3)):
