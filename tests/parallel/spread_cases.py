@@ -111,7 +111,7 @@ def run_all(folder: Path) -> Results:
     capacity = ("switch", ["model/moe=switch", "model.moe.top_k=1", "optimizer=adamw"], {"double": True})
     four = cases(("ep_fsdp2",), FIFTY) + cases(layouts, MUON) + cases(("ep", "ep_fsdp2"), CROWDED)
     four += (
-        cases(("fsdp2", "ep_fsdp2"), FP8, BF16_MOMENTS)
+        cases(("fsdp2", "ep_fsdp2"), FP8, BF16_MOMENTS, FEW)
         + cases(("ddp", "ep_fsdp2"), BF16)
         + cases(("ddp", "ep", "ep_fsdp2"), capacity)
     )
