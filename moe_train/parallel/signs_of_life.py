@@ -28,7 +28,7 @@ class SignsOfLife:
 
     def __init__(self, run_folder: Path, rank: int) -> None:
         self.folder = run_folder / "logs"
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.path_of(rank)
         self._log = self.path.open("a", buffering=1)
         self.say(f"process {rank} on {socket.gethostname()}, pid {os.getpid()}")
@@ -51,6 +51,14 @@ class SignsOfLife:
 
     def failed(self, error: BaseException) -> None:
         self.say("failed:\n" + "".join(traceback.format_exception(error)).rstrip())
+
+    def check_shared(self) -> None:
+        """Once all processes have begun. Raises UserError where one does not see the first one's log."""
+        if not self.path_of(0).exists():
+            raise UserError(
+                f"{socket.gethostname()} does not see the run folder of process 0, {self.folder.parent}: give a run_dir= "
+                "on a file system that all nodes share, since each writes its part of a checkpoint there"
+            )
 
     def silent(self, processes: int) -> list[int]:
         """The processes that give no sign any more. Takes a few seconds."""

@@ -143,6 +143,9 @@ class Run:
         spreading = Spreading(self.model, self.spread, self.optimizers)
         self.saver: Saver | None = None  # of parts; None: rank 0 has all there is to save
         if isinstance(self.spread, Sharded):
+            runtime.accelerator.wait_for_everyone()
+            if self.signs is not None:
+                self.signs.check_shared()
             self.saver = Saver(self.path, spreading, runtime.new_host_group(), config.checkpoint.keep_last)
         self.stepper = Stepper(
             config, runtime, self.model, self.spread, self.optimizers, self.batches, self.fp8_health.counts
