@@ -56,8 +56,8 @@ class SignsOfLife:
         """Once all processes have begun. Raises UserError where one does not see the first one's log."""
         if not self.path_of(0).exists():
             raise UserError(
-                f"{socket.gethostname()} does not see the run folder of process 0, {self.folder.parent}: give a run_dir= "
-                "on a file system that all nodes share, since each writes its part of a checkpoint there"
+                f"{socket.gethostname()} does not see the run folder of process 0, {self.folder.parent}: give a "
+                "run_dir= on a file system that all nodes share, since each writes its part of a checkpoint there"
             )
 
     def silent(self, processes: int) -> list[int]:
