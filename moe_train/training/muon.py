@@ -8,7 +8,8 @@ Gate and up projection, joined for the sake of the model's products, are two mat
 and 11 million multiplications do instead of 26 for each iteration of an expert of 96 × 256.
 torch.optim.Muon takes 2-D parameters only.
 
-Parameters must be whole on each device (one process, or data parallel): the iteration mixes all entries of a matrix.
+The iteration mixes all entries of a matrix, so matrices that are cut over processes are made whole for it
+(parallel/whole_matrices.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_train.cost.optimizer_memory import MUON_BATCH_ELEMENTS, chunk_elements
+from moe_train.parallel.whole_matrices import WholeMatrices
 from moe_train.precision.support import multiplies_bfloat16
 from moe_train.training.moments import NEAREST, Rounding, load_states, store
 
@@ -57,7 +59,8 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled by 0.2·sqrt(max(out, in)), which gives it the root mean square of AdamW's, so that AdamW's
     learning rate and weight decay carry over (arXiv 2502.16982, section 2.2). `momentum_dtype`: what the momentum is
-    stored in, FP32 or BF16; in BF16, `rounding` says how. It is updated and used in FP32 either way.
+    stored in, FP32 or BF16; in BF16, `rounding` says how. It is updated and used in FP32 either way. `whole`: knows the
+    parameters that are a process's rows of a matrix.
     """
 
     def __init__(
@@ -71,11 +74,12 @@ class Muon(torch.optim.Optimizer):
         momentum_dtype: torch.dtype = torch.float32,
         rounding: Rounding = NEAREST,
         joined: Collection[Tensor] = (),
+        whole: WholeMatrices | None = None,
     ) -> None:
         """joined: those whose rows are two matrices, one above the other."""
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
-        self.momentum_dtype, self.rounding = momentum_dtype, rounding
+        self.momentum_dtype, self.rounding, self.whole = momentum_dtype, rounding, whole
         self._joined = {id(parameter) for parameter in joined}
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.numbers = {parameter: number for number, parameter in enumerate(parameters)}
@@ -108,8 +112,17 @@ class Muon(torch.optim.Optimizer):
     def _step_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """One step of parameters whose matrices have one shape."""
         directions = [self._direction(parameter, group) for parameter in parameters]
-        updates = orthogonalized(torch.cat(directions), group["ns_steps"])
-        scale = 0.2 * math.sqrt(max(self.matrix_shape(parameters[0])))
+        shape, steps, pieces = self.matrix_shape(parameters[0]), group["ns_steps"], torch.cat(directions)
+
+        def iterated(stacks: Tensor) -> Tensor:
+            count = stacks.shape[0] * stacks.shape[1] // shape[0]
+            return orthogonalized(stacks.reshape(count, *shape), steps).reshape(stacks.shape)
+
+        if self.whole is not None and parameters[0] in self.whole:
+            updates = self.whole.done_whole(iterated, pieces, rows=self.whole.shapes[parameters[0]][0])
+        else:
+            updates = orthogonalized(pieces, steps)
+        scale = 0.2 * math.sqrt(max(shape))
         for parameter, update in zip(parameters, torch.split(updates, [len(d) for d in directions]), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
@@ -130,7 +143,11 @@ class Muon(torch.optim.Optimizer):
             direction = direction.to(fast_dtype(parameter.device))
         else:
             direction = self._through_float32(parameter, gradient, state, group)
-        return direction.reshape(-1, *self.matrix_shape(parameter))
+        if self.whole is not None and parameter in self.whole:
+            return direction.reshape(1, *parameter.shape)
+        rows, columns = self.matrix_shape(parameter)
+        count = (len(parameter) if parameter.ndim == 3 else 1) * (parameter.shape[-2] // rows)
+        return direction.reshape(count, rows, columns)
 
     def _through_float32(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
@@ -152,20 +169,30 @@ class Muon(torch.optim.Optimizer):
 
     def matrix_shape(self, parameter: Tensor) -> tuple[int, int]:
         """Rows and columns of each of its matrices."""
-        rows, columns = parameter.shape[-2:]
+        rows, columns = self._shape(parameter)[-2:]
         return (rows // 2 if id(parameter) in self._joined else rows), columns
 
+    def _shape(self, parameter: Tensor) -> torch.Size:
+        """Of all of it, where a process has rows."""
+        return self.whole.shapes[parameter] if self.whole is not None and parameter in self.whole else parameter.shape
+
     def _batches(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS`."""
-        by_shape: dict[tuple[torch.device, tuple[int, int]], list[Tensor]] = defaultdict(list)
+        """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS` a process.
+
+        What is cut is apart from what is not, and its batches are the same on all processes.
+        """
+        by_shape: dict[tuple[torch.device, bool, tuple[int, ...]], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             if parameter.grad is not None:
-                by_shape[parameter.device, self.matrix_shape(parameter)].append(parameter)
-        for alike in by_shape.values():
+                cut = self.whole is not None and parameter in self.whole
+                shape = (*self.matrix_shape(parameter), *(self._shape(parameter) if cut else ()))
+                by_shape[parameter.device, cut, shape].append(parameter)
+        for (device, cut, _), alike in by_shape.items():
             batch: list[Tensor] = []
-            most = MUON_BATCH_ELEMENTS["cuda" if alike[0].is_cuda else "cpu"]
+            most = MUON_BATCH_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
+            most *= self.whole.parts if self.whole is not None and cut else 1
             for parameter in alike:
-                if batch and sum(p.numel() for p in batch) + parameter.numel() > most:
+                if batch and sum(self._shape(p).numel() for p in [*batch, parameter]) > most:
                     yield batch
                     batch = []
                 batch.append(parameter)

@@ -24,6 +24,8 @@ from moe_train.data.packing import PreparedData, prepare
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
+from moe_train.parallel.sharded import Sharded
+from moe_train.parallel.signs_of_life import LostProcesses, SignsOfLife, is_of_the_network
 from moe_train.precision import recipes
 from moe_train.tracking.console import print_notes
 from moe_train.tracking.progress import Progress, check_console, open_progress
@@ -31,7 +33,7 @@ from moe_train.tracking.tracker import Tracker
 from moe_train.training import metrics
 from moe_train.training import summary as summaries
 from moe_train.training.account import Account
-from moe_train.training.checkpoints import Checkpoint, load_optimizers, load_weights, save_checkpoint
+from moe_train.training.checkpoints import Checkpoint, load_weights, save_checkpoint
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
 from moe_train.training.fp8_health import Fp8Health, where_not_finite
@@ -39,6 +41,7 @@ from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.schedules import lr_factor
+from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
 from moe_train.training.signals import Interruption
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import StepFigures, Stepper
@@ -46,35 +49,38 @@ from moe_train.training.step import StepFigures, Stepper
 
 def train(config: RunConfig) -> None:
     """Make the run `config` describes, or go on with it, and write its folder. Raises UserError."""
+    # Process groups are left as they are, for the process to end with (train.py): taking them apart joins threads of
+    # gloo's, and once in a few dozen runs one of them did not wake up.
     runtime = start_runtime(config)
+    folder = _open_folder(config, runtime)
+    if folder is not None and folder.finished_summary is not None:
+        print_notes(["this run is finished already: nothing is done"])
+        summaries.show(folder.finished_summary, folder.path, None)
+    if runtime.from_main(folder is not None and folder.finished_summary is not None):
+        return
+    account: Account | None = None
     try:
-        folder = _open_folder(config, runtime)
-        if folder is not None and folder.finished_summary is not None:
-            print_notes(["this run is finished already: nothing is done"])
-            summaries.show(folder.finished_summary, folder.path, None)
-        if runtime.from_main(folder is not None and folder.finished_summary is not None):
-            return
-        account: Account | None = None
-        try:
-            account = Account(config, runtime)
-            if folder is not None:
-                account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
-            run = Run(config, runtime, folder, account)
-        except BaseException:
-            if account is not None:
-                account.close(FAILED)
-            if folder is not None:
-                folder.discard()
-            raise
-        try:
-            run.train()
-        except BaseException:
-            run.abandon()
-            raise
-        if run.interrupted is not None:
-            raise summaries.Interrupted(run.interrupted, run.steps_done)
-    finally:
-        runtime.accelerator.end_training()
+        account = Account(config, runtime)
+        if folder is not None:
+            account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
+        run = Run(config, runtime, folder, account)
+    except BaseException:
+        if account is not None:
+            account.close(FAILED)
+        if folder is not None:
+            folder.discard()
+        raise
+    try:
+        run.train()
+    except BaseException as error:
+        run.abandon()
+        if run.signs is not None:
+            run.signs.failed(error)
+            if is_of_the_network(error):
+                raise LostProcesses(run.signs, runtime.world_size, run.saved_step) from error
+        raise
+    if run.interrupted is not None:
+        raise summaries.Interrupted(run.interrupted, run.steps_done)
 
 
 def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
@@ -98,6 +104,7 @@ class Run:
     def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account) -> None:
         self.config, self.runtime, self.account = config, runtime, account
         self.path: Path = runtime.from_main(folder.path if folder else None)
+        self.signs = SignsOfLife(self.path, runtime.rank) if runtime.world_size > 1 else None
         checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
         used_otherwise: list[str] = []
         start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
@@ -119,7 +126,6 @@ class Run:
             load_weights(start, self.model)
         else:
             self.model.initialise(config.seed)
-        self.model.to(runtime.device)
         products = recipes.apply(self.model, config.precision, runtime.device)
         account.set_work(vocab_size, None if products is None else products.backend.multiplies_in)
         self.compute_format = str(runtime.dtype).removeprefix("torch.")
@@ -128,10 +134,24 @@ class Run:
         )
         if self.fp8_health.in_compute_format:
             account.formats_changed()
-        self.optimizers = build_optimizers(self.model, config.optimizer, config.seed)
-        wrapped = runtime.accelerator.prepare(self.model)
+        self.spread, part = runtime.spread_out(self.model)
+        self.optimizers = build_optimizers(
+            self.model,
+            config.optimizer,
+            config.seed,
+            local=self.spread.local,
+            whole=self.spread.whole_matrices,
+            part=part,
+        )
+        spreading = Spreading(self.model, self.spread, self.optimizers)
+        self.saver: Saver | None = None  # of parts; None: rank 0 has all there is to save
+        if isinstance(self.spread, Sharded):
+            runtime.accelerator.wait_for_everyone()
+            if self.signs is not None:
+                self.signs.check_shared()
+            self.saver = Saver(self.path, spreading, runtime.new_host_group(), config.checkpoint.keep_last)
         self.stepper = Stepper(
-            config, runtime, self.model, wrapped, self.optimizers, self.batches, self.fp8_health.counts
+            config, runtime, self.model, self.spread, self.optimizers, self.batches, self.fp8_health.counts
         )
 
         notes = [*runtime.notes, *self.account.notes]
@@ -145,7 +165,7 @@ class Run:
         self.last_row: metrics.Metrics = {}
         resumed = None
         if checkpoint is not None:
-            load_optimizers(checkpoint, self.optimizers)
+            load_spread_optimizers(checkpoint, spreading)
             resumed = checkpoint.state
             self.steps_done = checkpoint.step
             self.train_loss = resumed["train_loss"]
@@ -161,14 +181,14 @@ class Run:
             )
         if folder is None:  # rank 0 has done so with its ledger
             account.take_up(resumed)
-        self.saved_step = self.steps_done if resumed else None
+        self.saved_step = self._asked_step = self.steps_done if resumed else None  # whole, and asked to be written
         if folder is not None and not folder.fresh and checkpoint is None:
             notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
 
         self.evaluation: Evaluation | None = None
         self.closing = Closing(config, runtime, account, self.model, self.data, self.stepper.micro_batch_size)
         self.startup_seconds = 0.0  # of this attempt, until its first step
-        self.interruption = Interruption()
+        self.interruption = Interruption(alone=runtime.world_size == 1)
         self.stopped_by: str | None = None  # the limit that did
         self.tracker: Tracker | None = None
         if runtime.is_main:
@@ -206,7 +226,7 @@ class Run:
         """Step until a limit is reached or a signal ends it, then evaluate, save and sum up."""
         title = f"{self.config.name}, seed {self.config.seed}, {self.account.hardware.name}"
         display = open_progress(self.config.tracking.console, title) if self.runtime.is_main else None
-        with self.interruption.noted(self.runtime.world_size == 1), display or contextlib.nullcontext():
+        with self.interruption.noted(), display or contextlib.nullcontext():
             progress = self._progress()
             if progress >= 1 and not self.steps_done and self.account.limits.uses_clock:
                 raise UserError(f"{self._limit_reached()} was used up before the first step: raise it")
@@ -214,9 +234,11 @@ class Run:
             self.startup_seconds = self.account.meter.attempt_wall_seconds
             while progress < 1 and self.interrupted is None:
                 progress = self._step(progress, display)
-            if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
+            if self._asked_step != self.steps_done:  # a signal came after the step had decided not to save
                 self._save()
+            self._take_note_of_saving(wait=True)
         self._finish()
+        self.runtime.accelerator.wait_for_everyone()  # a launcher ends rank 0 as soon as another has ended otherwise
 
     def _step(self, progress: float, display: Progress | None) -> float:
         """One optimizer step and what is due after it; returns the run's progress."""
@@ -234,6 +256,7 @@ class Run:
             counts = self._will_log(progress + fraction)
             meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor, progress, counts_fp8=counts))
             self.steps_done += 1
+            self.interruption.agree(self.runtime.hosts)
             progress = self._progress()
             self.stopped_by = self._limit_reached()  # now: the reserve changes once the evaluation is timed
             ends = progress >= 1 or self.interrupted is not None
@@ -267,6 +290,7 @@ class Run:
                 )
         if saves or too_unhealthy is not None:
             self._save()
+        self._take_note_of_saving(wait=too_unhealthy is not None)
         if too_unhealthy is not None:
             raise UserError(
                 f"{too_unhealthy} (step_{self.steps_done} is saved): go on with resume=auto and precision=bf16, "
@@ -360,11 +384,24 @@ class Run:
             "config_hash": self.config.config_hash(),
             "model_digest": model_digest(self.config.model),
         }
-        with self.closing.timing_a_checkpoint():
+        self._asked_step = self.steps_done
+        if self.saver is not None:
+            self._take_note_of_saving(wait=True)
+            self.saver.save(state)
+        else:
+            began = time.monotonic()
             if self.runtime.is_main:
                 save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)
             self.runtime.accelerator.wait_for_everyone()
-        self.saved_step = self.steps_done
+            self.closing.checkpoint_took(time.monotonic() - began)
+            self.saved_step = self.steps_done
+
+    def _take_note_of_saving(self, *, wait: bool = False) -> None:
+        """Of a checkpoint that is written while training goes on: that it has become whole, or once it is."""
+        written = None if self.saver is None else self.saver.finish(wait)
+        if written is not None:
+            self.saved_step, seconds = written
+            self.closing.checkpoint_took(seconds)
 
     def abandon(self) -> None:
         """Close the books of a run that failed; its checkpoints stay."""

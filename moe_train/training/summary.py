@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 from moe_train.cost.flops import parameter_counts
-from moe_train.cost.layout import Layout
 from moe_train.cost.memory import peak_training_memory
 from moe_train.cost.price import JOULES_PER_KWH
 from moe_train.cost.value import bits_per_byte_a_dollar
@@ -73,7 +72,7 @@ def predicted_peak_bytes(run: Run) -> int:
         compute_bytes=2 if runtime.dtype is torch.bfloat16 else 4,
         activation_checkpointing=config.activation_checkpointing,
         accumulates=share > run.stepper.micro_batch_size,
-        layout=Layout.named("ddp" if runtime.world_size > 1 else "single", runtime.world_size),
+        layout=runtime.layout,
         device_type=runtime.device_type,
         fp8=config.precision.fp8 is not None,
     ).bytes
@@ -145,6 +144,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "hardware": hardware.name,
         "device_name": run.runtime.device_name,
         "num_devices": run.runtime.world_size,
+        "parallel": run.runtime.layout.name,
         "num_threads": run.runtime.num_threads,
         "precision": run.config.precision.name,
         "compute_dtype": str(run.runtime.dtype).removeprefix("torch."),
