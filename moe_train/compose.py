@@ -6,15 +6,19 @@ value and the remedy. Unknown keys come with the nearest one that exists.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -91,7 +95,7 @@ def compose_model(overrides: list[str], config_dir: Path | None = None) -> Compo
         raise UsageError(f"model= is missing: choose one of {names}")
     search = _search_path(config_dir)
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with _hydra():
             composed = compose("train", overrides=[*search, *overrides])
         plain = {group: OmegaConf.to_container(composed[group], resolve=True) for group in _OF_A_MODEL}
         plain["default_vocab_size"] = composed.data.vocab_size
@@ -105,11 +109,23 @@ def compose_run(overrides: list[str], name: str, config_dir: Path | None = None)
     """The run of `python train.py name=NAME OVERRIDES…`, composed in this process. Raises UserError."""
     search = _search_path(config_dir)
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with _hydra():
             composed = compose("train", overrides=[*search, f"name={name}", *overrides])
     except Exception as error:
         raise explain_hydra_error(error, config_dir) from None
     return to_run_config(composed)
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    """hydra on configs/, also within a command that hydra itself has started: it knows one at a time."""
+    started = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            yield
+    finally:
+        restore_gh_from_backup(started)
 
 
 def _search_path(config_dir: Path | None) -> list[str]:
