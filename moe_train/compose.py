@@ -107,13 +107,7 @@ def compose_model(overrides: list[str], config_dir: Path | None = None) -> Compo
 
 def compose_run(overrides: list[str], name: str, config_dir: Path | None = None) -> RunConfig:
     """The run of `python train.py name=NAME OVERRIDES…`, composed in this process. Raises UserError."""
-    search = _search_path(config_dir)
-    try:
-        with _hydra():
-            composed = compose("train", overrides=[*search, f"name={name}", *overrides])
-    except Exception as error:
-        raise explain_hydra_error(error, config_dir) from None
-    return to_run_config(composed)
+    return to_run_config(compose_unchecked([f"name={name}", *overrides], config_dir))
 
 
 @contextlib.contextmanager
@@ -134,8 +128,23 @@ def _search_path(config_dir: Path | None) -> list[str]:
         return []
     if not config_dir.is_dir():
         raise UserError(f"--config-dir {config_dir}: there is no such folder: give one with model/NAME.yaml in it")
-    quoted = str(config_dir.absolute()).replace("\\", "\\\\").replace("'", "\\'")  # for hydra's grammar
-    return [f"hydra.searchpath=['file://{quoted}']"]
+    return [f"hydra.searchpath=[{quoted(f'file://{config_dir.absolute()}')}]"]
+
+
+def quoted(value: object) -> str:
+    """A value as hydra's grammar takes it whatever is in it."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def compose_unchecked(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
+    """hydra's composition, in which every key and choice exists; whether it makes a run is not said. UserError."""
+    search = _search_path(config_dir)
+    try:
+        with _hydra():
+            return compose("train", overrides=[*search, "name=unnamed", *overrides])
+    except Exception as error:
+        raise explain_hydra_error(error, config_dir) from None
 
 
 def validated(schema: type[T], values: Any, where: str) -> T:

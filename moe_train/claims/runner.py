@@ -10,12 +10,13 @@ from rich.console import Console
 
 from moe_train.claims.plan import PlannedRun
 from moe_train.claims.results import Folder
+from moe_train.compose import quoted
 from moe_train.cost.budget import Budget
 from moe_train.launch import start_job
 from moe_train.sweeps.board import Board
 from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, once
-from moe_train.sweeps.pool import Pool, quoted
+from moe_train.sweeps.pool import Pool
 from moe_train.sweeps.running import Start
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.compose import compose_run
+from moe_train.compose import compose_run, quoted
 from moe_train.cost.budget import Budget
 from moe_train.errors import UsageError, UserError, one_line
 from moe_train.launch import start_job
@@ -22,7 +22,7 @@ from moe_train.sweeps import closing_table
 from moe_train.sweeps.board import Board
 from moe_train.sweeps.devices import Devices, devices_here, jobs_at_a_time, threads_of_a_job
 from moe_train.sweeps.job import Job, Outcome, once
-from moe_train.sweeps.pool import Pool, quoted
+from moe_train.sweeps.pool import Pool
 from moe_train.sweeps.runs import RunsByHash
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_train.compose import quoted
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
 from moe_train.launch import start_job
@@ -227,9 +228,3 @@ class Pool:
     def _end_all(self, why: str) -> None:
         for running in self._running:
             running.end(why)
-
-
-def quoted(value: object) -> str:
-    """For hydra's grammar."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
