@@ -228,6 +228,8 @@ def explain_hydra_error(error: Exception, config_dir: Path | None = None) -> Use
                     return UserError(f"{file} cannot be read ({reason}): put it right, or choose another file")
     text = one_line(error)
     cause = one_line(error.__cause__) if error.__cause__ else ""
+    if of_a_cluster := _explain_cluster_error(error, text):
+        return of_a_cluster
     if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
         if found[1] == "claim":
             return UserError("claim= is no setting of a run: python scripts/reproduce.py claim=NAME scale=cpu")
@@ -262,6 +264,17 @@ def explain_hydra_error(error: Exception, config_dir: Path | None = None) -> Use
             f"cannot read the command line: {text} (write key=value; quote values with special characters)"
         )
     return UserError(f"configuration: {text}")
+
+
+def _explain_cluster_error(error: Exception, text: str) -> UserError | None:
+    """What hydra's launcher for clusters (extra `slurm`) says, and hydra where that is not installed."""
+    if "Could not find 'hydra/launcher/submitit" in text:
+        return UserError('hydra/launcher=submitit_slurm is not installed: pip install -e ".[slurm]"')
+    if "srun" in text and "slurm cluster" in text:
+        return UserError("there is no SLURM on this machine (no srun): hydra/launcher=submitit_local tries it here")
+    if type(error).__module__.startswith("submitit.") and (found := re.search(r"with path (\S+) has", text)):
+        return UserError(f"a job of the cluster was killed or lost: what it said is in {Path(found[1]).parent}")
+    return None
 
 
 def _unreadable(file: Path) -> str | None:
