@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from moe_train.compose import explain_hydra_error
 from moe_train.errors import UsageError, UserError, in_words, reported
+from moe_train.hydra_errors import explain_hydra_error
 
 T = TypeVar("T")
 
