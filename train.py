@@ -18,16 +18,16 @@ for stream in (sys.stdout, sys.stderr):
 import hydra
 from omegaconf import DictConfig
 
-from moe_train.cli import hydra_main, wants_traceback
+from moe_train.cli import check_grid_of_others, hydra_main, reported_job, wants_traceback
 from moe_train.compose import CONFIGS, to_run_config
-from moe_train.errors import reported
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(composed: DictConfig) -> None:
     # Inside hydra, which would add lines of its own to an error that reaches it.
-    with reported(wants_traceback()):
+    with reported_job(wants_traceback()):
         config = to_run_config(composed)
+        check_grid_of_others(config.budget.usd)
         from moe_train.training.run import train
 
         train(config)

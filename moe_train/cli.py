@@ -6,23 +6,26 @@ that follows the first `=` is the value, taken as the type the script's argument
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from moe_train.compose import explain_hydra_error
-from moe_train.errors import UsageError, UserError, reported
+from moe_train.errors import UsageError, UserError, in_words, reported
+from moe_train.hydra_errors import explain_hydra_error
 
 T = TypeVar("T")
 
@@ -42,9 +45,32 @@ def hydra_main(main: Callable[[], Any]) -> None:
             main()
         except Exception as error:
             composing = isinstance(error, (HydraException, OmegaConfBaseException)) or not _from_our_code(error)
-            if wants_traceback() or not composing:
+            if wants_traceback() or not composing or isinstance(error, UserError):
                 raise
             raise explain_hydra_error(error, _config_dir(sys.argv[1:])) from None
+
+
+@contextlib.contextmanager
+def reported_job(traceback: bool) -> Iterator[None]:
+    """As `reported`; but in a job of -m under another launcher the error travels back to who submitted it."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        with reported(traceback):
+            yield
+        return
+    try:
+        yield
+    except Exception as error:
+        raise UserError(in_words(error)) from error
+
+
+def check_grid_of_others(budget_usd: float | None) -> None:
+    """In a job of `-m` with a launcher that is not ours: what nobody holds over its jobs. Raises UserError."""
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN and budget_usd is not None:
+        raise UserError(
+            f"budget.usd={budget_usd} is held over all jobs by hydra/launcher=accelerate alone: give each job its "
+            "own limit with stop.usd="
+        )
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
@@ -75,7 +101,7 @@ def _from_our_code(error: BaseException) -> bool:
     """Whether any function of ours but this file's is on the way to the error; hydra's own mistakes have none."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(
-        str(f.f_globals.get("__name__", "")).startswith(("moe_train.", "hydra_plugins."))
+        str(f.f_globals.get("__name__", "")).startswith(("moe_train.", "hydra_plugins.accelerate_launcher"))
         and f.f_globals["__name__"] != __name__
         for f, _ in frames
     )

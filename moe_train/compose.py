@@ -1,20 +1,22 @@
 """From hydra's composition to one frozen `RunConfig`, and from every mistake on the way to one line.
 
-hydra, omegaconf and pydantic each report mistakes in their own, many-line manner; what a user needs is the key, the
-value and the remedy. Unknown keys come with the nearest one that exists.
+pydantic reports mistakes in its own, many-line manner; what a user needs is the key, the value and the remedy. Unknown
+keys come with the nearest one that exists. What hydra says is put into words by hydra_errors.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -23,8 +25,8 @@ from pydantic.dataclasses import dataclass
 from moe_train.config import ModelConfig, OptimizerConfig, PrecisionConfig, RunConfig
 from moe_train.config.fields import STRICT, Size
 from moe_train.errors import UsageError, UserError, one_line
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from moe_train.hydra_errors import CONFIGS as CONFIGS  # which everybody takes from here
+from moe_train.hydra_errors import explain_hydra_error
 
 T = TypeVar("T")
 
@@ -91,7 +93,7 @@ def compose_model(overrides: list[str], config_dir: Path | None = None) -> Compo
         raise UsageError(f"model= is missing: choose one of {names}")
     search = _search_path(config_dir)
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with _hydra():
             composed = compose("train", overrides=[*search, *overrides])
         plain = {group: OmegaConf.to_container(composed[group], resolve=True) for group in _OF_A_MODEL}
         plain["default_vocab_size"] = composed.data.vocab_size
@@ -103,13 +105,19 @@ def compose_model(overrides: list[str], config_dir: Path | None = None) -> Compo
 
 def compose_run(overrides: list[str], name: str, config_dir: Path | None = None) -> RunConfig:
     """The run of `python train.py name=NAME OVERRIDES…`, composed in this process. Raises UserError."""
-    search = _search_path(config_dir)
+    return to_run_config(compose_unchecked([f"name={name}", *overrides], config_dir))
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    """hydra on configs/, also within a command that hydra itself has started: it knows one at a time."""
+    started = get_gh_backup()
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = compose("train", overrides=[*search, f"name={name}", *overrides])
-    except Exception as error:
-        raise explain_hydra_error(error, config_dir) from None
-    return to_run_config(composed)
+            yield
+    finally:
+        restore_gh_from_backup(started)
 
 
 def _search_path(config_dir: Path | None) -> list[str]:
@@ -118,8 +126,23 @@ def _search_path(config_dir: Path | None) -> list[str]:
         return []
     if not config_dir.is_dir():
         raise UserError(f"--config-dir {config_dir}: there is no such folder: give one with model/NAME.yaml in it")
-    quoted = str(config_dir.absolute()).replace("\\", "\\\\").replace("'", "\\'")  # for hydra's grammar
-    return [f"hydra.searchpath=['file://{quoted}']"]
+    return [f"hydra.searchpath=[{quoted(f'file://{config_dir.absolute()}')}]"]
+
+
+def quoted(value: object) -> str:
+    """A value as hydra's grammar takes it whatever is in it."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def compose_unchecked(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
+    """hydra's composition, in which every key and choice exists; whether it makes a run is not said. UserError."""
+    search = _search_path(config_dir)
+    try:
+        with _hydra():
+            return compose("train", overrides=[*search, "name=unnamed", *overrides])
+    except Exception as error:
+        raise explain_hydra_error(error, config_dir) from None
 
 
 def validated(schema: type[T], values: Any, where: str) -> T:
@@ -192,89 +215,3 @@ def _siblings(path: list[str], values: Any) -> list[str]:
 def _suggestion(key: str, candidates: list[Any]) -> str:
     near = difflib.get_close_matches(key, [str(c) for c in candidates], n=1, cutoff=0.5)
     return f": did you mean {near[0]}?" if near else ": see configs/ for the keys there are"
-
-
-def explain_hydra_error(error: Exception, config_dir: Path | None = None) -> UserError:
-    """hydra's and omegaconf's own complaints, in one line with the remedy. config_dir: a folder of the user's own."""
-    if isinstance(error, UnicodeDecodeError | yaml.YAMLError):
-        for folder in (config_dir, CONFIGS):
-            for file in sorted(folder.rglob("*.yaml")) if folder is not None else ():
-                if reason := _unreadable(file):
-                    return UserError(f"{file} cannot be read ({reason}): put it right, or choose another file")
-    text = one_line(error)
-    cause = one_line(error.__cause__) if error.__cause__ else ""
-    if found := re.search(r"Could not override '?([\w./]+)'?\. No match in the defaults list", text):
-        if found[1] == "claim":
-            return UserError("claim= is no setting of a run: python scripts/reproduce.py claim=NAME scale=cpu")
-        if (CONFIGS / found[1]).is_dir():
-            return UserError(
-                f"{found[1]} cannot be chosen here, since the file of this choice gives its keys one by one: set them, "
-                f"as in {found[1].replace('/', '.')}.KEY=…"
-            )
-        return UserError(f"unknown group {found[1]}: see the folders of configs/")
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found[1]
-        if "is not in struct" in cause or "is not in struct" in text or "not in" in cause:
-            return UserError(f"unknown key {key}{_suggestion_from_files(key)}")
-        return UserError(f"cannot set {key}: {cause or text}")
-    if found := re.search(r"Could not find '([^']+)'", text):
-        options = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
-        choices = re.sub(r"\s+", ", ", options[1].strip()) if options else ""
-        own = " (one of your own: DIR/model/NAME.yaml and --config-dir DIR)" if found[1].startswith("model/") else ""
-        return UserError(
-            f"there is no {found[1].replace('/', '=', 1)}" + (f": choose one of {choices}{own}" if choices else "")
-        )
-    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return UserError(f"{found[1]} has several values: give one, or with train.py -m for a run of each")
-    if "Config group override must be a string or a list" in text:
-        return UserError(
-            "a group takes the name of one of its files, not null (a part is left out with a dot, as in model.moe=null)"
-        )
-    if isinstance(error, ConfigCompositionException):
-        return UserError(f"configuration: {text}")
-    if isinstance(error, HydraException):  # the override grammar
-        return UsageError(
-            f"cannot read the command line: {text} (write key=value; quote values with special characters)"
-        )
-    return UserError(f"configuration: {text}")
-
-
-def _unreadable(file: Path) -> str | None:
-    """What is wrong with a file that is no YAML text, None if nothing is; hydra's error does not name the file."""
-    try:
-        yaml.safe_load(file.read_text())
-    except UnicodeDecodeError:
-        return "it is no UTF-8 text"
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        return f"it is no YAML: {one_line(error.problem)}{line}"
-    except yaml.YAMLError as error:
-        return f"it is no YAML: {one_line(error)}"
-    return None
-
-
-def _suggestion_from_files(key: str) -> str:
-    """The nearest key among all that stand in configs/, since hydra's error does not say which exist."""
-    known: set[str] = set()
-    for file in CONFIGS.rglob("*.yaml"):
-        groups = file.relative_to(CONFIGS).parent.parts
-        if groups[:1] in (("debug",), ("experiment",), ("claim",)):
-            continue
-        known |= _dotted(OmegaConf.load(file), ".".join(groups))
-    if key in known:
-        group = Path(*key.split(".")[:-1])
-        while not (CONFIGS / group).is_dir():  # a part of a file has no folder
-            group = group.parent
-        return f" with these choices: it comes with another file of configs/{group}"
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-    return f": did you mean {near[0]}?" if near else ": see configs/ for the keys there are"
-
-
-def _dotted(node: Any, prefix: str) -> set[str]:
-    if not isinstance(node, DictConfig):
-        return set()
-    keys: set[str] = set()
-    for key in node:
-        name = f"{prefix}.{key!s}" if prefix else str(key)
-        keys |= {name} | _dotted(node._get_node(key), name)
-    return keys

@@ -53,6 +53,12 @@ def describe_known_failure(error: BaseException) -> str | None:
     return None
 
 
+def in_words(error: Exception) -> str:
+    """What is said of it: a user error's own text, a known failure's, or that it is a bug."""
+    unexpected = f"unexpected {type(error).__name__}: {one_line(error)} (debug=traceback shows where it arose)"
+    return one_line(error) if isinstance(error, UserError) else describe_known_failure(error) or unexpected
+
+
 def _say(line: str) -> None:
     """Once a machine: the other processes of a run there make the same mistake."""
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
@@ -75,9 +81,5 @@ def reported(traceback: bool = False) -> Iterator[None]:
     except Exception as error:
         if traceback:
             raise
-        if isinstance(error, UserError):
-            _say(f"error: {one_line(error)}")
-            sys.exit(error.exit_status)
-        unexpected = f"unexpected {type(error).__name__}: {one_line(error)} (debug=traceback shows where it arose)"
-        _say(f"error: {describe_known_failure(error) or unexpected}")
-        sys.exit(1)
+        _say(f"error: {in_words(error)}")
+        sys.exit(error.exit_status if isinstance(error, UserError) else 1)

@@ -15,29 +15,34 @@ from typing import IO
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
-_ACCELERATE = (
-    *("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no"),
-)
-
 
 def launch_job(overrides: Sequence[str], output: IO[str] | None = None) -> int:
     """Run `train.py` with the overrides in one process on the devices there are; returns its exit status.
 
     output: a file for what it says; None: it speaks for itself.
     """
-    command = [sys.executable, *_ACCELERATE, str(TRAIN), *overrides]
+    command = [sys.executable, *_accelerate(1), str(TRAIN), *overrides]
     return subprocess.run(command, env=_environment(), stdout=output, stderr=output, check=False).returncode
 
 
-def start_job(overrides: Sequence[str], output: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+def start_job(
+    overrides: Sequence[str], output: IO[str], environment: Mapping[str, str], processes: int = 1
+) -> subprocess.Popen[str]:
     """The same without waiting, and in a process group of its own, so that a Ctrl-C does not reach it by itself.
 
-    Without accelerate's launcher, which for one process settles nothing that the run does not settle itself, and takes
-    as long to start as the run. environment: what is set beside ours, e.g. the devices the job may see.
+    One process starts without accelerate's launcher, which settles nothing for it that the run does not settle itself,
+    and takes as long to start as the run. environment: what is set beside ours, e.g. the devices the job may see.
     """
-    command, variables = [sys.executable, str(TRAIN), *overrides], {**_environment(), **environment}
+    launcher = [] if processes == 1 else _accelerate(processes)
+    command, variables = [sys.executable, *launcher, str(TRAIN), *overrides], {**_environment(), **environment}
     return subprocess.Popen(command, env=variables, stdout=output, stderr=output, text=True, start_new_session=True)
+
+
+def _accelerate(processes: int) -> list[str]:
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    # --multi_gpu starts several processes on a CPU too, where --cpu starts one; port 0: a free one for each job.
+    return command if processes == 1 else [*command, "--multi_gpu", "--main_process_port", "0"]
 
 
 def _environment() -> dict[str, str]:

@@ -12,6 +12,7 @@ from moe_train.compose import CONFIGS
 from moe_train.config.claim import TO_TARGET
 from moe_train.cost.hardware import detect
 from moe_train.errors import UserError
+from moe_train.sweeps.devices import devices_here
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ def device_here(plan: Plan) -> Device:
 
     from moe_train.training.runtime import cpu_name
 
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    devices = devices_here()
+    on_gpu = devices.on_gpu
     name = torch.cuda.get_device_name() if on_gpu else cpu_name()
     config = next(iter(plan.arms.values())).config
     hardware, _ = detect(config.hardware, CONFIGS, "cuda" if on_gpu else "cpu", name, os.environ)
-    count = torch.cuda.device_count() if on_gpu else 1
-    return Device(name, count, on_gpu, hardware.name, hardware.price_usd_per_hour)
+    return Device(name, devices.count, on_gpu, hardware.name, hardware.price_usd_per_hour)
 
 
 def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:

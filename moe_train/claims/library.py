@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from moe_train.compose import CONFIGS, validated
 from moe_train.config.claim import ClaimConfig, ScaleName
-from moe_train.errors import UserError, one_line
+from moe_train.errors import UserError
+from moe_train.named_files import file_named, load_named, named_files
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,7 @@ class Claim:
 
 def load_claims(names: str, scale: ScaleName, config_dir: Path | None) -> list[Claim]:
     """`NAME`, several with commas, or `all` that have this scale, the numbered ones first. Raises UserError."""
-    files = _files(config_dir)
+    files = named_files("claim", config_dir)
     if names == "all":
         claims = [_load(file) for file in files.values()]
         return sorted(
@@ -32,13 +28,7 @@ def load_claims(names: str, scale: ScaleName, config_dir: Path | None) -> list[C
         )
     claims = []
     for name in dict.fromkeys(part.strip() for part in names.split(",")):
-        if name not in files:
-            near = difflib.get_close_matches(name, files, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(files)}, or all"
-            raise UserError(
-                f"there is no claim={name}: {hint} (one of your own: DIR/claim/NAME.yaml, --config-dir DIR)"
-            )
-        claim = _load(files[name])
+        claim = _load(file_named("claim", name, files, ", or all"))
         if scale not in claim.config.scales:
             raise UserError(
                 f"claim={name} has no scale={scale}: choose from {', '.join(claim.config.scales)}, or add it to "
@@ -48,21 +38,5 @@ def load_claims(names: str, scale: ScaleName, config_dir: Path | None) -> list[C
     return claims
 
 
-def _files(config_dir: Path | None) -> dict[str, Path]:
-    """By name; a user's file wins over one here."""
-    if config_dir is not None and not config_dir.is_dir():
-        raise UserError(f"--config-dir {config_dir}: there is no such folder: give one with claim/NAME.yaml in it")
-    folders = [CONFIGS] if config_dir is None else [CONFIGS, config_dir]
-    return {file.stem: file for folder in folders for file in sorted((folder / "claim").glob("*.yaml"))}
-
-
 def _load(file: Path) -> Claim:
-    if not re.fullmatch(r"[\w-]+", file.stem):
-        raise UserError(f"{file}: a claim is called by its file's name: use letters, digits, _ and -")
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no YAML ({one_line(error)}): correct the file") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): correct that or choose another claim") from None
-    return Claim(file.stem, file, validated(ClaimConfig, content, str(file)))
+    return Claim(file.stem, file, load_named("claim", file, ClaimConfig))

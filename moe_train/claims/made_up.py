@@ -33,7 +33,7 @@ def write_run(
     order: Sequence[int] | None = None,
 ) -> Path:
     """`trained`: the configuration it was really made with; `order`: tokens seen at its logged steps."""
-    path = folder.of(run.hash)
+    path = folder.runs.of(run.hash)
     path.mkdir(parents=True, exist_ok=True)
     config = trained or run.config
     batch = run.config.batch_size * run.config.data.sequence_length

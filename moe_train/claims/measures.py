@@ -96,7 +96,7 @@ _OF: dict[Measure, Callable[[Result, Folder], float]] = {
 
 def generation(result: Result, folder: Folder, speculative: bool) -> dict[str, Any]:
     """What scripts/generate.py measured with the run, kept beside it."""
-    target = folder.beside(result.run.hash, ".generation.json")
+    target = folder.runs.beside(result.run.hash, ".generation.json")
     if not target.exists():
         extra = ["speculative=true", "compare=true"] if speculative else []
         command: Sequence[str] = [

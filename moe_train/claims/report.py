@@ -135,7 +135,7 @@ def _run(result: Result, folder: Folder) -> dict[str, Any]:
         "val_bits_per_byte": summary["val_bits_per_byte"],
         "train_seconds": summary["train_seconds"],
         "usd_train": summary["usd_train"],
-        "usd": folder.spent(run),
+        "usd": folder.runs.spent(run.hash),
         "max_violation": summary["final_max_violation"],
         "neighbours": result.neighbours,
     }

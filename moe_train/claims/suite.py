@@ -6,13 +6,12 @@ report is written again after each, so that an interrupted suite has said what i
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+from rich.console import Console
 
 from moe_train.claims import estimate as estimates
 from moe_train.claims import registered, report, tables, wandb_report
@@ -20,7 +19,7 @@ from moe_train.claims.device import Device, check_same_device, device_here
 from moe_train.claims.library import load_claims
 from moe_train.claims.plan import Plan, PlannedRun, make_plan
 from moe_train.claims.results import Folder
-from moe_train.claims.runner import Runner, Start
+from moe_train.claims.runner import Runner
 from moe_train.claims.tuning import best_rates
 from moe_train.claims.verdict import Judged, judge
 from moe_train.config import HardwareConfig
@@ -28,6 +27,8 @@ from moe_train.config.claim import ScaleName
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
 from moe_train.launch import start_job
+from moe_train.sweeps.devices import Devices, threads_of_a_job
+from moe_train.sweeps.running import Start
 
 # Settings of every job that no loss depends on.
 _SETTINGS = ("tracking.log_every_steps=10",)
@@ -55,9 +56,7 @@ class Asked:
 
     def budget(self, plans: Sequence[Plan]) -> Budget:
         ledger = next(iter(plans[0].arms.values())).config.cost.ledger
-        if self.usd is not None and ledger is None:
-            raise UserError(f"budget.usd={self.usd:g} is kept with the ledger: leave cost.ledger at a file")
-        return Budget(f"claims in {self.out}", None if ledger is None else Path(ledger), self.usd)
+        return Budget.of(f"claims in {self.out}", ledger, self.usd)
 
 
 def foretell(asked: Asked, hardware: HardwareConfig | None, probe: estimates.Probe) -> list[dict[str, object]]:
@@ -82,7 +81,7 @@ def reproduce(
     start: Start = start_job,
     device: Device | None = None,
     probe: estimates.Probe = estimates.DEFAULT_PROBE,
-    say: Callable[[str], object] = sys.stderr.write,
+    console: Console | None = None,
 ) -> list[Judged]:
     """Make the runs that are missing and judge every claim. Raises UserError before the first of them."""
     plans, folder = asked.plans(), Folder(asked.out.absolute())
@@ -92,7 +91,9 @@ def reproduce(
     budget = asked.budget(plans)
     if asked.usd is not None:
         _refuse_what_cannot_be_paid(plans, folder, asked.usd, budget, probe)
-    jobs = asked.jobs or (device.count if device.on_gpu else 1)
+    devices = Devices.gpus(device.count) if device.on_gpu else Devices()
+    threads = next(iter(plans[0].arms.values())).config.num_threads
+    jobs = asked.jobs or devices.count
     folder.path.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.path / ".lock", timeout=0)
     try:
@@ -100,14 +101,12 @@ def reproduce(
     except filelock.Timeout:
         raise UserError(f"out={asked.out} is in use by another suite: wait for it or choose another out=") from None
     try:
-        settings = [*_SETTINGS, *_threads(asked, device, jobs)]
-        runner = Runner(
-            folder, budget, jobs, device.count, device.on_gpu, settings, asked.config_dir, start=start, say=say
-        )
+        settings = [*_SETTINGS, *threads_of_a_job(devices, jobs, threads)]
+        runner = Runner(folder, budget, jobs, devices, settings, asked.config_dir, start, console)
         judged: list[Judged] = []
         for plan in plans:
             registered.register(plan, folder)
-            judged.append(_one(plan, folder, runner, say))
+            judged.append(_one(plan, folder, runner))
             report.write(judged, folder)
             wandb_report.write(plan, report.entry(judged[-1], folder), folder)
     finally:
@@ -117,7 +116,7 @@ def reproduce(
     return judged
 
 
-def _one(plan: Plan, folder: Folder, runner: Runner, say: Callable[[str], object]) -> Judged:
+def _one(plan: Plan, folder: Folder, runner: Runner) -> Judged:
     """Tune, train and judge one claim."""
     tuning = plan.tuning_runs()
     tags = _tags(tuning)
@@ -128,14 +127,6 @@ def _one(plan: Plan, folder: Folder, runner: Runner, say: Callable[[str], object
     runs = plan.runs(rates)
     missing = runner.make(runs, plan.claim.name, _tags(runs))
     return judge(plan, folder, tuning, runs, rates, missing)
-
-
-def _threads(asked: Asked, device: Device, jobs: int) -> list[str]:
-    """Jobs that share a CPU share its cores: each would take all of them."""
-    if device.on_gpu or jobs == 1 or any(o.startswith("num_threads=") for o in asked.given):
-        return []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [f"num_threads={max(1, cores // jobs)}"]
 
 
 def _tags(runs: Sequence[PlannedRun]) -> dict[str, list[str]]:

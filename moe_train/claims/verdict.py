@@ -263,7 +263,7 @@ def _decide(comparisons: Sequence[Compared], plan: Plan) -> None:
 
 
 def _dollars(folder: Folder, runs: Sequence[PlannedRun]) -> float | None:
-    known = [folder.spent(run) for run in {run.hash: run for run in runs}.values()]
+    known = [folder.runs.spent(run.hash) for run in {run.hash: run for run in runs}.values()]
     return None if any(usd is None for usd in known) else sum(usd or 0.0 for usd in known)
 
 
@@ -283,12 +283,12 @@ def _notes(plan: Plan, results: Sequence[Result], rates: dict[str, float], folde
     ratio = plan.scale.tokens[-1] / max(plan.arms[arm].figures["active_params"] for arm in deciding)
     if ratio < 20 and plan.scale_name != "smoke":
         notes.append(f"{ratio:.0f} tokens an active parameter, fewer than 20: too short for capacity to bind")
-    loads = [folder.noted(result.run.hash).get("load_average") for result in results]
+    loads = [folder.runs.noted(result.run.hash).get("load_average") for result in results]
     known = [load for load in loads if load is not None]
     if known and next(iter(results)).summary["hardware"] == "cpu":
         notes.append(f"the machine's load average when runs began was {min(known):.1f} to {max(known):.1f}")
     for result in results:
-        file = folder.beside(result.run.hash, ".generation.json")
+        file = folder.runs.beside(result.run.hash, ".generation.json")
         if file.exists() and result.run.config.model.mtp is not None:
             figures = measures.generation(result, folder, speculative=True)
             if figures.get("drafted"):

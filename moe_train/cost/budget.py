@@ -1,25 +1,21 @@
 """What a sweep may spend in all: how much is left of it, and whether it pays for another run.
 
 What was spent is read from the ledger that all runs share, so a sweep that is started again goes on with the same
-budget, and runs that failed or were killed have cost what they cost. Each run is also given what is left as its own
-`budget.usd`, so that the first one, whose cost nobody knows, cannot spend more than all.
+budget, and runs that failed or were killed have cost what they cost. Runs are not told of it: a budget of their own
+would be a limit they anneal to, and what they learn would depend on what others had spent.
 """
 
 from __future__ import annotations
 
-import datetime
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_train.config import CostConfig
 from moe_train.cost.attempt import RUNNING, Attempt
 from moe_train.cost.shared_ledger import read_ledger
 from moe_train.errors import UserError
 
-_STOP_USD = re.compile(r"\+*stop\.usd=(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)")
+GRACE_SECONDS = 5.0  # from a signal to the end of a job: a step, a checkpoint and the tracker
 
 
 @dataclass(frozen=True)
@@ -31,21 +27,11 @@ class Budget:
     usd: float | None
 
     @classmethod
-    def of_a_grid(cls, cost: Mapping[str, Any], budget: Mapping[str, Any]) -> Budget:
-        """From the settings `cost` and `budget` of a grid; one without a name is named by the time. UserError."""
-        named, ledger, usd = cost["sweep"], cost["ledger"], budget["usd"]
-        if usd is not None and not (isinstance(usd, int | float) and usd > 0):
-            raise UserError(f"budget.usd={usd}: give dollars above 0")
+    def of(cls, sweep: str, ledger: str | None, usd: float | None) -> Budget:
+        """Raises UserError where there would be no account to keep it with."""
         if usd is not None and ledger is None:
-            raise UserError(f"budget.usd={usd} of a grid is kept with the ledger: leave cost.ledger at a file")
-        now = datetime.datetime.now().strftime("grid-%Y-%m-%d-%H-%M-%S")
-        return cls(str(named or now), None if ledger is None else Path(ledger), usd)
-
-    def overrides(self) -> list[str]:
-        """What a run of the sweep is started with."""
-        quoted = self.sweep.replace("\\", "\\\\").replace("'", "\\'")  # for hydra's grammar
-        own = [f"cost.sweep='{quoted}'"]
-        return own if self.usd is None else [*own, f"budget.usd={self.usd - self.spent():.12g}"]
+            raise UserError(f"budget.usd={usd:g} is kept with the ledger: leave cost.ledger at a file")
+        return cls(sweep, None if ledger is None else Path(ledger), usd)
 
     def attempts(self) -> list[Attempt]:
         if self.ledger is None or not self.ledger.exists():
@@ -54,33 +40,51 @@ class Budget:
 
     def spent(self) -> float:
         """Dollars of all attempts so far. UserError where one has no price."""
-        attempts = self.attempts()
-        if any(attempt.usd is None for attempt in attempts):
-            raise UserError("budget.usd needs a price: give hardware.price_usd_per_hour=…")
-        return sum(attempt.usd or 0.0 for attempt in attempts)
+        return _dollars(self.attempts())
 
-    def expected(self, overrides: Sequence[str]) -> float:
+    def expected(self, stop_usd: float | None = None) -> float:
         """What a run will cost: its own stop.usd, else as much as the dearest so far; 0 before the first.
 
         One that the budget ended counts as well: it would have cost more.
         """
-        own = [found[1] for override in overrides if (found := _STOP_USD.fullmatch(override))]
-        if own:
-            return float(own[-1])
-        runs: dict[str, float] = {}
-        for attempt in (attempts := self.attempts()):
-            runs[attempt.run or attempt.id] = runs.get(attempt.run or attempt.id, 0.0) + (attempt.usd or 0.0)
-        running = {attempt.run or attempt.id for attempt in attempts if attempt.status == RUNNING}
-        return max((usd for run, usd in runs.items() if run not in running), default=0.0)
+        return _expected(self.attempts(), stop_usd)
 
-    def refusal(self, overrides: Sequence[str]) -> str | None:
-        """Why a run with these overrides is not to be started, or None."""
+    def refusal(self, stop_usd: float | None = None, running: int = 0) -> str | None:
+        """Why a run is not to be started now, or None; each of those `running` is expected to cost as much again."""
         if self.usd is None:
             return None
-        left, needed = self.usd - self.spent(), self.expected(overrides)
+        attempts = self.attempts()
+        needed = _expected(attempts, stop_usd)
+        left = self.usd - _dollars(attempts) - needed * running
         if left > 0 and left >= needed:
             return None
-        return f"budget.usd={self.usd:g} has ${max(left, 0):.3g} left, and the next job needs about ${needed:.3g}"
+        return f"budget.usd={self.usd:g} has ${max(left, 0):.3g} left, and the next run needs about ${needed:.3g}"
+
+    def is_used_up(self, running: int) -> bool:
+        """Whether what runs has to end now for the sum to stay within the budget."""
+        if self.usd is None:
+            return False
+        attempts = self.attempts()
+        seconds = sum(attempt.wall_seconds for attempt in attempts)
+        spent = _dollars(attempts)
+        rate = spent / seconds if seconds else 0.0
+        return spent + rate * GRACE_SECONDS * running >= self.usd
+
+
+def _dollars(attempts: list[Attempt]) -> float:
+    if any(attempt.usd is None for attempt in attempts):
+        raise UserError("budget.usd needs a price: give hardware.price_usd_per_hour=…")
+    return sum(attempt.usd or 0.0 for attempt in attempts)
+
+
+def _expected(attempts: list[Attempt], stop_usd: float | None) -> float:
+    if stop_usd is not None:
+        return stop_usd
+    runs: dict[str, float] = {}
+    for attempt in attempts:
+        runs[attempt.run or attempt.id] = runs.get(attempt.run or attempt.id, 0.0) + (attempt.usd or 0.0)
+    running = {attempt.run or attempt.id for attempt in attempts if attempt.status == RUNNING}
+    return max((usd for run, usd in runs.items() if run not in running), default=0.0)
 
 
 def spent_by_others(cost: CostConfig, run: str) -> float | None:

@@ -96,6 +96,7 @@ def start_runtime(config: RunConfig) -> Runtime:
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
     expected = _count_from_environment("WORLD_SIZE")
     _refuse_layouts_of_accelerate()
+    _refuse_tasks_that_do_not_know_each_other()
     if not on_gpu:
         _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
@@ -198,6 +199,15 @@ def _refuse_layouts_of_accelerate() -> None:
                 f"accelerate was set up for {name}: choose parallel= (fsdp2, ep, …) instead, and launch without it "
                 "(accelerate launch --multi_gpu, or torchrun)"
             )
+
+
+def _refuse_tasks_that_do_not_know_each_other() -> None:
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"srun started {tasks} tasks, each of which would make this run: give it one task a node "
+            "(hydra.launcher.tasks_per_node=1), and accelerate launch in it for several processes"
+        )
 
 
 def _set_threads(asked: int | None) -> int:

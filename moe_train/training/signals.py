@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # grids note signals too, and have no use for torch
+    import torch.distributed as dist
 
 
 class Interruption:
@@ -25,6 +26,9 @@ class Interruption:
     def agree(self, group: dist.ProcessGroup | None) -> None:
         """Among all processes, over `group`; the highest signal counts. None: there is one process."""
         if group is not None:
+            import torch
+            import torch.distributed as dist
+
             highest = torch.tensor(self._here or 0)
             dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
             self.signal = int(highest) or None

@@ -56,7 +56,7 @@ def test_what_generating_measured_is_kept_beside_the_run(made: tuple[Result, Fol
     with pytest.raises(UserError, match=r"generating with arm one failed: .*no checkpoint"):
         measures.value("cache_elements", result, folder)
     kept: dict[str, Any] = {"cache_elements_per_token": 48}
-    folder.beside(result.run.hash, ".generation.json").write_text(json.dumps(kept))
+    folder.runs.beside(result.run.hash, ".generation.json").write_text(json.dumps(kept))
     assert measures.value("cache_elements", result, folder) == 48
     with pytest.raises(UserError, match="has no MTP module"):
         measures.value("generation_speed_up", result, folder)

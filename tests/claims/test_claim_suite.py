@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from made_up_claims import HERE, TWO_ARMS, MadeUpRuns
+from rich.console import Console
 
 from moe_train.claims import markdown, report, suite
 from moe_train.claims.library import load_claims
@@ -41,7 +42,7 @@ def plans(asked: Asked) -> list[Plan]:
 
 
 def judged(asked: Asked, start: MadeUpRuns, **changes: Any) -> list[Judged]:
-    settings: dict[str, Any] = {"device": HERE, "say": lambda _: None} | changes
+    settings: dict[str, Any] = {"device": HERE, "console": Console(quiet=True)} | changes
     return suite.reproduce(asked, start=start, **settings)
 
 
@@ -153,7 +154,9 @@ def test_jobs_that_share_a_device_are_no_measure_of_seconds(asked: Make, claim_d
             self.asked += 1
             return self.job.poll() if self.asked > 1 else None
 
-    (found,) = suite.reproduce(asked(jobs=2), start=lambda *args: Slow(slow(*args)), device=HERE, say=lambda _: None)
+    (found,) = suite.reproduce(
+        asked(jobs=2), start=lambda *args: Slow(slow(*args)), device=HERE, console=Console(quiet=True)
+    )
     assert found.verdict == "supported"  # of losses
     assert any(o.startswith("num_threads=") for o in slow.settings[0])  # cores are shared out
     assert found.axes[0].axes["seconds"] is None
@@ -251,7 +254,7 @@ def test_no_run_is_started_that_the_budget_cannot_pay_for(asked: Make, claim_dir
         return job
 
     cheap = lambda overrides, tokens: probe(overrides, tokens) | {"usd_total": {"value": 1e-6}}  # noqa: E731
-    (found,) = suite.reproduce(limited, start=paid, device=HERE, probe=cheap, say=lambda _: None)
+    (found,) = suite.reproduce(limited, start=paid, device=HERE, probe=cheap, console=Console(quiet=True))
     assert len(made.started) == 3
     assert found.verdict == "inconclusive"
     says = "has $0.5 left, and the next run needs about $1: 3 of 6 runs were not started"
@@ -345,4 +348,4 @@ def test_a_finished_run_is_known_by_its_folder(tmp_path: Path, plan_of: Make) ->
     run = plan.runs(plan.untuned())[0]
     folder = Folder(tmp_path / "out")
     assert folder.result(run) is None
-    assert folder.spent(run) == 0
+    assert folder.runs.spent(run.hash) == 0

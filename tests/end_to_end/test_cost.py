@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from command_line import ROOT, Commands
@@ -112,14 +113,22 @@ def test_a_grid_starts_no_job_that_its_budget_cannot_pay_for(commands: Commands)
     assert sum(attempt["usd"] for attempt in attempts) <= 3.5 * one + CLOCK
 
 
-def test_a_job_that_the_budget_ended_is_followed_by_none(commands: Commands) -> None:
+def test_a_job_that_the_budget_ended_keeps_its_checkpoint_and_is_followed_by_none(commands: Commands) -> None:
     grid = commands.train_command("-m", *PRICED)
     commands.run(*grid, "seed=7", "stop.steps=1")  # what a start costs here: budgets are enough on any machine
     budget = 3 * float(ledger_attempts(commands)[0]["usd"])
-    result = commands.run(*grid, "seed=0,1,2", "stop.steps=1000000", f"budget.usd={budget}", check=False)
+    endless = ["seed=0,1,2", "stop.steps=1000000"]
+    result = commands.run(*grid, *endless, f"budget.usd={budget}", check=False)
+    assert result.returncode == 1
     _, attempt = ledger_attempts(commands)
-    assert attempt["status"] == "out_of_budget"
-    assert "2 of 3 not started" in result.stderr
+    assert attempt["status"] == "interrupted"
+    assert attempt["usd"] <= budget + CLOCK
+    assert "was used up: 2 of 3 not started" in result.stderr
+    assert list(Path(attempt["run"]).glob("checkpoints/step_*"))
+    # The same command knows what it has spent.
+    again = commands.run(*grid, *endless, f"budget.usd={budget}", check=False)
+    assert len(ledger_attempts(commands)) == 2
+    assert "3 of 3 not started" in again.stderr
 
 
 def test_a_ledger_that_cannot_be_written_any_more_costs_no_run(commands: Commands) -> None:

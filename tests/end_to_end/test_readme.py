@@ -62,6 +62,9 @@ def made_small(words: list[str], commands: Commands) -> list[str]:
     script = words[1].removeprefix("scripts/")
     if script == "reproduce.py":
         return [words[0], str(ROOT / words[1]), *of_a_tiny_claim(words[2:], commands)]
+    if script == "sweep.py":
+        tiny = [o for o in commands.tiny if not o.startswith("stop")]
+        return [words[0], str(ROOT / words[1]), *words[2:], "trials=1", *tiny, *NARROW[:1], "stop.steps=3"]
     if "probe=true" in words:
         tiny = [o for o in commands.tiny if not o.startswith("stop")]
         return [
@@ -110,6 +113,8 @@ def test_the_map_names_every_module_and_no_other() -> None:
         "claims",
         "dashboard",
         "parallel",
+        "sweeps",
+        "search",
     ):
         for file in (ROOT / "moe_train" / folder).glob("[a-z]*.py"):
             assert re.search(rf"\b{file.stem}\b", described), f"{folder}/{file.name}"
@@ -129,7 +134,7 @@ def test_the_readme_names_every_choice_of_the_small_groups() -> None:
         "model/moe",
         "model/mtp",
     )
-    for group in (*groups, "model/rope_scaling"):
+    for group in (*groups, "model/rope_scaling", "sweep"):
         for file in (ROOT / "configs" / group).glob("*.yaml"):
             assert f"`{file.stem}`" in README, f"{group}={file.stem}"
 

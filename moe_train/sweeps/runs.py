@@ -1,0 +1,91 @@
+"""Runs that are named by the hash of their configuration: where each is, and what is known of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+
+from moe_train.cost.ledger import read_account
+
+
+@dataclass(frozen=True)
+class RunsByHash:
+    """`PATH/HASH` is a run's folder; `HASH.log`, beside it, what its processes said, `HASH.json` how it was started."""
+
+    path: Path
+
+    def of(self, run_hash: str) -> Path:
+        return self.path / run_hash
+
+    def beside(self, run_hash: str, ending: str) -> Path:
+        return self.path / f"{run_hash}{ending}"
+
+    def log(self, run_hash: str) -> Path:
+        return self.beside(run_hash, ".log")
+
+    def last_words(self, run_hash: str) -> str:
+        """The last line of its log."""
+        try:
+            said = self.log(run_hash).read_text(errors="replace")
+        except OSError:
+            said = ""
+        lines = [line for line in said.splitlines() if line.strip()]
+        return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+
+    def summary(self, run_hash: str) -> dict[str, Any] | None:
+        """Of a run that ended as planned. Whether it is of this configuration is not looked at."""
+        try:
+            summary: dict[str, Any] = json.loads((self.of(run_hash) / "summary.json").read_text())
+        except (OSError, ValueError):
+            return None
+        known = isinstance(summary, dict) and summary.get("status") == "finished"
+        return summary if known else None
+
+    def is_finished(self, run_hash: str) -> bool:
+        return self.summary(run_hash) is not None
+
+    def spent(self, run_hash: str) -> float | None:
+        """Dollars of all attempts so far, finished or not; None where one has no price. UserError where damaged."""
+        known = [attempt.usd for attempt in read_account(self.of(run_hash) / "ledger.json")]
+        return None if any(usd is None for usd in known) else sum(usd or 0.0 for usd in known)
+
+    # ---------------------------------------------------------------------------------------- its last process
+
+    def note(self, run_hash: str, content: Mapping[str, Any]) -> None:
+        """Of the job that makes it: at once, since whoever started it may be killed."""
+        self.beside(run_hash, ".json").write_text(json.dumps(content) + "\n")
+
+    def noted(self, run_hash: str) -> dict[str, Any]:
+        """What was noted of the last job; nothing where nothing was."""
+        try:
+            content: dict[str, Any] = json.loads(self.beside(run_hash, ".json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def pid_at_work(self, run_hash: str) -> int | None:
+        """The process that makes the run just now, as far as one was noted; it may outlive whoever started it."""
+        pid = self.noted(run_hash).get("pid")
+        try:
+            return pid if any(run_hash in word for word in psutil.Process(pid).cmdline()) else None
+        except (psutil.Error, ValueError, TypeError):
+            return None
+
+    def is_at_work(self, run_hash: str) -> bool:
+        """Whether some process makes the run just now: the one that was noted, or one that holds the folder."""
+        if self.pid_at_work(run_hash) is not None:
+            return True
+        folder = self.of(run_hash)
+        if not folder.is_dir():
+            return False
+        try:
+            with filelock.FileLock(folder / ".lock", timeout=0):
+                return False
+        except filelock.Timeout:
+            return True

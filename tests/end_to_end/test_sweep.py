@@ -1,0 +1,88 @@
+"""The search command on real runs: killed at any moment it goes on, and what it reports leads to its runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import pytest
+import yaml
+from command_line import ROOT, Commands
+
+SCRIPT = [sys.executable, str(ROOT / "scripts/sweep.py")]
+RATE = {"optimizer.lr": {"kind": "float", "low": 0.001, "high": 0.1, "log": True}}
+
+
+@pytest.fixture
+def own(commands: Commands) -> Commands:
+    """With a search of their own."""
+    space = {"question": "Which rate?", "objectives": ["val_bits_per_byte", "usd_total"], "space": RATE, "trials": 3}
+    (commands.folder / "own/sweep").mkdir(parents=True)
+    (commands.folder / "own/sweep/rates.yaml").write_text(yaml.safe_dump(space))
+    return commands
+
+
+def search(commands: Commands, *arguments: str) -> list[str]:
+    return [*SCRIPT, "--config-dir", "own", "sweep=rates", *commands.tiny, *arguments]
+
+
+def content_of(commands: Commands) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((commands.folder / "outputs/sweeps/rates/trials.json").read_text())
+    return content
+
+
+def test_a_killed_search_goes_on_and_its_report_leads_to_its_runs(own: Commands) -> None:
+    settings = ["stop.steps=150", "checkpoint.every_steps=20", "jobs=2"]
+    process = own.start(search(own, *settings))
+    logged = own.folder / "outputs/runs"
+    while not any(len(file.read_text().splitlines()) > 30 for file in logged.glob("*/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    result = own.run(*search(own, *settings, "json=out.json", "plot=front.svg"))
+    content = content_of(own)
+    assert content == json.loads((own.folder / "out.json").read_text())
+    (study,) = content["studies"]
+    assert len(study["points"]) == 3
+    assert study["without_result"] == {"pruned": 0, "failed": 0, "going": 0, "reasons": []}
+    assert len(list(logged.glob("*/summary.json"))) == 3
+    for point in study["points"]:
+        (run,) = point["runs"]
+        summary = json.loads((logged / run / "summary.json").read_text())
+        assert point["values"] == [summary["val_bits_per_byte"], summary["usd_total"]]
+        assert run in result.stdout
+    assert "Pareto front" in result.stdout
+    assert {tuple(p["runs"]) for p in content["front"]} <= {tuple(p["runs"]) for p in study["points"]}
+    assert content["usd_spent"] >= sum(point["values"][1] for point in study["points"]) * 0.99
+    for picture in ("front.svg", "outputs/sweeps/rates/trials.svg"):
+        assert (own.folder / picture).read_text().startswith("<?xml")
+    before = {file: file.stat().st_mtime for file in logged.glob("*/summary.json")}
+    own.run(*search(own, *settings, "show=true"))
+    own.run(*search(own, *settings))  # nothing is left to do
+    assert {file: file.stat().st_mtime for file in logged.glob("*/summary.json")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "status"),
+    [
+        (["sweep=expert"], "there is no sweep=expert: did you mean experts?", 1),
+        ([], "sweep= is missing", 2),
+        (["sweep=experts", "trails=3"], "unknown key trails", 1),
+        (["sweep=experts", "trials=0"], "trials=0: give a number of at least 1", 2),
+        (["sweep=fp8_recipes", "trials=3"], "is a grid and makes all of it", 2),
+        (["sweep=experts", "budget.usd=-1"], "budget.usd=-1: give a number above 0", 2),
+        (["sweep=experts", "model.moe.top_k=3"], "model.moe.top_k is searched over by", 1),
+        (["sweep=experts", "show=true"], "there is no search in outputs/sweeps/experts", 1),
+        (["sweep=experts", "out=taken"], "taken", 1),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], says: str, status: int, commands: Commands) -> None:
+    (commands.folder / "taken").write_text("mine")
+    result = commands.run(*SCRIPT, *arguments, check=False)
+    assert result.returncode == status, result.stderr
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (commands.folder / "outputs/runs").exists()

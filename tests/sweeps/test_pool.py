@@ -1,0 +1,187 @@
+"""Jobs as real processes: ended when the budget or the sweep is, waited for when they outlived one, made once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sleeping_jobs import Instantly, Sleepers, pool, sleeping, write_summary
+
+from moe_train.cost.attempt import FINISHED, RUNNING, Attempt, as_line
+from moe_train.cost.budget import Budget
+from moe_train.sweeps.devices import Devices
+from moe_train.sweeps.job import Job, Outcome, once
+from moe_train.sweeps.pool import Interrupted
+
+Make = Callable[[int], Job]
+
+
+def after(seconds: float, action: Callable[[], object]) -> None:
+    threading.Timer(seconds, action).start()
+
+
+def statuses(outcomes: list[Outcome]) -> list[str]:
+    return [outcome.status for outcome in outcomes]
+
+
+def test_a_failed_job_does_not_end_the_rest_and_its_last_words_are_kept(tmp_path: Path, job: Make) -> None:
+    start = Instantly({"seed=1": 3})
+    made = pool(tmp_path, start=start).make([job(seed) for seed in range(3)])
+    assert start.started == ["seed=0", "seed=1", "seed=2"]
+    assert statuses(made.outcomes) == ["finished", "failed", "finished"]
+    assert (made.outcomes[1].exit_status, made.outcomes[1].says) == (3, "it went wrong")
+    assert made.stopped is None
+
+
+def test_what_is_finished_is_not_made_again(tmp_path: Path, job: Make) -> None:
+    pool(tmp_path, start=Instantly()).make([job(0)])
+    start = Instantly()
+    made = pool(tmp_path, start=start).make(once([job(0), job(1), job(0)]))
+    assert start.started == ["seed=1"]
+    assert statuses(made.outcomes) == ["there already", "finished"]
+
+
+def test_no_more_than_so_many_jobs_run_at_a_time_and_the_next_is_asked_for_when_there_is_room(
+    tmp_path: Path, job: Make
+) -> None:
+    sleepers = Sleepers()
+    asked_for: list[int] = []
+
+    def source() -> Any:
+        for seed in range(4):
+            asked_for.append(seed)
+            yield job(seed)
+
+    after(0.7, lambda: asked_for.append(-1) or sleepers.jobs[0].kill())  # type: ignore[func-returns-value]
+    after(1.4, lambda: [each.kill() for each in sleepers.jobs])
+    after(2.1, lambda: [each.kill() for each in sleepers.jobs])
+    after(2.8, lambda: [each.kill() for each in sleepers.jobs])
+    made = pool(tmp_path, start=sleepers, jobs=2).make(source())
+    assert asked_for == [0, 1, -1, 2, 3]
+    assert statuses(made.outcomes) == ["failed"] * 4
+
+
+def test_what_runs_is_ended_when_the_budget_is_used_up(tmp_path: Path, job: Make) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    sleepers = Sleepers()
+
+    def spends(*arguments: Any) -> Any:
+        process = sleepers(*arguments)
+        line = Attempt(run="x", sweep="sweep", usd=0.9, wall_seconds=10.0, status=RUNNING)
+        ledger.write_text(as_line(line) + "\n")
+        return process
+
+    made = pool(tmp_path, start=spends, budget=Budget("sweep", ledger, 1.0)).make([job(seed) for seed in range(3)])
+    assert [each.wait() for each in sleepers.jobs] == [-signal.SIGTERM]  # a run saves its checkpoint
+    assert statuses(made.outcomes) == ["ended"]
+    assert made.stopped == "budget.usd=1 was used up"
+
+
+def test_a_job_that_may_be_too_dear_waits_for_those_that_run(tmp_path: Path, job: Make) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    sleepers = Sleepers()
+
+    def spends(*arguments: Any) -> Any:
+        line = Attempt(run=str(len(sleepers.jobs)), sweep="sweep", usd=1.0, wall_seconds=1000.0, status=FINISHED)
+        with ledger.open("a") as file:
+            file.write(as_line(line) + "\n")
+        after(0.5, lambda: [each.kill() for each in sleepers.jobs])
+        return sleepers(*arguments)
+
+    limited = pool(tmp_path, start=spends, jobs=2, budget=Budget("sweep", ledger, 3.5))
+    made = limited.make([job(seed) for seed in range(5)])
+    assert len(sleepers.jobs) == 3
+    assert made.stopped == "budget.usd=3.5 has $0.5 left, and the next run needs about $1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_jobs_with_a_checkpoint_each_and_says_how_to_go_on(
+    number: signal.Signals, tmp_path: Path, job: Make
+) -> None:
+    sleepers = Sleepers()
+    after(0.6, lambda: os.kill(os.getpid(), number))
+    made = pool(tmp_path, start=sleepers, jobs=2).make([job(seed) for seed in range(3)])
+    assert [each.wait() for each in sleepers.jobs] == [-signal.SIGTERM] * 2
+    assert statuses(made.outcomes) == ["ended", "ended"]
+    with pytest.raises(Interrupted, match=f"{number.name}: 2 jobs were ended and go on .* same command") as error:
+        made.raise_if_interrupted()
+    assert error.value.exit_status == 128 + number
+
+
+def test_a_mistake_of_whoever_asks_for_runs_leaves_none_behind(tmp_path: Path, job: Make) -> None:
+    sleepers = Sleepers()
+
+    def source() -> Any:
+        yield job(0)
+        raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        pool(tmp_path, start=sleepers, jobs=2).make(source())
+    assert [each.wait() for each in sleepers.jobs] == [-signal.SIGTERM]
+
+
+def test_jobs_are_spread_over_the_gpus_there_are(tmp_path: Path, job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    sleepers = Sleepers()
+    after(1.0, lambda: [each.kill() for each in sleepers.jobs])
+    made = pool(tmp_path, start=sleepers, jobs=3, devices=Devices.gpus(2))
+    made.make([job(seed) for seed in range(3)])
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in sleepers.environments] == ["3", "5", "3"]
+    assert [made.runs.noted(job(seed).hash)["neighbours"] for seed in range(3)] == [1, 0, 1]
+    pairs = Devices.gpus(4).groups(2)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in pairs] == ["3,5", "6,7"]
+
+
+def test_a_job_that_outlived_its_sweep_is_waited_for_and_not_made_again(tmp_path: Path, job: Make) -> None:
+    sleepers = Sleepers()
+    made = pool(tmp_path, start=sleepers)
+    folder = made.runs.of(job(0).hash)
+    folder.mkdir(parents=True)
+    orphan = sleeping([f"run_dir={folder}"])
+    made.runs.note(job(0).hash, {"pid": orphan.pid, "sweep": 1})
+
+    def finishes() -> None:
+        write_summary(folder)
+        orphan.kill()
+        orphan.wait()
+
+    after(1.0, finishes)
+    assert statuses(made.make([job(0)]).outcomes) == ["finished"]
+    assert not sleepers.jobs
+
+
+def test_a_job_that_outlived_its_sweep_is_ended_with_the_next_one(tmp_path: Path, job: Make) -> None:
+    made = pool(tmp_path, start=Sleepers())
+    folder = made.runs.of(job(0).hash)
+    folder.mkdir(parents=True)
+    orphan = sleeping([f"run_dir={folder}"])
+    made.runs.note(job(0).hash, {"pid": orphan.pid, "sweep": 1})
+    after(0.6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    after(1.2, orphan.wait)
+    assert statuses(made.make([job(0)]).outcomes) == ["ended"]
+    assert orphan.wait() == -signal.SIGTERM
+
+
+def test_what_a_job_logs_is_shown_to_a_watcher_who_may_end_it(tmp_path: Path, job: Make) -> None:
+    sleepers, seen = Sleepers(), []
+    made = pool(tmp_path, start=sleepers)
+    file = made.runs.of(job(0).hash) / "metrics.jsonl"
+
+    def watch(_: Job, rows: Any) -> str | None:
+        seen.extend(row["step"] for row in rows)
+        return "it is hopeless" if 2 in seen else None
+
+    def logs() -> None:
+        file.parent.mkdir(parents=True)
+        file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+
+    after(0.5, logs)
+    (outcome,) = made.make([job(0)], watch).outcomes
+    assert seen == [1, 2]
+    assert (outcome.status, outcome.says) == ("ended", "it is hopeless")
+    assert sleepers.jobs[0].wait() == -signal.SIGTERM
