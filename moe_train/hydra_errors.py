@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def explain_hydra_error(error: Exception, config_dir: Path | None = None) -> Use
 
 def _explain_cluster_error(error: Exception, text: str) -> UserError | None:
     """What hydra's launcher for clusters (extra `slurm`) says, and hydra where that is not installed."""
-    if "Could not find 'hydra/launcher/submitit" in text:
+    if "Could not find 'hydra/launcher/submitit_" in text and find_spec("submitit") is None:
         return UserError('hydra/launcher=submitit_slurm is not installed: pip install -e ".[slurm]"')
     if "srun" in text and "slurm cluster" in text:
         return UserError("there is no SLURM on this machine (no srun): hydra/launcher=submitit_local tries it here")

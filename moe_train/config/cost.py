@@ -40,7 +40,8 @@ class CostConfig:
 class BudgetConfig:
     """Dollars that must not be exceeded: by a run, or with -m by all runs of the grid together.
 
-    Unlike stop.usd it is no part of what a run is: one that it ends early is annealed but not finished.
+    Unlike stop.usd it is no part of what a run is: one that it ends early is annealed but not finished. The runs of a
+    grid anneal to limits of their own alone, and are interrupted, with a checkpoint, when its sum is used up.
     """
 
     usd: PositiveFloat | None

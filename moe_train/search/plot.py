@@ -74,6 +74,8 @@ def _draw_rule(panel: Axes, rule: Content) -> None:
 def _finish(panel: Axes, x: str, y: str, drawn: list[float]) -> None:
     if drawn and min(drawn) > 0 and max(drawn) / min(drawn) > 5:
         panel.set_xscale("log")
+    else:
+        panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel(x)
     panel.set_ylabel(y)
     panel.spines[["top", "right"]].set_visible(False)

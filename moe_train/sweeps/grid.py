@@ -57,11 +57,12 @@ def make_grid(job_overrides: Sequence[Sequence[str]], grid: Grid, devices: Devic
         if line.mistake is not None:  # before the others start
             sys.stderr.write(f"cannot be made: {line.label}: {line.mistake}\n")
     jobs = once(line.job for line in planned if line.job is not None)
-    devices = devices or (devices_here() if jobs else Devices())
+    runs = RunsByHash(grid.runs.absolute())
+    if devices is None:  # to ask for them takes seconds
+        devices = Devices() if all(runs.is_finished(job.hash) for job in jobs) else devices_here()
     sweep = grid.sweep or f"grid-{_digest([job.hash for job in jobs])}"
     threads = max((job.config.num_threads or 0 for job in jobs), default=0) or None
     at_a_time = jobs_at_a_time(devices, grid.jobs, threads, grid.processes)
-    runs = RunsByHash(grid.runs.absolute())
     pool = Pool(
         *(runs, Budget.of(sweep, grid.ledger, grid.usd), at_a_time, devices, grid.processes),
         settings=threads_of_a_job(devices, at_a_time, threads, grid.processes),

@@ -24,7 +24,8 @@ def ledger_of(commands: Commands, *arguments: str) -> dict:
 
 def test_the_bill_is_the_stopwatch_times_the_price_and_stands_in_the_ledger(commands: Commands) -> None:
     began = time.monotonic()
-    commands.train("run_dir=run", *PRICED)
+    process = commands.start(commands.train_command("run_dir=run", *PRICED))
+    process.communicate()
     seen = time.monotonic() - began
     summary = commands.summary("run")
     assert summary["usd_total"] == pytest.approx(seen, abs=CLOCK)
@@ -99,7 +100,7 @@ def test_a_limit_that_start_up_uses_up_is_an_error_and_the_seconds_are_paid_for(
 
 
 def test_a_grid_starts_no_job_that_its_budget_cannot_pay_for(commands: Commands) -> None:
-    grid = commands.train_command("-m", "seed=0,1,2,3,4,5", *PRICED)
+    grid = commands.train_command("-m", "seed=0,1,2,3,4,5", "hydra.launcher.jobs=1", *PRICED)
     name = "cost.sweep='my sweep, it\\'s = this'"
     first = commands.run(*grid, "seed=0", name, check=False)
     assert first.returncode == 0, first.stderr
@@ -114,7 +115,7 @@ def test_a_grid_starts_no_job_that_its_budget_cannot_pay_for(commands: Commands)
 
 
 def test_a_job_that_the_budget_ended_keeps_its_checkpoint_and_is_followed_by_none(commands: Commands) -> None:
-    grid = commands.train_command("-m", *PRICED)
+    grid = commands.train_command("-m", "hydra.launcher.jobs=1", *PRICED)
     commands.run(*grid, "seed=7", "stop.steps=1")  # what a start costs here: budgets are enough on any machine
     budget = 3 * float(ledger_attempts(commands)[0]["usd"])
     endless = ["seed=0,1,2", "stop.steps=1000000"]

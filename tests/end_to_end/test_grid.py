@@ -84,7 +84,7 @@ def test_ctrl_c_ends_all_jobs_with_a_checkpoint_and_the_same_command_goes_on(com
 
 
 def test_a_killed_grid_goes_on_beside_the_job_that_outlived_it(commands: Commands) -> None:
-    grid = commands.train_command("-m", "seed=0,1", "stop.steps=600")
+    grid = commands.train_command("-m", "seed=0,1", "stop.steps=600", "hydra.launcher.jobs=1")
     process = commands.start(grid)
     wait_for_steps(commands, process, jobs=1)
     process.kill()
