@@ -6,6 +6,6 @@ from __future__ import annotations
 RAW_BITS_PER_BYTE = 8.0
 
 
-def bits_per_byte_a_dollar(bits_per_byte: float | None, usd: float | None) -> float | None:
+def bits_per_byte_per_usd(bits_per_byte: float | None, usd: float | None) -> float | None:
     """`usd`: the whole bill. None where either is not known or nothing was paid."""
     return None if bits_per_byte is None or not usd else (RAW_BITS_PER_BYTE - bits_per_byte) / usd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from moe_train.cost.value import bits_per_byte_a_dollar
+from moe_train.cost.value import bits_per_byte_per_usd
 from moe_train.dashboard.curves import LOAD_POINTS, evenly, short, thinned
 from moe_train.dashboard.runs import Number, Run, value
 
@@ -52,7 +52,7 @@ def entry(run: Run, most: int) -> Entry:
     figures["flops"] = run.last("progress/flops")
     if figures["flops"] is None:
         figures["flops"] = _product(figures["tokens"], run.figure("flops_per_token"))
-    saved = bits_per_byte_a_dollar(figures["val_bits_per_byte"], figures["usd"])
+    saved = bits_per_byte_per_usd(figures["val_bits_per_byte"], figures["usd"])
     notes = list(run.notes)
     if not run.summary:
         notes.append("figures are those of the last logged step")

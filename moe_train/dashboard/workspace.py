@@ -29,7 +29,7 @@ _LOADS = {
     "evenness (entropy, 1 is even)": "load_entropy",
     "experts without a token": "dead_experts",
 }
-_SORTED_BY = "cost/bits_per_byte_a_dollar"
+_SORTED_BY = "cost/bits_per_byte_per_usd"
 _COLUMNS = [
     f"summary:{_SORTED_BY}",
     *(f"summary:{name}" for name in ("val/bits_per_byte", _USD, _COST, _SPEED, "progress/tokens")),

@@ -17,7 +17,7 @@ from rich.console import Console
 from moe_train.cost.flops import parameter_counts
 from moe_train.cost.memory import peak_training_memory
 from moe_train.cost.price import JOULES_PER_KWH
-from moe_train.cost.value import bits_per_byte_a_dollar
+from moe_train.cost.value import bits_per_byte_per_usd
 from moe_train.errors import UserError
 from moe_train.tracking.console import closing_table, where_to_look
 from moe_train.training.run_folder import SUMMARY
@@ -132,7 +132,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "usd_total": usd_total,
         "usd_per_million_tokens": meter.usd_per_million_tokens,
         "usd_per_million_tokens_all_in": meter.usd_per_million_tokens_all_in,
-        "bits_per_byte_a_dollar": bits_per_byte_a_dollar(evaluation.bits_per_byte if evaluation else None, usd_total),
+        "bits_per_byte_per_usd": bits_per_byte_per_usd(evaluation.bits_per_byte if evaluation else None, usd_total),
         "cost_basis": price.basis,
         "price_usd_per_hour": price.usd_per_hour,
         "price_source": price.source,

@@ -67,9 +67,9 @@ def test_dollars_of_a_sweep_go_on_from_run_to_run_and_what_one_bought_is_logged(
         assert row["cost/usd_sweep"] == pytest.approx(first["usd_total"] + row["cost/usd_total"])
     last, summary = second[-1], sweep.commands.summary("run1")
     saved = 8 - summary["val_bits_per_byte"]
-    assert summary["bits_per_byte_a_dollar"] == pytest.approx(saved / summary["usd_total"])
+    assert summary["bits_per_byte_per_usd"] == pytest.approx(saved / summary["usd_total"])
     # The bill when the evaluation was done lies between the row's and the last one.
-    assert saved / summary["usd_total"] <= last["cost/bits_per_byte_a_dollar"] <= saved / last["cost/usd_total"]
+    assert saved / summary["usd_total"] <= last["cost/bits_per_byte_per_usd"] <= saved / last["cost/usd_total"]
 
 
 # --------------------------------------------------------------------------------------------------- the workspace
@@ -124,9 +124,9 @@ def test_without_network_and_account_the_workspace_is_printed_with_every_panel_a
     assert panels["Cumulative dollars by sweep"]["groupAgg"] == "max"
     assert panels["Dollars by sweep, all runs shown"]["groupAgg"] == "sum"
     (runs,) = content["spec"]["section"]["runSets"]
-    best_first = {"key": {"section": "summary", "name": "cost/bits_per_byte_a_dollar"}, "ascending": False}
+    best_first = {"key": {"section": "summary", "name": "cost/bits_per_byte_per_usd"}, "ascending": False}
     assert runs["sort"]["keys"] == [best_first]
-    assert runs["runFeed"]["columnOrder"][:2] == ["run:displayName", "summary:cost/bits_per_byte_a_dollar"]
+    assert runs["runFeed"]["columnOrder"][:2] == ["run:displayName", "summary:cost/bits_per_byte_per_usd"]
 
 
 def test_every_metric_and_setting_the_workspace_names_is_one_that_a_run_has(sweep: Sweep) -> None:
