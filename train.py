@@ -6,6 +6,7 @@ misspelt key costs a second and not five.
 
 import os
 import sys
+import traceback
 
 # Threads that wait for each other spin in torch's OpenMP by default: with anything else running on the cores, a step
 # then takes many times as long. Read when torch is loaded. The output is for people: no character may end a run.
@@ -33,9 +34,17 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    hydra_main(main)
-    # All is written and closed. Python would take another second to dismantle torch, which the bill would not show.
+    status = 0
+    try:
+        hydra_main(main)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # debug=traceback
+        traceback.print_exc()
+        status = 1
+    # All is written and closed. Python would take another second to dismantle torch, which the bill would not show, and
+    # process groups whose other ends are dead can keep it from ending at all.
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by the shell
             stream.flush()
-    os._exit(0)
+    os._exit(status)

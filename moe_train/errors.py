@@ -42,6 +42,8 @@ def describe_known_failure(error: BaseException) -> str | None:
     name = type(error).__name__
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory: lower micro_batch_size or data.sequence_length, or choose a smaller model"
+    if "gloo" in str(error) or "NCCL" in str(error):
+        return "another process of the run is gone or does not answer: see what it said; go on with resume=auto"
     # torch and safetensors report a full disk, torch a failed CPU allocation too, as errors of their own.
     text = str(error)
     if any(sign in text for sign in ("os error 28", "os error 27", "No space left", "PytorchStreamWriter failed")):
@@ -58,8 +60,8 @@ def in_words(error: Exception) -> str:
 
 
 def _say(line: str) -> None:
-    """Once: the other ranks of a run make the same mistake."""
-    if os.environ.get("RANK", "0") == "0":
+    """Once a machine: the other processes of a run there make the same mistake."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         sys.stderr.write(line + "\n")
 
 

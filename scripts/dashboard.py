@@ -5,6 +5,10 @@ python scripts/dashboard.py [runs=GLOB] [out=outputs/dashboard.html] [serve=true
 
 Runs are the run folders at or below what the glob matches (outputs/** by default). serve=true serves the page to this
 machine's own browser and refreshes it as runs go on, until Ctrl-C.
+
+python scripts/dashboard.py wandb [entity=NAME] [project=moe_train] [dry_run=true]
+
+makes or renews the workspace "Cost" in wandb; with dry_run=true prints it, without a network or an account.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Annotated
 from pydantic import Field
 
 from moe_train.cli import parse_arguments, wants_traceback
+from moe_train.dashboard import workspace_command
 from moe_train.dashboard.content import Source
 from moe_train.dashboard.page import check_target, write_page
 from moe_train.dashboard.serve import DashboardServer
@@ -34,6 +39,8 @@ class Arguments:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["wandb"]:
+        return workspace_command.main(sys.argv[2:])
     arguments = parse_arguments(Arguments, sys.argv[1:], usage=(__doc__ or "").strip())
     if arguments.serve and arguments.out is not None:
         raise UsageError("out= is the file of a page, and serve=true writes none: leave out one of them")

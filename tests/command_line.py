@@ -60,7 +60,8 @@ class Commands:
         )
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        result = self._forked(command) if command[0] == sys.executable and command[1] != "-m" else self._run(command)
+        a_script = command[0] in ("python", sys.executable) and command[1].endswith(".py")
+        result = self._forked(command) if a_script else self._run(command)
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
 

@@ -14,6 +14,7 @@ from moe_train.config import RunConfig
 from moe_train.cost.flops import training_flops_per_token
 from moe_train.data.batches import Batches
 from moe_train.model.transformer import Transformer
+from moe_train.parallel.spread import Replicated
 from moe_train.precision import recipes
 from moe_train.precision.fp8 import holding_weights
 from moe_train.training.optimizers import build_optimizers
@@ -34,13 +35,11 @@ class TrainingArm:
             self.model_config, self.vocab_size, config.z_loss_weight, config.activation_checkpointing
         )
         self.model.initialise(config.seed)
-        self.model.to(runtime.device)
         recipes.apply(self.model, config.precision, runtime.device)
+        spread = Replicated(self.model, runtime.accelerator)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.seed)
         batches = Batches(made_up_tokens(config, _BATCHES), config.data.sequence_length, config.batch_size, config.seed)
-        self._stepper = Stepper(
-            config, runtime, self.model, runtime.accelerator.prepare(self.model), self.optimizers, batches
-        )
+        self._stepper = Stepper(config, runtime, self.model, spread, self.optimizers, batches)
         self.batches = [self._stepper.load(step) for step in range(_BATCHES)]
         self.tokens = batches.num_targets(0)  # a step
         self.progress = 0.0
@@ -68,7 +67,7 @@ class TrainingArm:
         size = self._stepper.micro_batch_size
         with holding_weights():
             for piece, target in zip(inputs.split(size), targets.split(size)):
-                (self._stepper.wrapped(piece, target).objective / self.tokens).backward()
+                (self._stepper.spread.wrapped(piece, target).objective / self.tokens).backward()
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> list[Tensor]:

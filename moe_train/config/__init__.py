@@ -25,6 +25,7 @@ from moe_train.config.model import (
     RopeScalingConfig,
     YarnConfig,
 )
+from moe_train.config.parallel import ParallelConfig
 from moe_train.config.precision import Fp8Config, Fp8HealthConfig, OperandConfig, PrecisionConfig
 from moe_train.config.run import RunConfig, differences, model_digest, to_dict
 from moe_train.config.training import (
@@ -64,6 +65,7 @@ __all__ = [
     "MuonConfig",
     "OperandConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "PeakConfig",
     "PrecisionConfig",
     "Purpose",

@@ -50,6 +50,9 @@ class HardwareConfig:
         require(low <= high, f"price_range_usd_per_hour={[low, high]}: the lower price comes first")
 
 
+ConsoleChoice = Literal["auto", "panel", "lines", "none"]  # auto: a panel on a terminal, lines elsewhere
+
+
 @dataclass(frozen=True, config=STRICT)
 class TrackingConfig:
     wandb: Literal["auto", "offline", "online", "off"]  # auto: online where an API key is found, offline otherwise
@@ -58,3 +61,4 @@ class TrackingConfig:
     tags: tuple[str, ...]
     notes: str | None
     log_every_steps: Positive
+    console: ConsoleChoice = "auto"  # what stderr shows of progress; runs from before this key lack it

@@ -14,6 +14,7 @@ from moe_train.config.data import AnyDataConfig
 from moe_train.config.fields import STRICT, Count, NonNegative, Positive, Size, require
 from moe_train.config.hardware import HardwareConfig, TrackingConfig
 from moe_train.config.model import ModelConfig
+from moe_train.config.parallel import ParallelConfig
 from moe_train.config.precision import PrecisionConfig
 from moe_train.config.training import (
     BatchRampConfig,
@@ -54,6 +55,7 @@ class RunConfig:
     activation_checkpointing: bool  # keep only what enters a layer and compute the rest again in the backward pass
     deterministic: bool
     traceback: bool
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)  # older runs' have none
 
     def __post_init__(self) -> None:
         for key in ("run_dir", "resume", "init_from"):
@@ -81,7 +83,7 @@ class RunConfig:
 
     _NOT_IDENTITY = (
         *("name", "run_dir", "resume", "tracking", "checkpoint", "num_threads", "traceback"),
-        *("hardware", "cost", "budget"),
+        *("hardware", "cost", "budget", "parallel"),
     )
 
     def identity(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which tensors attention makes, keeps and lets go, forward and backward, as `model/attention.py` runs it.
 
-The fused kernel keeps queries, keys, values, its result and a log-sum-exp a row; no score matrix exists.
+The fused kernel keeps queries, keys, values, its result and a log-sum-exp a row; no score matrix exists. On a CPU in
+BF16 the log-sum-exps are made again, and the result is stored by heads (`model/cpu_attention.py`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def attention_forward(layer: LayerTape) -> None:
                 tape.drop(WORKSPACE, FP32 * tokens * features)  # turned by position, then no longer needed
         tape.make(ACTIVATIONS, queries + 2 * keys)
         mixed = queries
-    tape.make(ACTIVATIONS, mixed + FP32 * tokens * heads)  # and log-sum-exps
+    tape.make(ACTIVATIONS, mixed + _log_sum_exps(layer, heads))
     if isinstance(a, MLAConfig) and layer.remakes:
         tape.drop(WORKSPACE, queries)
     by_token = mixed if _by_heads(layer) else 0
@@ -77,7 +78,16 @@ def _entering_part(layer: LayerTape) -> str:
 
 def _by_heads(layer: LayerTape) -> bool:
     """Whether the kernel's result is stored by heads, as joined queries are, and copied for the projection."""
-    return isinstance(layer.model.attention, MLAConfig) and not layer.given.on_cuda
+    return _in_tiles(layer) or (isinstance(layer.model.attention, MLAConfig) and not layer.given.on_cuda)
+
+
+def _in_tiles(layer: LayerTape) -> bool:
+    return layer.given.narrow and not layer.given.on_cuda
+
+
+def _log_sum_exps(layer: LayerTape, heads: int) -> int:
+    """Bytes."""
+    return 0 if _in_tiles(layer) else FP32 * layer.tokens * heads
 
 
 def _fp8_by_token(layer: LayerTape) -> float:
@@ -133,7 +143,7 @@ def attention_backward(layer: LayerTape) -> None:
     tape.make(WORKSPACE, keys_again)
     tape.make(WORKSPACE, queries + keys + values)
     tape.drop(WORKSPACE, mixed + keys_again)
-    tape.drop(ACTIVATIONS, kept + mixed + FP32 * tokens * heads)
+    tape.drop(ACTIVATIONS, kept + mixed + _log_sum_exps(layer, heads))
     if isinstance(a, MLAConfig):
         _latent_backward(layer, a, keys + values)
         _query_backward(layer, a, queries)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_train.config import CostConfig
 from moe_train.cost.attempt import RUNNING, Attempt
 from moe_train.cost.shared_ledger import read_ledger
 from moe_train.errors import UserError
@@ -84,3 +85,13 @@ def _expected(attempts: list[Attempt], stop_usd: float | None) -> float:
         runs[attempt.run or attempt.id] = runs.get(attempt.run or attempt.id, 0.0) + (attempt.usd or 0.0)
     running = {attempt.run or attempt.id for attempt in attempts if attempt.status == RUNNING}
     return max((usd for run, usd in runs.items() if run not in running), default=0.0)
+
+
+def spent_by_others(cost: CostConfig, run: str) -> float | None:
+    """By all runs of the sweep but `run`; None without a sweep or ledger, or where one of them has no price."""
+    if cost.sweep is None or cost.ledger is None:
+        return None
+    attempts = Budget(cost.sweep, Path(cost.ledger), None).attempts()
+    amounts = [attempt.usd for attempt in attempts if attempt.run != run]
+    known = [usd for usd in amounts if usd is not None]
+    return sum(known) if len(known) == len(amounts) else None

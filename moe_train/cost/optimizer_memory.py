@@ -105,11 +105,13 @@ def hidden_matrices(model: ModelConfig, expert_parallel: int = 1) -> Iterator[tu
         for _ in range(count):
             if nth == len(layer_kinds(model)):
                 yield 1, model.hidden_size, 2 * model.hidden_size
-            yield from layer_matrices(model, is_moe, expert_parallel)
+            yield from layer_matrices(model, is_moe, expert_parallel, joined=False)
 
 
-def layer_matrices(model: ModelConfig, is_moe: bool, expert_parallel: int) -> Iterator[tuple[int, int, int]]:
-    """Those of one layer, which are also the ones that an FP8 recipe is for."""
+def layer_matrices(
+    model: ModelConfig, is_moe: bool, expert_parallel: int, *, joined: bool = True
+) -> Iterator[tuple[int, int, int]]:
+    """Those of one layer, which are also the ones that an FP8 recipe is for; gate and up `joined`, or two for Muon."""
     hidden, a = model.hidden_size, model.attention
     heads = a.num_attention_heads
     if isinstance(a, MLAConfig):
@@ -127,13 +129,13 @@ def layer_matrices(model: ModelConfig, is_moe: bool, expert_parallel: int) -> It
             yield 1, rows * a.head_dim, hidden
         yield 1, hidden, heads * a.head_dim
     if not is_moe or model.moe is None:
-        yield from _swiglu(1, model.intermediate_size, hidden)
+        yield from _swiglu(1, model.intermediate_size, hidden, joined)
         return
-    yield from _swiglu(model.moe.num_experts // expert_parallel, model.moe.moe_intermediate_size, hidden)
+    yield from _swiglu(model.moe.num_experts // expert_parallel, model.moe.moe_intermediate_size, hidden, joined)
     if model.moe.num_shared_experts:
-        yield from _swiglu(1, model.moe.num_shared_experts * model.moe.moe_intermediate_size, hidden)
+        yield from _swiglu(1, model.moe.num_shared_experts * model.moe.moe_intermediate_size, hidden, joined)
 
 
-def _swiglu(count: int, width: int, hidden: int) -> Iterator[tuple[int, int, int]]:
-    yield count, 2 * width, hidden
+def _swiglu(count: int, width: int, hidden: int, joined: bool) -> Iterator[tuple[int, int, int]]:
+    yield (count, 2 * width, hidden) if joined else (2 * count, width, hidden)
     yield count, hidden, width

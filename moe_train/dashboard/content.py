@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.cost.attempt import RUNNING, Attempt
+from moe_train.cost.value import RAW_BITS_PER_BYTE
 from moe_train.dashboard.curves import points_each
-from moe_train.dashboard.entries import RAW_BITS_PER_BYTE, Entry, entry
+from moe_train.dashboard.entries import Entry, entry
 from moe_train.dashboard.folders import ACCOUNT, CONFIG, METRICS, SUMMARY, find_run_folders
 from moe_train.dashboard.runs import Unreadable, read_run
 from moe_train.dashboard.spending import spending

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from moe_train.cost.value import bits_per_byte_a_dollar
 from moe_train.dashboard.curves import LOAD_POINTS, evenly, short, thinned
 from moe_train.dashboard.runs import Number, Run, value
 
@@ -41,8 +42,6 @@ _FIGURES = {
     "price_usd_per_hour": ("price_usd_per_hour", None),
     "num_devices": ("num_devices", None),
 }
-# A byte of raw text is 8 bits: the same yardstick for every corpus and tokenizer.
-RAW_BITS_PER_BYTE = 8.0
 
 
 def entry(run: Run, most: int) -> Entry:
@@ -53,8 +52,7 @@ def entry(run: Run, most: int) -> Entry:
     figures["flops"] = run.last("progress/flops")
     if figures["flops"] is None:
         figures["flops"] = _product(figures["tokens"], run.figure("flops_per_token"))
-    bits, usd = figures["val_bits_per_byte"], figures["usd"]
-    saved = None if bits is None or not usd else (RAW_BITS_PER_BYTE - bits) / usd
+    saved = bits_per_byte_a_dollar(figures["val_bits_per_byte"], figures["usd"])
     notes = list(run.notes)
     if not run.summary:
         notes.append("figures are those of the last logged step")

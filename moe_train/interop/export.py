@@ -134,6 +134,11 @@ def _load_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _opened(checkpoint: Checkpoint) -> Any:
+    if checkpoint.in_shards:
+        raise UserError(
+            f"{checkpoint.path} was written in shards, by several processes: python scripts/consolidate.py "
+            f"run={checkpoint.path} makes files of them, which can be exported"
+        )
     try:
         return safe_open(checkpoint.path / WEIGHTS, "pt")
     except (SafetensorError, OSError) as error:

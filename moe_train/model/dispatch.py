@@ -85,3 +85,9 @@ def from_experts(y_nd: Tensor, plan: Plan) -> Tensor:
     """Sum the rows of each token's experts back into its place: (t, d)."""
     out: Tensor = _Collect.apply(y_nd, plan.token_n, plan.place_tk)  # type: ignore[no-untyped-call]
     return out
+
+
+def permuted(x_nd: Tensor, order_n: Tensor, inverse_n: Tensor) -> Tensor:
+    """Row i of the result is row order_n[i] of x; inverse_n is the way back, which gradients take."""
+    out: Tensor = _Spread.apply(x_nd, order_n, inverse_n.view(-1, 1))  # type: ignore[no-untyped-call]
+    return out

@@ -6,7 +6,7 @@ down-projection rather than the output after it: the same sum, on the narrower t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,24 @@ class Routed(NamedTuple):
     dropped: Tensor  # pairs that got no place over top_k (with expert choice: tokens); 0 where dropless
 
 
+class Products(Protocol):
+    """Rows (n, d) sorted by expert, their gates (n, 1) and where each expert's rows end → outputs (n, d)."""
+
+    def __call__(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, /) -> Tensor: ...
+
+
+class Exchange(Protocol):
+    """Products with experts that other processes hold too: parallel/expert_exchange.py."""
+
+    def __call__(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, products: Products, /) -> Tensor: ...
+
+
 class Experts(nn.Module):
     """The routed experts, each a SwiGLU of width f: gate_up_proj (e, 2f, d), down_proj (e, d, f)."""
 
     fp8: tuple[Fp8Layer, Fp8Layer] | None = None  # of the two products, given by precision/recipes.py
     evaluates_in_fp8 = False
+    exchange: Exchange | None = None  # where a process has a part of them
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -43,6 +56,11 @@ class Experts(nn.Module):
 
     def forward(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor) -> Tensor:
         """Rows sorted by expert, and the gate value of each → their gated outputs (n, d)."""
+        if self.exchange is not None:
+            return self.exchange(x_nd, gate_n1, ends_e, self._products)
+        return self._products(x_nd, gate_n1, ends_e)
+
+    def _products(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor) -> Tensor:
         fp8 = self.fp8 if self.training or self.evaluates_in_fp8 else None
         return swiglu_linear(x_nd, self.gate_up_proj, self.down_proj, row_weight=gate_n1, ends_e=ends_e, fp8=fp8)
 

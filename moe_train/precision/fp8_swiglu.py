@@ -43,7 +43,7 @@ def fp8_swiglu(
         second.key,
         None if swiglu_input is None else DTYPES[swiglu_input.format],
     )[0]
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], down_weight.shape[-2])
 
 
 @torch.library.custom_op("moe_train::fp8_swiglu_forward", mutates_args=())

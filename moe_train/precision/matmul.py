@@ -84,4 +84,4 @@ def swiglu_linear(
         None if row_weight is None else row_weight.to(dtype),
         ends_e,
     )
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], down_weight.shape[-2])

@@ -20,14 +20,14 @@ from moe_train.precision import grouped
 def swiglu(gate_up: Tensor, weight_n1: Tensor | None) -> Tensor:
     """(n, 2f) and (n, 1) → (n, f)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    h = F.silu(gate).mul_(up)
+    h = _silu(gate).mul_(up)
     return h if weight_n1 is None else h.mul_(weight_n1)
 
 
 def swiglu_backward(grad_h: Tensor, gate_up: Tensor, weight_n1: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Gradients of gate_up (n, 2f) and of the rows' weights (n, 1)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    activated = F.silu(gate)
+    activated = _silu(gate)
     grad_weight = None
     if weight_n1 is not None:
         grad_weight = (activated * up).mul_(grad_h).sum(-1, keepdim=True)
@@ -35,8 +35,18 @@ def swiglu_backward(grad_h: Tensor, gate_up: Tensor, weight_n1: Tensor | None) -
     grad_gate_up = torch.empty_like(gate_up)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
     torch.mul(grad_h, activated, out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(activated.copy_(grad_h).mul_(up), gate))
+    grad_activated = activated.copy_(grad_h).mul_(up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad_activated, _beside(gate)))
     return grad_gate_up, grad_weight
+
+
+def _silu(gate: Tensor) -> Tensor:
+    return F.silu(gate) if gate.is_cuda else F.silu(_beside(gate), inplace=True)
+
+
+def _beside(gate: Tensor) -> Tensor:
+    """Half of a row, as it is on a GPU; copied on a CPU, where silu is three times slower on rows that lie apart."""
+    return gate if gate.is_cuda else gate.clone(memory_format=torch.contiguous_format)
 
 
 class SwiGLUProducts(torch.autograd.Function):

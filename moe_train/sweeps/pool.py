@@ -88,7 +88,7 @@ class Pool:
         of every outcome as it comes.
         """
         self._groups = self.devices.groups(self.processes)
-        made, source, interruption = Made(), iter(jobs), Interruption()
+        made, source, interruption = Made(), iter(jobs), Interruption(alone=True)
 
         def record(outcomes: Sequence[Outcome]) -> None:
             for outcome in outcomes:
@@ -97,7 +97,7 @@ class Pool:
                 ended(outcome)
 
         try:
-            with self.board, interruption.noted(True):
+            with self.board, interruption.noted():
                 while True:
                     record(self._fill(source, made))
                     reaped = self._reap()

@@ -1,87 +1,32 @@
-"""What a person sees: notes at the start, progress while it runs, and one closing table of what the run came to.
+"""What a person is told: notes along the way, and one closing table of what the run came to.
 
-Progress is a bar on a terminal and plain lines elsewhere (a log file, a job's output). A figure that is not known says
-so and says why; none is left out.
+A figure that is not known says so and says why; none is left out.
 """
 
 from __future__ import annotations
 
+import functools
 import shlex
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-_SECONDS_BETWEEN_LINES = 5.0
 
-
-class TrainingProgress:
-    """Context manager that shows how far a run is, on stderr by default; stdout is left to results."""
-
-    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or Console(stderr=True)
-        self._clock = clock
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=1.0)
-        self._start: tuple[float, float] | None = None  # time and progress of the first update
-        self._last_line = -float("inf")
-
-    def __enter__(self) -> TrainingProgress:
-        if not self._bar.disable:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if not self._bar.disable:  # it would print an empty line
-            self._bar.stop()
-
-    def update(
-        self, fraction: float, *, step: int, loss: float | None, tokens_per_second: float | None, usd: float | None
-    ) -> None:
-        """Show a logged step at `fraction` (0 to 1) of the run; `usd` is the whole bill so far."""
-        now = self._clock()
-        if self._start is None:
-            self._start = (now, fraction)
-        figures = [
-            f"step {step:,}",
-            "loss not known" if loss is None else f"loss {loss:.4f}",
-            "tokens/s not known" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s",
-            "cost not known" if usd is None else as_usd(usd),
-        ]
-        done = fraction - self._start[1]
-        if done > 0:
-            left = (now - self._start[0]) * max(0.0, 1 - fraction) / done
-            figures.append(f"{_duration(left)} left")
-        text = "  ".join(figures)
-        self._bar.update(self._task, completed=fraction, description=text)
-        if self._bar.disable and (now - self._last_line >= _SECONDS_BETWEEN_LINES or fraction >= 1):
-            self._last_line = now
-            self.message(f"{fraction:4.0%}  {text}")
-
-    def message(self, text: str) -> None:
-        """One line, above the bar where there is one."""
-        self._console.print(Text(text), soft_wrap=True)
+@functools.cache
+def stderr_console() -> Console:
+    """The one console for what is said along the way: a live panel makes room only for what goes through its own."""
+    return Console(stderr=True)
 
 
 def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
     """What the user should know about how this run is done and counted, one line each, on stderr by default."""
-    console = console or Console(stderr=True)
+    console = console or stderr_console()
     for note in notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
 
@@ -118,7 +63,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
         if utilization is None
         else f"{utilization:.1%} of the peak ({summary['peak_source']})",
     )
-    row("time", f"{_duration(summary['train_seconds'])} training, {_duration(summary['wall_seconds'])} in all")
+    row("time", f"{as_duration(summary['train_seconds'])} training, {as_duration(summary['wall_seconds'])} in all")
     if summary["price_usd_per_hour"] is None:
         unpriced = "not known: give hardware.price_usd_per_hour=…"
         row("cost", unpriced)
@@ -148,8 +93,14 @@ def where_to_look(run_folder: Path, wandb_location: str | None) -> list[str]:
         return lines
     if wandb_location.startswith(("http://", "https://")):
         return [*lines, f"wandb       {wandb_location}"]
-    quoted = shlex.quote(wandb_location)
-    return [*lines, f"view        wandb leet {quoted}", f"upload      wandb sync {quoted}"]
+    view, upload = f"wandb leet {shlex.quote(wandb_location)}", sync_command(wandb_location)
+    return [*lines, f"view        {view}", f"upload      {upload}"]
+
+
+def sync_command(wandb_folder: str) -> str:
+    """What sends a run later. wandb takes one that began online for sent unless it is told otherwise."""
+    began_online = not Path(wandb_folder).name.startswith("offline-")
+    return f"wandb sync {'--no-skip-online ' if began_online else ''}{shlex.quote(wandb_folder)}"
 
 
 def _known(value: float | None, form: str, otherwise: str = "not known") -> str:
@@ -167,5 +118,5 @@ def as_usd(value: float) -> str:
     return f"${np.format_float_positional(value, precision=3, fractional=False, trim='-')}"
 
 
-def _duration(seconds: float) -> str:
+def as_duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

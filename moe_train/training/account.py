@@ -18,6 +18,7 @@ import torch
 from moe_train.compose import CONFIGS
 from moe_train.config import PeakConfig, RunConfig
 from moe_train.cost.attempt import RUNNING, Attempt
+from moe_train.cost.budget import spent_by_others
 from moe_train.cost.energy import EnergyMeter
 from moe_train.cost.flops import recomputed_flops_per_token, training_flops_per_token
 from moe_train.cost.hardware import detect
@@ -59,6 +60,7 @@ class Account:
         self.earlier_joules: float | None = 0.0
         self.lost_seconds = 0.0
         self.ledger: Ledger | None = None
+        self._usd_of_others: float | None = None  # of the same sweep, when this attempt began
         self._train_joules: float | None = 0.0  # of this process's device
         self._window_opened_at: float | None = None  # joules when the training in progress began
         self._closed = threading.Event()
@@ -104,6 +106,7 @@ class Account:
             price_source=self.price.source,
         )
         self.ledger = Ledger(run_folder / "ledger.json", attempt, shared, elapsed)
+        self._usd_of_others = spent_by_others(cost, str(run_folder))
         self.meter = self._new_meter(self.ledger.earlier_wall_seconds, self.ledger.earlier_usd)
         kwh = self.ledger.earlier_kwh
         self.earlier_joules = None if kwh is None else kwh * JOULES_PER_KWH
@@ -215,6 +218,13 @@ class Account:
         """Energy of all devices and attempts until now; None if one of them was not measured."""
         joules = self.meter.joules_until_now()
         return None if joules is None or self.earlier_joules is None else joules + self.earlier_joules
+
+    def of_sweep(self, own: float | None) -> dict[str, float | None]:
+        """For the log, what the sweep has cost: `own`, and its other runs as they stood when this attempt began."""
+        if self.config.cost.sweep is None:
+            return {}
+        others = self._usd_of_others
+        return {"cost/usd_sweep": None if own is None or others is None else own + others}
 
     # ----------------------------------------------------------------------------------------------------- limits
 

@@ -46,11 +46,8 @@ class Closing:
         yield
         self._tracker_seconds = time.monotonic() - began
 
-    @contextmanager
-    def timing_a_checkpoint(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._checkpoint_seconds = time.monotonic() - began
+    def checkpoint_took(self, seconds: float) -> None:
+        self._checkpoint_seconds = seconds
 
     def reserve_seconds(self) -> float:
         """Wall clock to keep back for what follows the last step, and for that step, which runs over the limit."""

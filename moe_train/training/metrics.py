@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_train.config import MoEConfig
+from moe_train.cost.value import bits_per_byte_a_dollar
 from moe_train.model.balancing import load_statistics
 from moe_train.precision.health import OPERANDS, LayerRates, Rates
 from moe_train.training.evaluation import Evaluation
@@ -49,8 +50,13 @@ def of_fp8(rates: LayerRates) -> Metrics:
     return row
 
 
-def of_evaluation(evaluation: Evaluation) -> Metrics:
-    row: Metrics = {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte}
+def of_evaluation(evaluation: Evaluation, usd_total: float | None) -> Metrics:
+    """`usd_total`: the whole bill so far."""
+    row: Metrics = {
+        "val/loss": evaluation.loss,
+        "val/bits_per_byte": evaluation.bits_per_byte,
+        "cost/bits_per_byte_a_dollar": bits_per_byte_a_dollar(evaluation.bits_per_byte, usd_total),
+    }
     return row | _of_mtp("val", evaluation.mtp_losses)
 
 

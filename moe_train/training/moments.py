@@ -23,19 +23,22 @@ _FRACTION_BITS = 0xFFFF  # of FP32, those that BF16 lacks
 class Rounding:
     """How FP32 becomes BF16: to the nearest value (ties to even), or at random.
 
-    Random numbers are a function of (seed, stream, step, parameter), so a resumed run needs no saved random state and
-    torch's own is left alone. `stream` tells the optimizers of one run apart. All ranks draw the same.
+    Random numbers are a function of (seed, stream, step, parameter, part), so a resumed run needs no saved random state
+    and torch's own is left alone. `stream` tells the optimizers of one run apart, `part` the processes that have
+    different parts of a parameter. All that have the same draw the same.
     """
 
     stochastic: bool = False
     seed: int = 0
     stream: int = 0
+    part: int = 0
 
     def generator(self, step: int, parameter: int, device: torch.device) -> torch.Generator | None:
         """Of a parameter's moments at a step, to be drawn from in order; None where nothing is drawn."""
         if not self.stochastic:
             return None
-        key = np.random.SeedSequence([self.seed, self.stream, step, parameter]).generate_state(1, np.uint64)[0]
+        parts = [self.part] if self.part else []
+        key = np.random.SeedSequence([self.seed, self.stream, step, parameter, *parts]).generate_state(1, np.uint64)[0]
         return torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
 
 

@@ -8,6 +8,7 @@ Everything a step does is in step.py; what it costs is account.py's; where figur
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -23,13 +24,16 @@ from moe_train.data.packing import PreparedData, prepare
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
+from moe_train.parallel.sharded import Sharded
+from moe_train.parallel.signs_of_life import LostProcesses, SignsOfLife, is_of_the_network
 from moe_train.precision import recipes
-from moe_train.tracking.console import TrainingProgress, print_notes
+from moe_train.tracking.console import print_notes
+from moe_train.tracking.progress import Progress, check_console, open_progress
 from moe_train.tracking.tracker import Tracker
 from moe_train.training import metrics
 from moe_train.training import summary as summaries
 from moe_train.training.account import Account
-from moe_train.training.checkpoints import Checkpoint, load_optimizers, load_weights, save_checkpoint
+from moe_train.training.checkpoints import Checkpoint, load_weights, save_checkpoint
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
 from moe_train.training.fp8_health import Fp8Health, where_not_finite
@@ -37,6 +41,7 @@ from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.schedules import lr_factor
+from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
 from moe_train.training.signals import Interruption
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import StepFigures, Stepper
@@ -44,35 +49,38 @@ from moe_train.training.step import StepFigures, Stepper
 
 def train(config: RunConfig) -> None:
     """Make the run `config` describes, or go on with it, and write its folder. Raises UserError."""
+    # Process groups are left as they are, for the process to end with (train.py): taking them apart joins threads of
+    # gloo's, and once in a few dozen runs one of them did not wake up.
     runtime = start_runtime(config)
+    folder = _open_folder(config, runtime)
+    if folder is not None and folder.finished_summary is not None:
+        print_notes(["this run is finished already: nothing is done"])
+        summaries.show(folder.finished_summary, folder.path, None)
+    if runtime.from_main(folder is not None and folder.finished_summary is not None):
+        return
+    account: Account | None = None
     try:
-        folder = _open_folder(config, runtime)
-        if folder is not None and folder.finished_summary is not None:
-            print_notes(["this run is finished already: nothing is done"])
-            summaries.show(folder.finished_summary, folder.path, None)
-        if runtime.from_main(folder is not None and folder.finished_summary is not None):
-            return
-        account: Account | None = None
-        try:
-            account = Account(config, runtime)
-            if folder is not None:
-                account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
-            run = Run(config, runtime, folder, account)
-        except BaseException:
-            if account is not None:
-                account.close(FAILED)
-            if folder is not None:
-                folder.discard()
-            raise
-        try:
-            run.train()
-        except BaseException:
-            run.abandon()
-            raise
-        if run.interrupted is not None:
-            raise summaries.Interrupted(run.interrupted, run.steps_done)
-    finally:
-        runtime.accelerator.end_training()
+        account = Account(config, runtime)
+        if folder is not None:
+            account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
+        run = Run(config, runtime, folder, account)
+    except BaseException:
+        if account is not None:
+            account.close(FAILED)
+        if folder is not None:
+            folder.discard()
+        raise
+    try:
+        run.train()
+    except BaseException as error:
+        run.abandon()
+        if run.signs is not None:
+            run.signs.failed(error)
+            if is_of_the_network(error):
+                raise LostProcesses(run.signs, runtime.world_size, run.saved_step) from error
+        raise
+    if run.interrupted is not None:
+        raise summaries.Interrupted(run.interrupted, run.steps_done)
 
 
 def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
@@ -80,6 +88,7 @@ def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
     folder, failure = None, None
     if runtime.is_main:
         try:
+            check_console(config.tracking.console)
             folder = open_run_folder(config)
         except UserError as error:
             failure = error
@@ -95,6 +104,7 @@ class Run:
     def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account) -> None:
         self.config, self.runtime, self.account = config, runtime, account
         self.path: Path = runtime.from_main(folder.path if folder else None)
+        self.signs = SignsOfLife(self.path, runtime.rank) if runtime.world_size > 1 else None
         checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
         used_otherwise: list[str] = []
         start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
@@ -116,7 +126,6 @@ class Run:
             load_weights(start, self.model)
         else:
             self.model.initialise(config.seed)
-        self.model.to(runtime.device)
         products = recipes.apply(self.model, config.precision, runtime.device)
         account.set_work(vocab_size, None if products is None else products.backend.multiplies_in)
         self.compute_format = str(runtime.dtype).removeprefix("torch.")
@@ -125,10 +134,24 @@ class Run:
         )
         if self.fp8_health.in_compute_format:
             account.formats_changed()
-        self.optimizers = build_optimizers(self.model, config.optimizer, config.seed)
-        wrapped = runtime.accelerator.prepare(self.model)
+        self.spread, part = runtime.spread_out(self.model)
+        self.optimizers = build_optimizers(
+            self.model,
+            config.optimizer,
+            config.seed,
+            local=self.spread.local,
+            whole=self.spread.whole_matrices,
+            part=part,
+        )
+        spreading = Spreading(self.model, self.spread, self.optimizers)
+        self.saver: Saver | None = None  # of parts; None: rank 0 has all there is to save
+        if isinstance(self.spread, Sharded):
+            runtime.accelerator.wait_for_everyone()
+            if self.signs is not None:
+                self.signs.check_shared()
+            self.saver = Saver(self.path, spreading, runtime.new_host_group(), config.checkpoint.keep_last)
         self.stepper = Stepper(
-            config, runtime, self.model, wrapped, self.optimizers, self.batches, self.fp8_health.counts
+            config, runtime, self.model, self.spread, self.optimizers, self.batches, self.fp8_health.counts
         )
 
         notes = [*runtime.notes, *self.account.notes]
@@ -142,7 +165,7 @@ class Run:
         self.last_row: metrics.Metrics = {}
         resumed = None
         if checkpoint is not None:
-            load_optimizers(checkpoint, self.optimizers)
+            load_spread_optimizers(checkpoint, spreading)
             resumed = checkpoint.state
             self.steps_done = checkpoint.step
             self.train_loss = resumed["train_loss"]
@@ -158,14 +181,14 @@ class Run:
             )
         if folder is None:  # rank 0 has done so with its ledger
             account.take_up(resumed)
-        self.saved_step = self.steps_done if resumed else None
+        self.saved_step = self._asked_step = self.steps_done if resumed else None  # whole, and asked to be written
         if folder is not None and not folder.fresh and checkpoint is None:
             notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
 
         self.evaluation: Evaluation | None = None
         self.closing = Closing(config, runtime, account, self.model, self.data, self.stepper.micro_batch_size)
         self.startup_seconds = 0.0  # of this attempt, until its first step
-        self.interruption = Interruption()
+        self.interruption = Interruption(alone=runtime.world_size == 1)
         self.stopped_by: str | None = None  # the limit that did
         self.tracker: Tracker | None = None
         if runtime.is_main:
@@ -187,9 +210,10 @@ class Run:
         run_id = self.config.config_hash(without=MAY_CHANGE_ON_RESUME)
         run_id = re.sub(r"[^\w-]", "_", f"{run_id}-{self.path.name}", flags=re.ASCII)[:64]
         last_step = self.steps_done if has_metrics else None
-        return Tracker(
-            self.path, self.config.tracking, to_dict(self.config), self.config.name, run_id, resume_step=last_step
-        )
+        tracking, cost = self.config.tracking, self.config.cost
+        tracking = dataclasses.replace(tracking, group=tracking.group or cost.claim or cost.sweep)
+        settings = to_dict(self.config) | {"resolved": summaries.resolved(self)}
+        return Tracker(self.path, tracking, settings, self.config.name, run_id, resume_step=last_step)
 
     @property
     def interrupted(self) -> int | None:
@@ -200,20 +224,23 @@ class Run:
 
     def train(self) -> None:
         """Step until a limit is reached or a signal ends it, then evaluate, save and sum up."""
-        bar = TrainingProgress() if self.runtime.is_main else None
-        with self.interruption.noted(self.runtime.world_size == 1), bar or contextlib.nullcontext():
+        title = f"{self.config.name}, seed {self.config.seed}, {self.account.hardware.name}"
+        display = open_progress(self.config.tracking.console, title) if self.runtime.is_main else None
+        with self.interruption.noted(), display or contextlib.nullcontext():
             progress = self._progress()
             if progress >= 1 and not self.steps_done and self.account.limits.uses_clock:
                 raise UserError(f"{self._limit_reached()} was used up before the first step: raise it")
             self.stopped_by = self._limit_reached()
             self.startup_seconds = self.account.meter.attempt_wall_seconds
             while progress < 1 and self.interrupted is None:
-                progress = self._step(progress, bar)
-            if self.saved_step != self.steps_done:  # a signal came after the step had decided not to save
+                progress = self._step(progress, display)
+            if self._asked_step != self.steps_done:  # a signal came after the step had decided not to save
                 self._save()
+            self._take_note_of_saving(wait=True)
         self._finish()
+        self.runtime.accelerator.wait_for_everyone()  # a launcher ends rank 0 as soon as another has ended otherwise
 
-    def _step(self, progress: float, bar: TrainingProgress | None) -> float:
+    def _step(self, progress: float, display: Progress | None) -> float:
         """One optimizer step and what is due after it; returns the run's progress."""
         config, meter = self.config, self.account.meter
         tokens_before = meter.tokens
@@ -229,6 +256,7 @@ class Run:
             counts = self._will_log(progress + fraction)
             meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor, progress, counts_fp8=counts))
             self.steps_done += 1
+            self.interruption.agree(self.runtime.hosts)
             progress = self._progress()
             self.stopped_by = self._limit_reached()  # now: the reserve changes once the evaluation is timed
             ends = progress >= 1 or self.interrupted is not None
@@ -251,16 +279,18 @@ class Run:
                 row |= self._evaluate()
             if self.tracker:
                 self.tracker.log(self.steps_done, row)
-            if bar is not None:
-                bar.update(
+            if display is not None:
+                reserve = self.closing.reserve_seconds()
+                display.update(
                     min(progress, 1.0),
                     step=self.steps_done,
-                    loss=self.train_loss,
-                    tokens_per_second=row["throughput/tokens_per_second"],
+                    row=row,
                     usd=meter.usd_total,
+                    usd_ahead=lambda seconds: meter.usd_ahead(seconds + reserve),
                 )
         if saves or too_unhealthy is not None:
             self._save()
+        self._take_note_of_saving(wait=too_unhealthy is not None)
         if too_unhealthy is not None:
             raise UserError(
                 f"{too_unhealthy} (step_{self.steps_done} is saved): go on with resume=auto and precision=bf16, "
@@ -322,6 +352,7 @@ class Run:
         """Everything that is logged of the steps since the last log."""
         in_compute_format = float(len(self.fp8_health.in_compute_format))
         joules = self.account.joules()  # read when training paused
+        window = self.account.meter.window()
         return {
             **metrics.of_steps(figures, self.model_config.moe),
             **metrics.of_fp8(figures.fp8_rates),
@@ -330,18 +361,17 @@ class Run:
             "memory/peak_bytes": float(summaries.peak_memory_bytes(self.runtime)),
             "progress/seconds": self.account.meter.wall_seconds,
             "cost/energy_kwh": None if joules is None else joules / 3.6e6,
-            **self.account.meter.window(),
+            **self.account.of_sweep(window["cost/usd_total"]),
+            **window,
         }
 
     def _evaluate(self) -> metrics.Metrics:
         """The whole validation split, or as much of it as a limit in seconds or dollars leaves time for."""
         self.evaluation = self.closing.evaluate(self.config.eval.max_tokens)
-        if self.evaluation is not None and self.evaluation.complete:
-            return metrics.of_evaluation(self.evaluation)
-        if self.tracker:
+        if self.tracker and not (self.evaluation and self.evaluation.complete):
             seen = "nothing" if self.evaluation is None else f"the first {self.evaluation.tokens:,} tokens"
             print_notes([f"the limit left time to evaluate {seen} of the validation split"])
-        return {} if self.evaluation is None else metrics.of_evaluation(self.evaluation)
+        return {} if self.evaluation is None else metrics.of_evaluation(self.evaluation, self.account.meter.usd_total)
 
     def _save(self) -> None:
         state = {
@@ -354,11 +384,24 @@ class Run:
             "config_hash": self.config.config_hash(),
             "model_digest": model_digest(self.config.model),
         }
-        with self.closing.timing_a_checkpoint():
+        self._asked_step = self.steps_done
+        if self.saver is not None:
+            self._take_note_of_saving(wait=True)
+            self.saver.save(state)
+        else:
+            began = time.monotonic()
             if self.runtime.is_main:
                 save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)
             self.runtime.accelerator.wait_for_everyone()
-        self.saved_step = self.steps_done
+            self.closing.checkpoint_took(time.monotonic() - began)
+            self.saved_step = self.steps_done
+
+    def _take_note_of_saving(self, *, wait: bool = False) -> None:
+        """Of a checkpoint that is written while training goes on: that it has become whole, or once it is."""
+        written = None if self.saver is None else self.saver.finish(wait)
+        if written is not None:
+            self.saved_step, seconds = written
+            self.closing.checkpoint_took(seconds)
 
     def abandon(self) -> None:
         """Close the books of a run that failed; its checkpoints stay."""
@@ -373,14 +416,14 @@ class Run:
         if status == FINISHED and (self.stopped_by or "").startswith("budget.usd"):
             status = "out_of_budget"
         self.account.read_energy()
+        left = self.account.seconds_left(0.0)
         if self.tracker is None:
             return
-        location = self.tracker.wandb_location
-        self.tracker.finish(summaries.build(self, status))
+        self.tracker.finish(summaries.build(self, status), seconds_left=left)
         self.account.close(status)
         summary = summaries.build(self, status)  # the time wandb took is paid too
         summaries.write(self.path, summary)
-        summaries.show(summary, self.path, location)
+        summaries.show(summary, self.path, self.tracker.wandb_location)
 
 
 def vocabulary(config: RunConfig, data: PreparedData) -> int:

@@ -7,18 +7,28 @@ or refused here, before anything is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import os
 import platform
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from moe_train.config import RunConfig
-from moe_train.errors import UserError
+from moe_train.cost.layout import Layout
+from moe_train.errors import UserError, one_line
+from moe_train.model.transformer import Transformer
+from moe_train.parallel.agreement import check_agreement
+from moe_train.parallel.layouts import layout_of, note_on_experts
+from moe_train.parallel.meshes import build_meshes
+from moe_train.parallel.sharded import Sharded
+from moe_train.parallel.spread import Replicated, Spread
 from moe_train.precision.support import multiplies_bfloat16
 from moe_train.training.allocator import keep_freed_memory
 
@@ -32,6 +42,9 @@ class Runtime:
     device_name: str
     num_threads: int
     dtype: torch.dtype  # of matrix products
+    layout: Layout  # over the processes
+    timeout_seconds: float  # that a process waits for the others
+    hosts: torch.distributed.ProcessGroup | None  # all processes over their hosts' network; None: there is one
     notes: tuple[str, ...]
 
     @property
@@ -66,11 +79,23 @@ class Runtime:
         total: torch.Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return total
 
+    def new_host_group(self) -> torch.distributed.ProcessGroup:
+        """All processes over their hosts' network, whatever their devices use. A collective call."""
+        return _host_group(self.timeout_seconds)
+
+    def spread_out(self, model: Transformer) -> tuple[Spread, int]:
+        """`model`, still on the host, on the devices of the layout; and which part of what is cut this process has."""
+        if self.layout.name in ("single", "ddp"):
+            return Replicated(model, self.accelerator), 0
+        meshes = build_meshes(self.layout, self.device_type)
+        return Sharded(model, self.layout, meshes, self.accelerator), meshes.rest.get_local_rank("shard")
+
 
 def start_runtime(config: RunConfig) -> Runtime:
     """Join the process group if there is one and settle device, threads and precision. Raises UserError."""
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
     expected = _count_from_environment("WORLD_SIZE")
+    _refuse_layouts_of_accelerate()
     _refuse_tasks_that_do_not_know_each_other()
     if not on_gpu:
         _refuse_lost_processes(expected)
@@ -84,17 +109,27 @@ def start_runtime(config: RunConfig) -> Runtime:
     dtype, note = _choose_dtype(config, on_gpu, device_name)
     # torch 2.13 renamed the option, torch 2.11 knows the old name only.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    accelerator = Accelerator(
-        cpu=not on_gpu,
-        mixed_precision="bf16" if dtype is torch.bfloat16 else "no",
-        # Expert loads are summed over ranks by the loop; broadcasting rank 0's buffers would overwrite them.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    timeout = config.parallel.timeout_seconds
+    with _together(expected, timeout):
+        accelerator = Accelerator(
+            cpu=not on_gpu,
+            mixed_precision="bf16" if dtype is torch.bfloat16 else "no",
+            # Expert loads are summed over ranks by the loop; broadcasting rank 0's buffers would overwrite them.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
+            ],
+        )
     if accelerator.num_processes != expected:
         raise UserError(
             f"{expected} processes were asked for and accelerate runs {accelerator.num_processes}: "
             "start them with torchrun --standalone --nproc-per-node N train.py"
         )
+    if expected > 1:
+        check_agreement(config)
+    on_a_machine = _count_from_environment("LOCAL_WORLD_SIZE")
+    layout = layout_of(config.parallel, config.model.resolved(), expected, on_a_machine)
+    experts_note = note_on_experts(layout, config.model.resolved(), on_a_machine)
     share = config.batch_size // expected
     if config.batch_size % expected:
         raise UserError(f"batch_size={config.batch_size} does not divide among {expected} processes: choose a multiple")
@@ -114,8 +149,37 @@ def start_runtime(config: RunConfig) -> Runtime:
         device_name=device_name,
         num_threads=num_threads,
         dtype=dtype,
-        notes=(note,) if note else (),
+        layout=layout,
+        timeout_seconds=timeout,
+        hosts=_host_group(timeout) if expected > 1 else None,
+        notes=tuple(each for each in (note, experts_note) if each),
     )
+
+
+@contextlib.contextmanager
+def _together(processes: int, timeout: float) -> Iterator[None]:
+    """Within, the processes of a run find each other. Raises UserError where they do not."""
+    try:
+        yield
+    except (torch.distributed.DistError, RuntimeError) as error:
+        if processes == 1 or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"the port of {where}, where processes are to meet, is in use: choose another with MASTER_PORT= or "
+                "torchrun's --master-port, or let torchrun --standalone find one"
+            ) from None
+        raise UserError(
+            f"{processes} processes did not come together at {where} within {timeout:g} s "
+            f"({one_line(error)[:200]}): start the missing ones, and see that all reach it"
+        ) from None
+
+
+def _host_group(timeout_seconds: float) -> torch.distributed.ProcessGroup:
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    return group
 
 
 def _refuse_lost_processes(expected: int) -> None:
@@ -125,6 +189,16 @@ def _refuse_lost_processes(expected: int) -> None:
             "several processes were asked for and accelerate started one (its --cpu launcher does): "
             "use torchrun --standalone --nproc-per-node N train.py"
         )
+
+
+def _refuse_layouts_of_accelerate() -> None:
+    """Those of its configuration file would wrap the model in their own way, or on a CPU in none and say nothing."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate was set up for {name}: choose parallel= (fsdp2, ep, …) instead, and launch without it "
+                "(accelerate launch --multi_gpu, or torchrun)"
+            )
 
 
 def _refuse_tasks_that_do_not_know_each_other() -> None:

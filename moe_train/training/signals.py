@@ -1,32 +1,57 @@
-"""Ctrl-C and SIGTERM end a run after the step in progress, with a checkpoint. Of one process only, so far."""
+"""Ctrl-C and SIGTERM end a run after the step in progress, with a checkpoint.
+
+SIGTERM is what a scheduler sends before it takes a machine away. Of several processes each may get a signal at another
+step, or not at all: after every step they agree on whether one has.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # grids note signals too, and have no use for torch
+    import torch.distributed as dist
 
 
 class Interruption:
     """The signal that asked for the end, once there is one."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, alone: bool) -> None:
+        self.signal: int | None = None  # that all processes know of
+        self._alone = alone
+        self._here: int | None = None
+
+    def agree(self, group: dist.ProcessGroup | None) -> None:
+        """Among all processes, over `group`; the highest signal counts. None: there is one process."""
+        if group is not None:
+            import torch
+            import torch.distributed as dist
+
+            highest = torch.tensor(self._here or 0)
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+            self.signal = int(highest) or None
 
     @contextlib.contextmanager
-    def noted(self, on: bool) -> Iterator[None]:
-        """Within, a signal is noted instead of followed; a second one is followed at once."""
-        if not on:
-            yield
-            return
+    def noted(self) -> Iterator[None]:
+        """Within, a signal is noted instead of followed.
+
+        A second one is followed at once by a process that is alone. Others get several, from the terminal and from
+        their launcher, one more when the first of them has ended: they go on noting them, to have their say, until the
+        launcher's patience ends.
+        """
         previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            if self._alone:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+        if self._alone:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = number
+        self._here = number

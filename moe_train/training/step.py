@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_train.config import RunConfig
 from moe_train.data.batches import Batches
 from moe_train.model.balancing import update_selection_bias
 from moe_train.model.transformer import Losses, Transformer
+from moe_train.parallel.spread import Spread
 from moe_train.precision.fp8 import holding_weights
 from moe_train.precision.health import Counts, LayerRates
 from moe_train.training.optimizers import set_lr
@@ -87,7 +88,7 @@ class StepFigures(NamedTuple):
 
 
 class Stepper:
-    """Trains `model` (bare) through `wrapped` (the same model prepared by accelerate), a step at a time.
+    """Trains `model` (bare) as it is spread over the processes, a step at a time.
 
     `fp8_counts`: where the steps that are counted leave what FP8 did to their operands.
     """
@@ -97,7 +98,7 @@ class Stepper:
         config: RunConfig,
         runtime: Runtime,
         model: Transformer,
-        wrapped: nn.Module,
+        spread: Spread,
         optimizers: list[torch.optim.Optimizer],
         batches: Batches,
         fp8_counts: Counts | None = None,
@@ -105,13 +106,12 @@ class Stepper:
         self.config = config
         self.runtime = runtime
         self.model = model
-        self.wrapped = wrapped
+        self.spread = spread
         self.optimizers = optimizers
         self.batches = batches
         self.fp8_counts = fp8_counts
         self.micro_batch_size = config.micro_batch_size or config.batch_size // runtime.world_size
         self.routers = model.routers()
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.totals = StepTotals.zero(model, runtime.device)
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
@@ -142,20 +142,19 @@ class Stepper:
         with holding_weights(), counted:
             for micro, (inputs, targets) in enumerate(pieces):
                 self._seed_dropout(step, micro)
-                last = micro == len(pieces) - 1
-                with contextlib.nullcontext() if last else self.runtime.accelerator.no_sync(self.wrapped):
-                    losses = self.wrapped(inputs, targets, mtp_weight)
-                    # DDP averages gradients over ranks where a sum is wanted.
-                    (losses.objective * (self.runtime.world_size / num_targets)).backward()
+                with self.spread.micro_batch(last=micro == len(pieces) - 1):
+                    losses = self.spread.wrapped(inputs, targets, mtp_weight)
+                    (losses.objective * (self.spread.loss_scale / num_targets)).backward()
                 self.totals.add(losses)
                 counts_le += losses.counts_le
         counts_le = self.runtime.summed(counts_le)
 
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm or float("inf"))
+        norm = self.spread.clip(self.config.optimizer.max_grad_norm or float("inf"))
         set_lr(self.optimizers, lr_factor)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.spread.release_gradients()
         if moe is not None and moe.bias_update_speed and progress < moe.bias_update_fraction:
             update_selection_bias(self.routers, counts_le, moe.bias_update_speed)
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 from moe_train.cost.flops import parameter_counts
-from moe_train.cost.layout import Layout
 from moe_train.cost.memory import peak_training_memory
 from moe_train.cost.price import JOULES_PER_KWH
+from moe_train.cost.value import bits_per_byte_a_dollar
 from moe_train.errors import UserError
 from moe_train.tracking.console import closing_table, where_to_look
 from moe_train.training.run_folder import SUMMARY
@@ -72,10 +72,25 @@ def predicted_peak_bytes(run: Run) -> int:
         compute_bytes=2 if runtime.dtype is torch.bfloat16 else 4,
         activation_checkpointing=config.activation_checkpointing,
         accumulates=share > run.stepper.micro_batch_size,
-        layout=Layout.named("ddp" if runtime.world_size > 1 else "single", runtime.world_size),
+        layout=runtime.layout,
         device_type=runtime.device_type,
         fp8=config.precision.fp8 is not None,
     ).bytes
+
+
+def resolved(run: Run) -> dict[str, Any]:
+    """What `auto` came to and the size of the model, for those who compare runs by their settings."""
+    counts, moe = parameter_counts(run.model_config, run.model.vocab_size), run.model_config.moe
+    automatic = run.config.precision.name == "auto"
+    return {
+        "precision": run.compute_format if automatic else run.config.precision.name,
+        "num_experts": 0 if moe is None else moe.num_experts,
+        "hardware": run.account.hardware.name,
+        "num_devices": run.runtime.world_size,
+        "total_params": counts.total,
+        "active_params": counts.active,
+        "flops_per_token": run.account.meter.work.flops,
+    }
 
 
 def build(run: Run, status: str) -> dict[str, Any]:
@@ -117,6 +132,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "usd_total": usd_total,
         "usd_per_million_tokens": meter.usd_per_million_tokens,
         "usd_per_million_tokens_all_in": meter.usd_per_million_tokens_all_in,
+        "bits_per_byte_a_dollar": bits_per_byte_a_dollar(evaluation.bits_per_byte if evaluation else None, usd_total),
         "cost_basis": price.basis,
         "price_usd_per_hour": price.usd_per_hour,
         "price_source": price.source,
@@ -128,6 +144,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "hardware": hardware.name,
         "device_name": run.runtime.device_name,
         "num_devices": run.runtime.world_size,
+        "parallel": run.runtime.layout.name,
         "num_threads": run.runtime.num_threads,
         "precision": run.config.precision.name,
         "compute_dtype": str(run.runtime.dtype).removeprefix("torch."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -186,8 +187,9 @@ def test_the_matrices_of_muon_are_those_of_the_model(model_config: MakeConfig) -
     for overrides in ([], ["attention=gqa_4x32", "mtp=depth_2"], ["attention.q_lora_rank=48", "moe=switch"]):
         config = model_config("nano", *overrides)
         built = build_optimizers(Transformer(config, VOCAB), MUON)[0]
-        shapes = [p.shape if p.ndim == 3 else (1, *p.shape) for group in built.param_groups for p in group["params"]]
-        assert sorted(map(tuple, shapes)) == sorted(hidden_matrices(config))
+        parameters = [p for group in built.param_groups for p in group["params"]]
+        shapes = [(p.numel() // math.prod(built.matrix_shape(p)), *built.matrix_shape(p)) for p in parameters]
+        assert sorted(shapes) == sorted(hidden_matrices(config))
         parts = (main_parameters(config, VOCAB), mtp_parameters(config))
         expected = sum(of.get(part, 0) for of in parts for part in HIDDEN_MATRICES)
         assert sum(n * rows * columns for n, rows, columns in hidden_matrices(config)) == expected

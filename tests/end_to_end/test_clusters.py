@@ -14,7 +14,7 @@ import pytest
 import yaml
 from command_line import ROOT, Commands
 
-CLUSTER = ROOT / "scripts/cluster"
+CLUSTER = ROOT / "cluster"
 
 
 def on_a_cluster(commands: Commands, *arguments: str) -> list[str]:
@@ -100,14 +100,14 @@ def test_the_example_for_several_nodes_makes_one_run_of_all_their_processes(comm
     commands.environment |= {**slurm, "SLURM_JOB_NODELIST": "node[0-1]", "ACCELERATE_USE_CPU": "1"}
     commands.environment["PATH"] = f"{tools}{os.pathsep}{commands.environment['PATH']}"
     for expected in ("run folder", "this run is finished already"):  # given again, as when SLURM requeues it
-        result = commands.run("bash", str(CLUSTER / "several_nodes.sbatch"), *commands.tiny)
+        result = commands.run("bash", str(CLUSTER / "accelerate.sbatch"), *commands.tiny)
         assert expected in result.stderr
     summary = commands.summary(f"outputs/slurm/{os.getpid()}")
     assert (summary["num_devices"], summary["status"]) == (2, "finished")
 
 
 def test_the_skypilot_file_ends_the_bill_by_itself_and_its_command_trains(commands: Commands) -> None:
-    content = yaml.safe_load((CLUSTER / "sky.yaml").read_text())
+    content = yaml.safe_load((CLUSTER / "skypilot_one_gpu.yaml").read_text())
     assert content["resources"]["autostop"] == {"idle_minutes": 10, "down": True}
     assert content["setup"].strip() == 'pip install -e ".[gpu]"'
     # Its own words, on this machine: for a rented one it has the working directory and a bucket.
@@ -124,6 +124,6 @@ def test_the_skypilot_file_ends_the_bill_by_itself_and_its_command_trains(comman
 def test_the_skypilot_file_is_valid_by_skypilots_own_schema() -> None:
     schemas = pytest.importorskip("sky.utils.schemas")
     jsonschema = pytest.importorskip("jsonschema")
-    content = yaml.safe_load((CLUSTER / "sky.yaml").read_text())
+    content = yaml.safe_load((CLUSTER / "skypilot_one_gpu.yaml").read_text())
     jsonschema.validate(content, schemas.get_task_schema())
     jsonschema.validate(content["resources"], schemas.get_resources_schema())

@@ -112,6 +112,7 @@ def test_the_map_names_every_module_and_no_other() -> None:
         "benchmark",
         "claims",
         "dashboard",
+        "parallel",
         "sweeps",
         "search",
     ):
@@ -122,7 +123,17 @@ def test_the_map_names_every_module_and_no_other() -> None:
 
 
 def test_the_readme_names_every_choice_of_the_small_groups() -> None:
-    groups = ("optimizer", "schedule", "precision", "tracking", "debug", "experiment", "model/moe", "model/mtp")
+    groups = (
+        "optimizer",
+        "schedule",
+        "precision",
+        "parallel",
+        "tracking",
+        "debug",
+        "experiment",
+        "model/moe",
+        "model/mtp",
+    )
     for group in (*groups, "model/rope_scaling", "sweep"):
         for file in (ROOT / "configs" / group).glob("*.yaml"):
             assert f"`{file.stem}`" in README, f"{group}={file.stem}"

@@ -26,6 +26,7 @@ def leaves() -> list[Tensor]:
 
 def plain(x: Tensor, first: Tensor, second: Tensor, row_weight: Tensor) -> Tensor:
     gate, up = grouped_linear(x, first, ENDS).chunk(2, dim=-1)
+    gate = gate.contiguous()  # torch's silu rounds differently on rows that lie apart
     return grouped_linear(F.silu(gate) * up * row_weight.to(gate.dtype), second, ENDS)
 
 

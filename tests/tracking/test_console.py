@@ -1,4 +1,4 @@
-"""What is shown on a terminal and in a log file, and that nothing unknown is left out or made up."""
+"""What a person is told of a run, and that nothing unknown is left out or made up."""
 
 import io
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_train.tracking.console import TrainingProgress, closing_table, print_notes, where_to_look
+from moe_train.tracking.console import closing_table, print_notes, where_to_look
 
 
 def console(terminal: bool = False) -> Console:
@@ -111,43 +111,9 @@ def test_an_offline_wandb_run_comes_with_the_commands_to_see_and_to_send_it():
         "view        wandb leet '/runs/a b/wandb/offline-run-1'",
         "upload      wandb sync '/runs/a b/wandb/offline-run-1'",
     ]
+    assert where_to_look(Path("/r"), "/r/wandb/run-1")[2] == "upload      wandb sync --no-skip-online /r/wandb/run-1"
     assert where_to_look(Path("/r"), "https://wandb.invalid/r/1")[1] == "wandb       https://wandb.invalid/r/1"
     assert where_to_look(Path("/r"), None) == ["run folder  /r"]
-
-
-def test_off_a_terminal_progress_is_a_line_every_five_seconds_and_the_last_step():
-    out, now = console(), [0.0]
-    with TrainingProgress(out, clock=lambda: now[0]) as progress:
-        for step in range(1, 21):
-            now[0] = 1.0 * step
-            progress.update(step / 20, step=step, loss=4 - step / 10, tokens_per_second=1234.0, usd=0.001 * step)
-        progress.message("checkpoint [20] written")
-    lines = text(out).splitlines()
-    assert [line.split()[2] for line in lines[:-1]] == ["1", "6", "11", "16", "20"]
-    assert lines[2] == " 55%  step 11  loss 2.9000  1,234 tokens/s  $0.011  9.0 s left"
-    assert lines[-1] == "checkpoint [20] written"
-
-
-def test_time_left_counts_from_where_a_resumed_run_started():
-    out, now = console(), [100.0]
-    with TrainingProgress(out, clock=lambda: now[0]) as progress:
-        progress.update(0.8, step=80, loss=1.0, tokens_per_second=1.0, usd=None)
-        now[0] = 110.0
-        progress.update(0.9, step=90, loss=None, tokens_per_second=None, usd=None)
-    assert text(out).splitlines() == [
-        " 80%  step 80  loss 1.0000  1 tokens/s  cost not known",
-        " 90%  step 90  loss not known  tokens/s not known  cost not known  10.0 s left",
-    ]
-
-
-def test_on_a_terminal_progress_is_a_bar_with_the_same_figures():
-    out = console(terminal=True)
-    with TrainingProgress(out) as progress:
-        progress.update(0.5, step=50, loss=2.5, tokens_per_second=1234.0, usd=0.01)
-        progress.message("a message above the bar")
-    assert "50%" in text(out)
-    assert "step 50  loss 2.5000  1,234 tokens/s  $0.01" in text(out)
-    assert "a message above the bar" in text(out)
 
 
 def test_notes_are_a_line_each_however_long():

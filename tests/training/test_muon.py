@@ -89,6 +89,20 @@ def test_experts_and_layers_go_together_as_they_would_alone(dtype, monkeypatch):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-3)
 
 
+@pytest.mark.parametrize("shape", [(24, 16), (3, 24, 16)], ids=str)
+def test_joined_matrices_move_as_they_would_alone(shape):
+    together = parameters(shape)
+    apart = [torch.nn.Parameter(half.detach().clone()) for half in together[0].chunk(2, dim=-2)]
+    joined, separate = Muon(together, **SETTINGS, joined=together), Muon(apart, **SETTINGS)
+    for step in range(3):
+        together[0].grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        for parameter, half in zip(apart, together[0].grad.chunk(2, dim=-2)):
+            parameter.grad = half.clone()
+        joined.step()
+        separate.step()
+    torch.testing.assert_close(together[0].detach(), torch.cat(apart, dim=-2).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_bounded_batch_changes_nothing(monkeypatch):
     whole, parts = parameters(*[(8, 16)] * 5), parameters(*[(8, 16)] * 5)
     train(Muon(whole, **SETTINGS), whole, steps=2)

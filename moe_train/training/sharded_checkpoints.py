@@ -1,0 +1,165 @@
+"""Checkpoints of a model that is spread over processes: each writes what it holds, while training goes on.
+
+torch.distributed.checkpoint keeps every tensor under a name that no layout changes (`model.NAME`,
+`optimizer.I.STATE.NAME`), so that any other layout and number of processes reads its own parts of it. All processes
+copy what they hold and go on; a thread of each writes; the folder gets its name once rank 0 knows that all are done. A
+kill in between leaves the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
+
+from moe_train.errors import one_line
+from moe_train.parallel.spread import Part, Parts
+from moe_train.training.checkpoints import SHARDS, Checkpoint, begin, commit, damaged, load_optimizers, put_back
+from moe_train.training.new_folder import flush
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+class Spreading(NamedTuple):
+    """A model, how it is spread, and its optimizers."""
+
+    model: nn.Module
+    spread: Parts
+    optimizers: list[torch.optim.Optimizer]
+
+    def of_optimizers(self) -> Iterator[tuple[torch.optim.Optimizer, str, list[str]]]:
+        """Each optimizer, how the names of its states begin, and the names of its parameters in its own order."""
+        names = {self.spread.local(name): name for name, _ in self.model.named_parameters()}
+        for number, optimizer in enumerate(self.optimizers):
+            members = [names[local] for group in optimizer.param_groups for local in group["params"]]
+            yield optimizer, f"{_OPTIMIZER}{number}.", members
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint keeps, by name."""
+        found = {f"{_MODEL}{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, _ in self.model.named_parameters():
+            found[f"{_MODEL}{name}"] = self.spread.as_saved(name, self.spread.local(name).data)
+        for optimizer, prefix, members in self.of_optimizers():
+            for name in members:
+                for key, value in optimizer.state[self.spread.local(name)].items():
+                    found[f"{prefix}{key}.{name}"] = self.spread.as_saved(name, value) if value.ndim else value
+        return found
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. Every call is made by all processes."""
+
+    def __init__(self, run_folder: Path, spreading: Spreading, group: dist.ProcessGroup, keep_last: int) -> None:
+        """group: one of the hosts' that nothing else uses."""
+        self._run_folder, self._spreading, self._group, self._keep_last = run_folder, spreading, group, keep_last
+        self._writing: tuple[Future[Any], Path, dict[str, Any], float] | None = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Begin to write the step that `state` is of; returns once the tensors may change again. One at a time."""
+        assert self._writing is None
+        path = begin(self._run_folder, state["step"]) if dist.get_rank() == 0 else None
+        box = [path]
+        dist.broadcast_object_list(box, src=0)
+        if box[0] is None:
+            return
+        began = time.monotonic()
+        writing = async_save(self._spreading.tensors(), checkpoint_id=box[0] / SHARDS, process_group=self._group)
+        assert isinstance(writing, Future)
+        self._writing = writing, box[0], state, began
+
+    def finish(self, wait: bool = False) -> tuple[int, float] | None:
+        """Give a checkpoint that is written its name; returns its step and the seconds it took.
+
+        None: there is none, or it is not written yet.
+        """
+        if self._writing is None or not (wait or self._writing[0].done()):
+            return None
+        (writing, path, state, began), self._writing = self._writing, None
+        try:
+            writing.result()
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        if dist.get_rank() == 0:
+            flush(path / SHARDS)
+            commit(self._run_folder, path, state, self._keep_last)
+        return state["step"], time.monotonic() - began
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
+    try:
+        metadata = FileSystemReader(checkpoint.path / SHARDS).read_metadata()
+    except Exception as error:
+        raise damaged(checkpoint.path, f"{SHARDS}: {one_line(error)}") from None
+    return {k: each for k, each in metadata.state_dict_metadata.items() if isinstance(each, TensorStorageMetadata)}
+
+
+def _read(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` with what the checkpoint has of them; for itself, without the other processes."""
+    try:
+        with warnings.catch_warnings():  # it says that it is alone, as it was told
+            warnings.simplefilter("ignore")
+            load(tensors, checkpoint_id=checkpoint.path / SHARDS, no_dist=True)
+    except Exception as error:
+        raise damaged(checkpoint.path, f"{SHARDS}: {one_line(error)}") from None
+
+
+def read_sharded_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights, whole, by name."""
+    stored = {name: each for name, each in _stored(checkpoint).items() if name.startswith(_MODEL)}
+    weights = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in stored.items()}
+    _read(checkpoint, weights)
+    return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
+
+
+def load_spread_optimizers(checkpoint: Checkpoint, spreading: Spreading) -> None:
+    """Put back what this process holds of the optimizers' states, whatever layout wrote them. Raises UserError."""
+    spread = spreading.spread
+    if not checkpoint.in_shards:
+        parts: dict[Tensor, Part] = {
+            spread.local(name): spread.part(name) for name, _ in spreading.model.named_parameters()
+        }
+        load_optimizers(checkpoint, spreading.optimizers, parts.__getitem__)
+        return
+    stored = _stored(checkpoint)
+    wanted: dict[str, Tensor] = {}
+    names: list[dict[int, dict[str, str]]] = []
+    for _, prefix, members in spreading.of_optimizers():
+        by_name: dict[str, list[str]] = {}
+        for key in (name.removeprefix(prefix) for name in stored if name.startswith(prefix)):
+            what, _, name = key.partition(".")
+            by_name.setdefault(name, []).append(what)
+        names.append({})
+        for number, name in enumerate(members):
+            names[-1][number] = {what: f"{prefix}{what}.{name}" for what in by_name.get(name, ())}
+            for full_name in names[-1][number].values():
+                wanted[full_name] = _room_for(stored[full_name], spread, name)
+    _read(checkpoint, wanted)
+    for (optimizer, _, _), by_number in zip(spreading.of_optimizers(), names, strict=True):
+        state = {n: {what: _here(wanted[name]) for what, name in each.items()} for n, each in by_number.items()}
+        put_back(checkpoint, optimizer, {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _room_for(stored: TensorStorageMetadata, spread: Parts, name: str) -> Tensor:
+    """For this process's part of a state of the parameter `name`."""
+    dtype, local = stored.properties.dtype, spread.local(name)
+    if not stored.size:  # a counter
+        return torch.empty((), dtype=dtype)
+    return spread.as_saved(name, torch.empty(local.shape, dtype=dtype, device=local.device))
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,102 @@
+"""Mistakes in starting several processes: one line from the first, and all end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from command_line import ROOT, Commands
+
+
+def start(commands: Commands, *of_each: tuple[str, ...], port: int, **environment: str) -> list[str]:
+    """As many processes as there are settings, without a launcher; what each said."""
+    started = []
+    for rank, overrides in enumerate(of_each):
+        own = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": environment.get("WORLD_SIZE", str(len(of_each))),
+        }
+        own |= {"LOCAL_WORLD_SIZE": own["WORLD_SIZE"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        commands.environment |= own
+        started.append(commands.start([sys.executable, str(ROOT / "train.py"), *commands.tiny, *overrides]))
+    said = []
+    for process in started:
+        try:
+            said.append(process.communicate(timeout=90)[1])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        assert process.returncode == 1, said
+    return said
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+def test_processes_with_different_settings_are_refused(commands: Commands, port: int) -> None:
+    first, second = start(commands, ("run_dir=run",), ("run_dir=run", "optimizer.lr=0.5"), port=port)
+    (line,) = errors(first)
+    assert "were started with different settings, optimizer.lr=0.5 and " in line
+    assert line.endswith("give all the same command line")
+    assert not errors(second)
+    assert not (commands.folder / "run").exists()
+
+
+def test_processes_with_other_code_are_refused(
+    commands: Commands, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from moe_train.parallel.agreement import code_digest
+
+    folder = tmp_path_factory.mktemp("code")
+    (folder / "a.py").write_text("x = 1\n")
+    before = code_digest(folder)
+    assert code_digest(folder) == before
+    (folder / "a.py").write_text("x = 2\n")
+    assert code_digest(folder) != before
+
+
+def test_a_port_in_use_is_named(commands: Commands) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = int(taken.getsockname()[1])
+        (said,) = start(commands, ("run_dir=run", "parallel.timeout_seconds=5"), port=number, WORLD_SIZE="2")
+    (line,) = errors(said)
+    assert f"the port of 127.0.0.1:{number}, where processes are to meet, is in use" in line
+
+
+def test_a_missing_process_is_waited_for_so_long_and_no_longer(commands: Commands, port: int) -> None:
+    (said,) = start(commands, ("run_dir=run", "parallel.timeout_seconds=3"), port=port, WORLD_SIZE="2")
+    (line,) = errors(said)
+    assert f"2 processes did not come together at 127.0.0.1:{port} within 3 s" in line
+    assert "start the missing ones" in line
+
+
+def test_a_layout_that_cannot_be_held_ends_all_with_one_line(commands: Commands) -> None:
+    command = ("torchrun", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *commands.tiny)
+    result = commands.run(*command, "parallel=ep", "model.moe.num_experts=7", "run_dir=run", check=False)
+    assert result.returncode != 0
+    (line,) = errors(result.stderr)
+    assert "parallel.expert_parallel=2 does not divide model.moe.num_experts=7" in line
+    assert os.listdir(commands.folder) == []
+
+
+def test_layouts_of_accelerate_are_refused_with_our_name_for_them(commands: Commands) -> None:
+    commands.environment["ACCELERATE_USE_FSDP"] = "true"
+    result = commands.run(sys.executable, str(ROOT / "train.py"), *commands.tiny, "run_dir=run", check=False)
+    assert result.returncode == 1
+    (line,) = errors(result.stderr)
+    assert "accelerate was set up for FSDP" in line
+    assert "choose parallel= (fsdp2, ep, …) instead" in line

@@ -1,0 +1,153 @@
+"""Run by torchrun: trains a small model for some steps under each case given, and leaves what came out.
+
+    torchrun … spread_worker.py OUT.pt CASES.json
+
+A case: {"name", "overrides", "steps"}, and what it may have: "double" (precision), "crowded" (all tokens to the first
+experts), "load" (a folder whose newest checkpoint it goes on from), "save" (a folder, with a checkpoint after "save_at"
+steps). OUT.pt: by name, losses and gradient norms of the steps, expert counts, all weights, whole, and how many rows
+of each rank 0 holds; what was loaded and saved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch.distributed.tensor import DTensor
+
+from moe_train.compose import compose_run
+from moe_train.data.batches import Batches
+from moe_train.model.transformer import Transformer
+from moe_train.parallel.sharded import Sharded
+from moe_train.parallel.whole_matrices import WholeMatrices
+from moe_train.precision import recipes
+from moe_train.training.checkpoints import load_weights, save_checkpoint
+from moe_train.training.optimizers import build_optimizers
+from moe_train.training.run_folder import find_checkpoint
+from moe_train.training.runtime import Runtime, start_runtime
+from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
+from moe_train.training.step import Stepper
+
+VOCAB = 64
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(case: dict[str, Any]) -> dict[str, Any]:
+    """One case, on as many processes as there are."""
+    config = compose_run(case["overrides"], "case")
+    AcceleratorState._reset_state()  # a case may have another precision; the process group stays
+    runtime = start_runtime(config)
+    model_config = config.model.resolved()
+    model = Transformer(model_config, VOCAB, config.z_loss_weight, config.activation_checkpointing)
+    model.initialise(config.seed)
+    if "load" in case:
+        checkpoint = find_checkpoint(Path(case["load"]), "load")
+        load_weights(checkpoint, model)
+    if case.get("double"):
+        model.double()
+    if case.get("crowded"):  # every token goes to the first experts
+        for router in model.routers():
+            router.selection_bias[: model_config.moe.top_k] = 100.0
+    recipes.apply(model, config.precision, runtime.device)
+    spread, part = runtime.spread_out(model)
+    optimizers = build_optimizers(
+        model, config.optimizer, config.seed, local=spread.local, whole=spread.whole_matrices, part=part
+    )
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 4001).astype(np.uint16)
+    tokens[::3] = tokens[0]  # something to learn
+    batches = Batches(tokens, config.data.sequence_length, config.batch_size, config.seed)
+    stepper = Stepper(config, runtime, model, spread, optimizers, batches)
+    spreading = Spreading(model, spread, optimizers)
+    begin, loaded, saved = 0, {}, {}
+    if "load" in case:
+        load_spread_optimizers(checkpoint, spreading)
+        begin, loaded = checkpoint.step, states(spreading)
+    begun = weights(model, spread)
+    losses, norms, counts, first, files = [], [], [], {}, []
+    for step in range(begin, case["steps"]):
+        stepper.step(step, *stepper.load(step), 1.0, step / case["steps"])
+        figures = stepper.read_totals()
+        losses.append([figures.loss, figures.auxiliary_loss, *figures.mtp_losses])
+        norms.append(figures.grad_norm)
+        counts.append(figures.counts_le)
+        if step == 0:
+            first = weights(model, spread)
+        if step + 1 == case.get("save_at"):
+            saved = states(spreading)
+            files = save(Path(case["save"]), spreading, runtime, step + 1)
+    held = {name: len(spread.local(name)) for name, _ in model.named_parameters()}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "counts": torch.stack(counts) if counts else None,
+        "begun": begun,
+        "files": files,
+        "made_whole": made_whole(spread.whole_matrices),
+        "loaded": loaded,
+        "saved": saved,
+        "first": first,
+        "weights": weights(model, spread),
+        "held": held,
+        "layout": runtime.layout.name,
+    }
+
+
+def states(spreading: Spreading) -> dict[str, torch.Tensor]:
+    """All that a checkpoint keeps, whole."""
+    return {name: whole(tensor).clone() for name, tensor in spreading.tensors().items()}
+
+
+def save(folder: Path, spreading: Spreading, runtime: Runtime, step: int) -> list[str]:
+    if isinstance(spreading.spread, Sharded):
+        saver = Saver(folder, spreading, runtime.new_host_group(), keep_last=1)
+        saver.save({"step": step})
+        local = spreading.spread.local("norm.weight")
+        kept = local.data.clone()
+        local.data.fill_(7.0)  # what is written is what was, whatever training makes of it meanwhile
+        saver.finish(wait=True)
+        local.data.copy_(kept)
+    elif runtime.is_main:
+        save_checkpoint(folder, spreading.model, spreading.optimizers, {"step": step}, keep_last=1)
+    runtime.accelerator.wait_for_everyone()
+    return sorted(path.name for path in (folder / f"checkpoints/step_{step}").iterdir())
+
+
+def made_whole(matrices: WholeMatrices | None) -> list[float]:
+    """The largest error in doing something to cut matrices, for numbers and heights that do not divide evenly."""
+    errors = []
+    for count, rows, columns in ((5, 7, 3), (2, 3, 5), (1, 8, 4), (8, 16, 16)) if matrices is not None else ():
+        generator = torch.Generator().manual_seed(count)
+        whole_ones = torch.randn(count, rows, columns, generator=generator)
+        mine = whole_ones.chunk(matrices.parts, dim=1)
+        pieces = mine[matrices.part] if matrices.part < len(mine) else whole_ones[:, :0]
+        done = matrices.done_whole(lambda x: x @ x.mT @ x, pieces, rows)
+        expected = whole_ones @ whole_ones.mT @ whole_ones
+        first = matrices.part * -(-rows // matrices.parts)
+        assert done.shape == pieces.shape
+        errors.append((done - expected[:, first : first + done.shape[1]]).abs().sum().item())
+    return errors
+
+
+def weights(model: Transformer, spread: Any) -> dict[str, torch.Tensor]:
+    found = {
+        name: whole(spread.as_saved(name, spread.local(name).data)).clone() for name, _ in model.named_parameters()
+    }
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def main(out: Path, cases: list[dict[str, Any]]) -> None:
+    results = {case["name"]: train(case) for case in cases}
+    if PartialState().process_index == 0:
+        torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
