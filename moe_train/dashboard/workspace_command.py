@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> None:
 
 def _signed_in(entity: str | None) -> str:
     import wandb
+
     from moe_train.tracking.wandb_run import finds_api_key
 
     if not finds_api_key(wandb):

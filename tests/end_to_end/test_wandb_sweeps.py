@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from command_line import ROOT, Commands
+from wandb import wandb_agent
 from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
-import wandb
 from moe_train.compose import compose_unchecked
-from wandb import wandb_agent
 
 FILES = sorted((ROOT / "configs/wandb").glob("*.yaml"))
 SWEEP, RUN = "abc12345", "run54321"
