@@ -80,6 +80,7 @@ def train(config: RunConfig) -> None:
                 raise LostProcesses(run.signs, runtime.world_size, run.saved_step) from error
         raise
     if run.interrupted is not None:
+        run.interruption.hand_on()
         raise summaries.Interrupted(run.interrupted, run.steps_done)
 
 

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM end a run after the step in progress, with a checkpoint.
 
 SIGTERM is what a scheduler sends before it takes a machine away. Of several processes each may get a signal at another
-step, or not at all: after every step they agree on whether one has.
+step, or not at all: after every step they agree on whether one has. SIGUSR1 and SIGUSR2 do the same where somebody
+listens to them already, as submitit does, and are handed on once the checkpoint is there.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # grids note signals too, and have no use for torch
     import torch.distributed as dist
+
+
+_BEFORE_THE_END = (signal.SIGUSR1, signal.SIGUSR2)  # what submitit has SLURM send when time is nearly up
 
 
 class Interruption:
@@ -22,6 +26,7 @@ class Interruption:
         self.signal: int | None = None  # that all processes know of
         self._alone = alone
         self._here: int | None = None
+        self._previous: dict[int, Any] = {}
 
     def agree(self, group: dist.ProcessGroup | None) -> None:
         """Among all processes, over `group`; the highest signal counts. None: there is one process."""
@@ -41,13 +46,23 @@ class Interruption:
         their launcher, one more when the first of them has ended: they go on noting them, to have their say, until the
         launcher's patience ends.
         """
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        listened_to = [number for number in _BEFORE_THE_END if callable(signal.getsignal(number))]
+        numbers = (signal.SIGINT, signal.SIGTERM, *listened_to)
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:
             if self._alone:
-                for number, handler in previous.items():
+                for number, handler in self._previous.items():
                     signal.signal(number, handler)
+
+    def hand_on(self) -> None:
+        """To who listened before: submitit asks its scheduler for another turn, and exits. Else nothing is done.
+
+        Here and not in the middle of a step, where an exit that falls into one of torch's callbacks is swallowed.
+        """
+        if self.signal in _BEFORE_THE_END and callable(handler := self._previous.get(self.signal)):
+            handler(self.signal, None)
 
     def _note(self, number: int, _frame: object) -> None:
         if self._alone:

@@ -54,6 +54,10 @@ def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(commands: C
     assert (summary["status"], summary["steps"]) == ("finished", 400)
     said = "".join(file.read_text() for file in commands.folder.glob("outputs/grids/*/.submitit/*/*.err"))
     assert "going on from step" in said
+    lines = (commands.folder / "outputs/ledger.jsonl").read_text().splitlines()
+    attempts = list({line["id"]: line for line in map(json.loads, lines)}.values())
+    assert [attempt["status"] for attempt in attempts] == ["interrupted", "finished"]
+    assert attempts[1]["lost_seconds"] == 0  # it was saved after the step in progress
 
 
 @pytest.mark.parametrize(
