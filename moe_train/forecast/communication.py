@@ -66,19 +66,18 @@ class Network:
         """All-to-all of one token of width `hidden`, with `dispatch_bytes` for each of its numbers on the way out."""
         if expert_parallel == 1:
             return Exchange(0.0, 0.0)
-        nodes = max(1, expert_parallel // self.devices_per_node)
+        nodes = -(-expert_parallel // self.devices_per_node)
         crossing = 0.0 if nodes == 1 else nodes_visited(moe, nodes)
         devices = distinct(moe.experts_per_token, expert_parallel)
 
-        def seconds(size: float) -> float:
-            return max(crossing * size / self.between_nodes, devices * size / self.in_node)
-
-        return Exchange(seconds(hidden * dispatch_bytes), seconds(hidden * 2.0))
+        slowest = max(crossing / self.between_nodes, devices / self.in_node)  # seconds a byte
+        return Exchange(hidden * dispatch_bytes * slowest, hidden * 2.0 * slowest)
 
 
 def distinct(choices: float, places: int) -> float:
     """Of `places`, how many are hit by so many even choices, on average."""
-    return places * (1 - (1 - 1 / places) ** choices)
+    missed: float = (1 - 1 / places) ** choices
+    return places * (1 - missed)
 
 
 def nodes_visited(moe: MoEConfig, nodes: int) -> float:

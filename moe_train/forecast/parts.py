@@ -130,7 +130,8 @@ def step(task: Task, machine: Machine) -> Step:
     seen = max(0.0, both - computing.seconds) if hides else both
     uneven = _slowest_stage(task, stages) - 1
 
-    transfer = 0.0 if stages == 1 else 2 * tokens * task.model.hidden_size * WEIGHT / network.between_nodes
+    link = network.in_node if machine.num_devices <= network.devices_per_node else network.between_nodes
+    transfer = 0.0 if stages == 1 else 2 * tokens * task.model.hidden_size * WEIGHT / link
     backward = computing.inputs + computing.weights
     chunk = Chunk(
         computing.forward + exchange.seconds,

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_train.compose import compose_model
+from moe_train.cost.flops import parameter_counts
 from moe_train.errors import UsageError
 from moe_train.forecast.commands import named_hardware, precision_of
 from moe_train.forecast.parts import Machine, Sharding, Step, Task, step
 from moe_train.forecast.parts_tables import show_parts
 from moe_train.forecast.pipeline import Schedule
+from moe_train.forecast.published import published_runs
 from moe_train.forecast.rates import SOURCES
 from moe_train.forecast.scaling import STATES_SHARE, Limit, limits
 
 A_TRILLION = 10**12
-PUBLISHED = {("deepseek_v3", "h800", 2048): 180_000}  # GPU-hours a trillion tokens, arXiv 2412.19437, section 1
 LEFT_OUT = (
     "left out: uneven load of experts, devices slowed by their power limit, activations in what fits, evaluation, "
     "checkpoints, failures and restarts"
@@ -65,7 +66,6 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
     taken = step(task, machine)
     hours = _hours(taken, machine.num_devices, tokens)
     price = hardware.price_usd_per_hour
-    published = PUBLISHED.get((task.model.name, hardware.name, machine.num_devices))
     content: dict[str, Any] = {
         "model": task.model.name,
         "hardware": hardware.name,
@@ -78,7 +78,7 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
         "tokens_per_second_per_gpu": taken.tokens / taken.seconds / machine.num_devices,
         "gpu_hours": hours,
         "usd": None if price is None else hours * price,
-        "published_gpu_hours": None if published is None else published * tokens / A_TRILLION,
+        "published_gpu_hours": _published_hours(task, hardware.name, tokens),
         "gpu_hours_by_part": {name: hours * s / taken.seconds for name, s in taken.exposed.items()},
         "hidden_gpu_hours": {name: hours * s / taken.seconds for name, s in taken.hidden.items()},
         "state_bytes": taken.state_bytes,
@@ -93,6 +93,17 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
 
         plot_parts(content, asked.plot)
     return content
+
+
+def _published_hours(task: Task, hardware: str, tokens: int) -> float | None:
+    """What a published run of that size on that device took for so many tokens, on however many of them."""
+    counts = parameter_counts(task.model, task.vocab_size)
+    sizes = (counts.total - counts.mtp, counts.active)
+    for run in published_runs():
+        pairs = zip(sizes, (run.total_params, run.active_params), strict=True)
+        if run.hardware == hardware and all(abs(own / theirs - 1) < 0.03 for own, theirs in pairs):
+            return run.gpu_hours / run.tokens * tokens
+    return None
 
 
 def _hours(taken: Step, devices: int, tokens: int) -> float:

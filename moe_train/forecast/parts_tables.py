@@ -33,7 +33,10 @@ def show_parts(content: dict[str, Any], console: Console | None = None) -> None:
         lines.append(f"{as_usd(content['usd'])} of rent")
     if content["published_gpu_hours"] is not None:
         published = content["published_gpu_hours"]
-        lines.append(f"published: {published:,.0f} GPU-hours; the prediction is {hours / published - 1:+.1%} off")
+        side = "fewer" if hours < published else "more"
+        lines.append(
+            f"published: {published:,.0f} GPU-hours; the parts come to {abs(hours / published - 1):.1%} {side}"
+        )
     for line in lines:
         console.print(Text(line), soft_wrap=True)
     _show_limits(content, console)
@@ -49,10 +52,8 @@ def _show_limits(content: dict[str, Any], console: Console) -> None:
         if row["fits"]:
             words = (layout_in_words(row["layout"]), f"{row['gpu_hours']:,.0f}", row["limit"], f"{row['share']:.1%}")
         else:
-            needs = (
-                f"{row['limit']}: {row['state_bytes'] / 1e9:,.0f} GB of states a device" if row["state_bytes"] else ""
-            )
-            words = ("none", "", needs or row["limit"], "")
+            held = f": {row['state_bytes'] / 1e9:,.0f} GB of states on each" if row["state_bytes"] else ""
+            words = ("none", "", row["limit"] + held, "")
         table.add_row(f"{row['num_devices']:,}", *words)
     console.print(table)
 
