@@ -180,6 +180,13 @@ def check_json_target(path: Path | None, out: Path | None = None, key: str = "js
         raise UserError(f"{key}={path}: the folder {path.absolute().parent} cannot be written: choose another")
 
 
+def check_plot_target(path: Path | None) -> None:
+    """`check_json_target` of a picture, which also needs an ending that can be drawn."""
+    check_json_target(path, key="plot")
+    if path and path.suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"plot={path}: give a file that ends in .svg, .png or .pdf")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """What a script prints, for programs."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

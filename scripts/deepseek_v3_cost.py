@@ -9,10 +9,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_train.cli import check_json_target, parse_arguments, wants_traceback, write_json
+from moe_train.cli import check_json_target, check_plot_target, parse_arguments, wants_traceback, write_json
 from moe_train.compose import CONFIGS, compose_model
 from moe_train.cost.hardware import load_hardware
-from moe_train.errors import UserError, reported
+from moe_train.errors import reported
 from moe_train.forecast.deepseek_v3 import recompute
 from moe_train.forecast.published import published_runs
 from moe_train.forecast.tables import show_deepseek_v3
@@ -27,9 +27,7 @@ class Arguments:
 def main() -> None:
     arguments = parse_arguments(Arguments, sys.argv[1:], usage=(__doc__ or "").strip().splitlines()[-1])
     check_json_target(arguments.json)
-    check_json_target(arguments.plot, key="plot")
-    if arguments.plot and arguments.plot.suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"plot={arguments.plot}: give a file that ends in .svg, .png or .pdf")
+    check_plot_target(arguments.plot)
     model = compose_model(["model=deepseek_v3"]).model
     h800, h100 = (load_hardware(CONFIGS / f"hardware/{name}.yaml") for name in ("h800", "h100"))
     content = recompute(model, model.vocab_size or 0, h800, h100, published_runs())

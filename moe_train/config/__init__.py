@@ -14,7 +14,7 @@ from moe_train.config.data import (
     LocalPythonConfig,
     TextFilesConfig,
 )
-from moe_train.config.hardware import HardwareConfig, PeakConfig, TrackingConfig
+from moe_train.config.hardware import HardwareConfig, LinksConfig, PeakConfig, TrackingConfig
 from moe_train.config.model import (
     GQAConfig,
     Llama3RopeConfig,
@@ -55,6 +55,7 @@ __all__ = [
     "GQAConfig",
     "HardwareConfig",
     "HubConfig",
+    "LinksConfig",
     "Llama3RopeConfig",
     "LocalPackagesConfig",
     "LocalPythonConfig",

@@ -26,6 +26,17 @@ class PeakConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LinksConfig:
+    """What a device can send at its rated speed, one way, in GB/s, to its node and through its own network card."""
+
+    devices_per_node: Positive
+    in_node_gb_s: Annotated[float, Field(gt=0, le=1e5)]
+    between_nodes_gb_s: Annotated[float, Field(gt=0, le=1e5)]
+    source: str
+    date: Date
+
+
+@dataclass(frozen=True, config=STRICT)
 class HardwareConfig:
     """One device: what it can do and what an hour of it costs, each with where the figure is from. None is unknown."""
 
@@ -44,6 +55,7 @@ class HardwareConfig:
     purchase_usd: Dollars | None  # to buy a device; a core where it is a CPU
     purchase_source: str | None
     purchase_date: Date | None
+    links: LinksConfig | None = None  # runs from before this key lack it
 
     def __post_init__(self) -> None:
         low, high = self.price_range_usd_per_hour or (0.0, 0.0)

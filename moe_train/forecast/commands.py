@@ -69,7 +69,7 @@ def forecast_of(asked: _Asked, overrides: list[str], config_dir: Path | None) ->
         sequence_length=asked.sequence_length or composed.sequence_length,
         hardware=hardware,
         num_devices=asked.num_gpus,
-        precision=_precision(asked.precision),
+        precision=precision_of(asked.precision),
         layouts=layouts,
         micro_batch=asked.micro_batch,
         activation_checkpointing=None if choice == "auto" else choice == "true",
@@ -186,7 +186,8 @@ def named_hardware(name: str | None, price_usd_per_hour: float | None, config_di
     )
 
 
-def _precision(name: str | None) -> Precision:
+def precision_of(name: str | None) -> Precision:
+    """What products are in, `precision=` of a forecast. Raises UsageError."""
     if name in (None, "bf16"):
         return "bf16"
     if name == "fp8":

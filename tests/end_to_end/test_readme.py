@@ -180,6 +180,24 @@ def test_the_published_figures_in_the_readme_are_those_of_the_files_and_these_ar
     assert own.gpu_hours == pytest.approx(v3["predicted_gpu_hours"])
 
 
+def test_the_parts_in_the_readme_are_those_of_the_files() -> None:
+    v3, v2 = (json.loads((ROOT / f"docs/results/deepseek_v{n}_parts.json").read_text()) for n in (3, 2))
+    text = " ".join(README[README.index("## What was reproduced") : README.index("## The map")].split())
+    hours, parts, hidden = v3["gpu_hours"], v3["gpu_hours_by_part"], v3["hidden_gpu_hours"]
+    products = sum(part for name, part in parts.items() if name.startswith("products"))
+    for figure in (
+        f"{hours / 1e3:.1f}K GPU-hours a trillion tokens, {1 - hours / v3['published_gpu_hours']:.1%} fewer",
+        f"Products take {products / hours:.1%}, attention {parts['attention'] / hours:.1%}",
+        f"memory {parts['passes through memory'] / hours:.1%}",
+        f"communication {parts['multiprocessors lent to communication'] / hours:.1%}",
+        f"bubbles {parts['pipeline bubbles'] / hours:.1%}",
+        f"{(hidden['expert dispatch'] + hidden['expert combine']) / 1e3:.1f}K hours",
+        f"{1 - v2['gpu_hours'] / v2['published_gpu_hours']:.1%} fewer than its",
+        f"{hours * v2['published_gpu_hours'] / v2['gpu_hours'] / 1e3:.1f}K, but that",
+    ):
+        assert figure in text, figure
+
+
 def test_the_figures_under_what_was_reproduced_are_the_measured_ones() -> None:
     summary = json.loads((ROOT / "docs/results/cpu_2_cores/quick_start.json").read_text())
     table = README[README.index("## What was reproduced") : README.index("## The map")]
