@@ -67,7 +67,8 @@ def test_results_are_kept_beside_those_of_other_suites(
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(suites, "run", made_up)
     for suite in ("tax", "step"):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", f"suite={suite}", "save=true", "num_threads=1", "precision=fp32"])
+        arguments = [f"suite={suite}", "save=true", "num_threads=1", "precision=fp32"]
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
         script.main()
     (file,) = (tmp_path / "results").iterdir()
     assert {figure["suite"] for figure in json.loads(file.read_text())["figures"]} == {"tax", "step"}
