@@ -9,7 +9,7 @@
 python scripts/forecast.py model=NAME tokens=N hardware=NAME [num_gpus=1] [precision=bf16|fp8] \
 [parallel=auto|single|ddp|fsdp2|ep|ep_fsdp2] [expert_parallel=N] [micro_batch=1] [sequence_length=N] [vocab_size=N] \
 [activation_checkpointing=auto|true|false] [price_usd_per_hour=X] [json=FILE] [--config-dir DIR] [model.KEY=VALUE …]
-parts=true also takes pipeline_parallel=N schedule=1f1b|zb1p|dualpipe sharding=ddp|zero1|fsdp2 and \
+parts=true also takes pipeline_parallel=N pipeline_schedule=1f1b|zb1p|dualpipe sharding=ddp|zero1|fsdp2 and \
 plot=FILE.svg|png|pdf
 """
 
@@ -57,7 +57,7 @@ class Arguments:
     parts: bool = False
     batch_size: Size | None = None
     pipeline_parallel: Size = 1
-    schedule: Schedule = "1f1b"
+    pipeline_schedule: Schedule = "1f1b"
     sharding: Sharding = "zero1"
     plot: Path | None = None
     published: bool = False
@@ -72,11 +72,19 @@ _TAKES = {
     "forecast": (*_PLAN, "sequence_length", "vocab_size", "activation_checkpointing", "price_usd_per_hour"),
     "parts": (
         *("tokens", "hardware", "num_gpus", "precision", "expert_parallel", "micro_batch", "sequence_length"),
-        *("vocab_size", "price_usd_per_hour", "batch_size", "pipeline_parallel", "schedule", "sharding", "plot"),
+        *(
+            "vocab_size",
+            "price_usd_per_hour",
+            "batch_size",
+            "pipeline_parallel",
+            "pipeline_schedule",
+            "sharding",
+            "plot",
+        ),
     ),
     "published": (),
     "fit": ("hardware", "precision", "sequence_length", "vocab_size"),
-    "probe": ("tokens", "hardware", "precision", "against"),
+    "probe": ("tokens", "hardware", "precision", "batch_size", "against"),
 }
 
 
@@ -98,7 +106,8 @@ def main() -> None:
             )
     content: dict[str, Any]
     if arguments.probe:
-        given = {"hardware": arguments.hardware, "precision": arguments.precision}
+        names = ("hardware", "precision", "batch_size")  # of train.py as well
+        given = {name: getattr(arguments, name) for name in names}
         shared = [f"{key}={value}" for key, value in given.items() if value is not None]
         content = commands.probed([*others, *shared], arguments.tokens, arguments.against)
     else:

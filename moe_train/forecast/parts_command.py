@@ -30,7 +30,7 @@ class _Asked(Protocol):
     precision: str | None
     expert_parallel: int | None
     pipeline_parallel: int
-    schedule: Schedule
+    pipeline_schedule: Schedule
     sharding: Sharding
     batch_size: int | None
     micro_batch: int
@@ -59,7 +59,7 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
         asked.num_gpus,
         asked.pipeline_parallel,
         asked.expert_parallel or 1,
-        asked.schedule,
+        asked.pipeline_schedule,
         asked.sharding,
     )
     tokens = asked.tokens or A_TRILLION

@@ -105,7 +105,10 @@ def test_deepseek_v3s_table_and_its_picture(commands: Commands) -> None:
         (["probe=true"], "tokens= is missing"),
         (["parts=true", "model=nano", "hardware=h800"], "batch_size= is missing"),
         (["parts=true", "model=nano", "hardware=rtx_4090", "batch_size=64"], "has no link bandwidths"),
-        (["model=nano", "tokens=1e9", "hardware=h800", "schedule=dualpipe"], "schedule= goes with parts=true"),
+        (
+            ["model=nano", "tokens=1e9", "hardware=h800", "pipeline_schedule=dualpipe"],
+            "pipeline_schedule= goes with parts=true",
+        ),
     ],
     ids=str,
 )
