@@ -52,5 +52,6 @@ def check_schedule(schedule: Schedule, stages: int, micro_batches: int) -> None:
     if micro_batches < 2 * stages or micro_batches % 2:
         raise UserError(
             f"pipeline_schedule=dualpipe needs an even number of micro-batches, {2 * stages} or more, "
-            f"not {micro_batches}: raise batch_size, lower pipeline_parallel or micro_batch, or choose pipeline_schedule=1f1b"
+            f"not {micro_batches}: raise batch_size, lower pipeline_parallel or micro_batch, or choose "
+            "pipeline_schedule=1f1b"
         )
