@@ -33,13 +33,14 @@ from moe_train.tracking.tracker import Tracker
 from moe_train.training import metrics
 from moe_train.training import summary as summaries
 from moe_train.training.account import Account
-from moe_train.training.checkpoints import Checkpoint, load_weights, save_checkpoint
+from moe_train.training.checkpoints import Checkpoint, load_weights
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
 from moe_train.training.fp8_health import Fp8Health, where_not_finite
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
 from moe_train.training.runtime import Runtime, start_runtime
+from moe_train.training.saving import Saving
 from moe_train.training.schedules import lr_factor
 from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
 from moe_train.training.signals import Interruption
@@ -77,7 +78,7 @@ def train(config: RunConfig) -> None:
         if run.signs is not None:
             run.signs.failed(error)
             if is_of_the_network(error):
-                raise LostProcesses(run.signs, runtime.world_size, run.saved_step) from error
+                raise LostProcesses(run.signs, runtime.world_size, run.saving.saved_step) from error
         raise
     if run.interrupted is not None:
         run.interruption.hand_on()
@@ -145,12 +146,12 @@ class Run:
             part=part,
         )
         spreading = Spreading(self.model, self.spread, self.optimizers)
-        self.saver: Saver | None = None  # of parts; None: rank 0 has all there is to save
+        saver: Saver | None = None
         if isinstance(self.spread, Sharded):
             runtime.accelerator.wait_for_everyone()
             if self.signs is not None:
                 self.signs.check_shared()
-            self.saver = Saver(self.path, spreading, runtime.new_host_group(), config.checkpoint.keep_last)
+            saver = Saver(self.path, spreading, runtime.new_host_group(), config.checkpoint.keep_last)
         self.stepper = Stepper(
             config, runtime, self.model, self.spread, self.optimizers, self.batches, self.fp8_health.counts
         )
@@ -182,12 +183,21 @@ class Run:
             )
         if folder is None:  # rank 0 has done so with its ledger
             account.take_up(resumed)
-        self.saved_step = self._asked_step = self.steps_done if resumed else None  # whole, and asked to be written
         if folder is not None and not folder.fresh and checkpoint is None:
             notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
 
         self.evaluation: Evaluation | None = None
         self.closing = Closing(config, runtime, account, self.model, self.data, self.stepper.micro_batch_size)
+        self.saving = Saving(
+            self.path,
+            runtime,
+            self.model,
+            self.optimizers,
+            self.closing,
+            saver,
+            keep_last=config.checkpoint.keep_last,
+            step=self.steps_done if resumed else None,
+        )
         self.startup_seconds = 0.0  # of this attempt, until its first step
         self.interruption = Interruption(alone=runtime.world_size == 1)
         self.stopped_by: str | None = None  # the limit that did
@@ -235,9 +245,9 @@ class Run:
             self.startup_seconds = self.account.meter.attempt_wall_seconds
             while progress < 1 and self.interrupted is None:
                 progress = self._step(progress, display)
-            if self._asked_step != self.steps_done:  # a signal came after the step had decided not to save
+            if self.saving.asked_step != self.steps_done:  # a signal came after the step had decided not to save
                 self._save()
-            self._take_note_of_saving(wait=True)
+            self.saving.take_note(wait=True)
         self._finish()
         self.runtime.accelerator.wait_for_everyone()  # a launcher ends rank 0 as soon as another has ended otherwise
 
@@ -291,7 +301,7 @@ class Run:
                 )
         if saves or too_unhealthy is not None:
             self._save()
-        self._take_note_of_saving(wait=too_unhealthy is not None)
+        self.saving.take_note(wait=too_unhealthy is not None)
         if too_unhealthy is not None:
             raise UserError(
                 f"{too_unhealthy} (step_{self.steps_done} is saved): go on with resume=auto and precision=bf16, "
@@ -329,7 +339,11 @@ class Run:
         figures = self.stepper.read_totals()
         self.train_loss = figures.loss
         if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
-            saved = "there is no checkpoint yet" if self.saved_step is None else f"step_{self.saved_step} is saved"
+            saved = (
+                "there is no checkpoint yet"
+                if self.saving.saved_step is None
+                else f"step_{self.saving.saved_step} is saved"
+            )
             place = where_not_finite(figures.fp8_rates)
             raise UserError(
                 f"the loss is {figures.loss} and the gradient norm {figures.grad_norm} at step {self.steps_done}"
@@ -385,24 +399,7 @@ class Run:
             "config_hash": self.config.config_hash(),
             "model_digest": model_digest(self.config.model),
         }
-        self._asked_step = self.steps_done
-        if self.saver is not None:
-            self._take_note_of_saving(wait=True)
-            self.saver.save(state)
-        else:
-            began = time.monotonic()
-            if self.runtime.is_main:
-                save_checkpoint(self.path, self.model, self.optimizers, state, self.config.checkpoint.keep_last)
-            self.runtime.accelerator.wait_for_everyone()
-            self.closing.checkpoint_took(time.monotonic() - began)
-            self.saved_step = self.steps_done
-
-    def _take_note_of_saving(self, *, wait: bool = False) -> None:
-        """Of a checkpoint that is written while training goes on: that it has become whole, or once it is."""
-        written = None if self.saver is None else self.saver.finish(wait)
-        if written is not None:
-            self.saved_step, seconds = written
-            self.closing.checkpoint_took(seconds)
+        self.saving.save(state)
 
     def abandon(self) -> None:
         """Close the books of a run that failed; its checkpoints stay."""
