@@ -8,9 +8,7 @@ import os
 import sys
 import traceback
 
-# Threads that wait for each other spin in torch's OpenMP by default: with anything else running on the cores, a step
-# then takes many times as long. Read when torch is loaded. The output is for people: no character may end a run.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# The output is for people: no character may end a run.
 for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")
@@ -18,6 +16,7 @@ for stream in (sys.stdout, sys.stderr):
 import hydra
 from omegaconf import DictConfig
 
+from moe_train.before_torch import settle_environment
 from moe_train.cli import check_grid_of_others, hydra_main, reported_job, wants_traceback
 from moe_train.compose import CONFIGS, to_run_config
 
@@ -34,6 +33,7 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    settle_environment()
     status = 0
     try:
         hydra_main(main)

@@ -19,7 +19,6 @@ slowest operations and memory of suite=step's model into out= (by default under 
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,8 +27,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py has it, before torch is loaded
-
+from moe_train.before_torch import settle_environment
 from moe_train.benchmark.choices import KEYS, SUITES, chosen
 from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
 from moe_train.compose import compose_run, split_overrides
@@ -50,6 +48,7 @@ class Arguments:
 
 
 def main() -> None:
+    settle_environment()
     own, others = divide_arguments(Arguments, sys.argv[1:])
     arguments = parse_arguments(Arguments, own, usage=USAGE)
     check_json_target(arguments.json)

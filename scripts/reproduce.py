@@ -25,8 +25,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py has it
-
+from moe_train.before_torch import settle_environment
 from moe_train.claims.plan import ALLOWED
 from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
 from moe_train.compose import split_overrides
@@ -52,6 +51,7 @@ class Arguments:
 
 
 def main() -> None:
+    settle_environment()
     # A key with a dot can be no field of a dataclass.
     words = [f"budget_usd={word[11:]}" if word.startswith("budget.usd=") else word for word in sys.argv[1:]]
     own, others = divide_arguments(Arguments, words)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py has it
-
+from moe_train.before_torch import settle_environment
 from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
 from moe_train.compose import split_overrides
 from moe_train.config.sweep import SweepConfig
@@ -46,6 +44,7 @@ class Arguments:
 
 
 def main() -> None:
+    settle_environment()
     # A key with a dot can be no field of a dataclass.
     words = [f"budget_usd={word[11:]}" if word.startswith("budget.usd=") else word for word in sys.argv[1:]]
     own, others = divide_arguments(Arguments, words)

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from moe_train.before_torch import settle_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = "moe_train.training.run"
 
@@ -26,7 +28,7 @@ class Forks:
         # Libraries read some of it while they are imported.
         self.server = subprocess.Popen(
             [sys.executable, __file__],
-            env={**environment, "PYTHONPATH": os.pathsep.join(sys.path), "GOMP_SPINCOUNT": "20000"},
+            env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -48,6 +50,7 @@ class Forks:
 
 
 def _serve(requests: IO[str], answers: IO[str], seconds: int = 300) -> None:
+    settle_environment()
     __import__(IMPORTED)
     for line in requests:
         child = os.fork()

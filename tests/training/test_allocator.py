@@ -9,6 +9,8 @@ import sys
 import pytest
 
 FAULTS = """
+from moe_train.before_torch import settle_environment
+settle_environment()
 import resource, torch
 from moe_train.training.allocator import keep_freed_memory
 done = keep_freed_memory()
@@ -29,8 +31,9 @@ def faults(**environment: str) -> tuple[bool, int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_pages_are_asked_for_once_unless_the_environment_says_otherwise() -> None:
-    done, kept = faults()
     left_alone, usual = faults(MALLOC_ARENA_MAX="4")
-    assert done
     assert not left_alone
-    assert kept < usual / 2
+    for _ in range(4):  # where a place lies differs from process to process
+        done, kept = faults()
+        assert done
+        assert kept < usual / 16
