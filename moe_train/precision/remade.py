@@ -105,7 +105,7 @@ def remade(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Inputs are taken to be kept or made again anyway, so where the result is a view of one there is nothing to do.
     """
     out = function(*inputs)
-    if _region is not None:
+    if _region is not None and not torch.compiler.is_compiling():
         _region.add((out,), lambda *again: (function(*again),), inputs)
     return out
 
@@ -113,6 +113,6 @@ def remade(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 def remade_with(function: Function, x: Tensor) -> tuple[Tensor, ...]:
     """function(x), not differentiable: made again where x is, or is kept anyway, as `remade` says; else kept."""
     results = function(x.detach())
-    if _region is not None and x.untyped_storage() in _region.ways:
+    if _region is not None and not torch.compiler.is_compiling() and x.untyped_storage() in _region.ways:
         _region.add(results, function, (x,))
     return results

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.precision.cpu_grouped import ROWS
+from moe_train.precision import cpu_grouped
 from moe_train.precision.matmul import grouped_linear
 
 
@@ -18,7 +18,7 @@ def reference(x: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> torch.
 
 @settings(deadline=None, max_examples=40)
 @given(
-    sizes=st.lists(st.sampled_from([0, 1, 7, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS + 5]), min_size=1, max_size=5),
+    sizes=st.lists(st.sampled_from([0, 1, 7, 31, 32, 33, 101, 600]), min_size=1, max_size=5),
     bf16=st.booleans(),
 )
 def test_each_group_is_multiplied_by_its_own_weight_in_both_passes(sizes: list[int], bf16: bool) -> None:
@@ -83,3 +83,11 @@ def test_on_a_gpu_no_host_synchronisation_is_needed() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(out.float(), reference(x, weight, [64, 0, 64, 128]).float(), rtol=2e-2, atol=2e-1)
+
+
+def test_products_in_bf16_have_few_shapes_and_next_to_no_rows_for_nothing() -> None:
+    narrow, wide = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
+    rounded = {rows: cpu_grouped._rounded_up(rows, narrow) for rows in range(1, 10_000)}
+    assert len(set(rounded.values())) < 150
+    assert all(rows <= up < rows + 32 or up <= rows * 1.07 for rows, up in rounded.items())
+    assert cpu_grouped._rounded_up(33, wide) == 33
