@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Iterator
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_train.precision import cpu_grouped
+from moe_train.precision.cpu_threads import on_cores
 from moe_train.precision.matmul import grouped_linear
 
 
@@ -86,8 +92,63 @@ def test_on_a_gpu_no_host_synchronisation_is_needed() -> None:
 
 
 def test_products_in_bf16_have_few_shapes_and_next_to_no_rows_for_nothing() -> None:
-    narrow, wide = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
-    rounded = {rows: cpu_grouped._rounded_up(rows, narrow) for rows in range(1, 10_000)}
+    narrow = torch.empty(10_000, 0, dtype=torch.bfloat16)
+    rounded = {rows: rows + cpu_grouped._missing(narrow[:rows]) for rows in range(1, 10_000)}
     assert len(set(rounded.values())) < 150
-    assert all(rows <= up < rows + 32 or up <= rows * 1.07 for rows, up in rounded.items())
-    assert cpu_grouped._rounded_up(33, wide) == 33
+    assert all(up < rows + 32 or up <= rows * 1.07 for rows, up in rounded.items())
+    assert cpu_grouped._missing(torch.empty(33, 0)) == 0
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where the smallest product is enough for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(cpu_grouped, "_ENOUGH", 0)
+    yield
+    torch.set_num_threads(before)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.sampled_from([0, 1, 7, 31, 32, 33, 101, 600]), min_size=1, max_size=7).filter(sum))
+def test_cores_that_share_the_groups_give_the_bits_of_one(two_threads: None, sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    x, grad = (torch.randn(sum(sizes), width).bfloat16() for width in (16, 24))
+    weight = torch.randn(len(sizes), 24, 16).bfloat16()
+    ends = torch.tensor(sizes).cumsum(0).int()
+
+    def products() -> tuple[torch.Tensor, torch.Tensor]:
+        return cpu_grouped.grouped_product(x, weight, ends), cpu_grouped.grouped_weight_product(grad, x, ends)
+
+    torch.set_num_threads(2)
+    shared = products()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert all(torch.equal(*pair) for pair in zip(shared, products()))
+
+
+def test_each_thread_of_products_uses_one_core_and_the_others_all_of_them(two_threads: None) -> None:
+    numbers: list[int] = []
+    for _ in range(2):
+        on_cores(lambda _: numbers.append(torch.get_num_threads()), range(2))
+    assert numbers == [1, 1, 1, 1]
+    assert torch.get_num_threads() == 2
+
+
+def test_a_forked_process_has_threads_of_its_own(two_threads: None) -> None:
+    x, weight, ends = torch.ones(64, 16).bfloat16(), torch.ones(2, 8, 16).bfloat16(), torch.tensor([32, 64]).int()
+    cpu_grouped.grouped_product(x, weight, ends)
+    child = os.fork()
+    if not child:
+        os._exit(0 if torch.equal(cpu_grouped.grouped_product(x, weight, ends), x @ weight[0].t()) else 1)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    assert ended == (child, 0)
+
+
+def test_what_goes_wrong_on_a_core_is_raised(two_threads: None) -> None:
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        cpu_grouped.grouped_product(torch.ones(4, 3).bfloat16(), torch.ones(1, 2, 5).bfloat16(), torch.tensor([4]))
