@@ -74,3 +74,17 @@ def test_nothing_later_changes_a_result_or_a_gradient() -> None:
         results += [out, *torch.autograd.grad(out[:, :, :80], later, grad[:, :, :80])]
     for one, other in zip(before, after):
         assert torch.equal(one[:, :, :80], other[:, :, :80])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_cores_that_share_the_heads_give_the_bits_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "_ENOUGH", 0)
+    usual, results = torch.get_num_threads(), []
+    for cores in (1, 2, 3):
+        torch.set_num_threads(cores)
+        q, k, v, grad = (x.requires_grad_() for x in inputs(SHAPES[name]))
+        out = causal_attention(q, k, v, 0.3, grouped=True)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    torch.set_num_threads(usual)
+    assert all(torch.equal(one, other) for more in results[1:] for one, other in zip(results[0], more))
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # type: ignore[attr-defined]
