@@ -147,13 +147,14 @@ def swiglu_quantize(
     gate_up_nf2: Tensor,
     gate_n1: Tensor | None,
     ends_e: Tensor,
+    rows: OperandConfig,
     *,
-    rows: OperandConfig | None,
-    columns: OperandConfig | None,
     power_of_two: bool | None = None,
-) -> tuple[Rows | None, Columns | None]:
+) -> Rows:
     """See kernels/swiglu.py."""
-    return quantize(swiglu(gate_up_nf2, gate_n1), ends_e, rows=rows, columns=columns, power_of_two=power_of_two)
+    found, _ = quantize(swiglu(gate_up_nf2, gate_n1), ends_e, rows=rows, columns=None, power_of_two=power_of_two)
+    assert found is not None
+    return found
 
 
 def swiglu_backward_quantize(

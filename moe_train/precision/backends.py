@@ -57,12 +57,11 @@ class Backend(Protocol):
         gate_up: Tensor,
         row_weight: Tensor | None,
         ends_e: Tensor,
+        rows: OperandConfig,
         *,
-        rows: OperandConfig | None,
-        columns: OperandConfig | None,
         power_of_two: bool | None = None,
-    ) -> tuple[Rows | None, Columns | None]:
-        """silu(gate) · up · row_weight of gate_up (n, 2f), in its format, then rounded as `quantize` rounds it."""
+    ) -> Rows:
+        """silu(gate) · up · row_weight of gate_up (n, 2f), in its format, then rounded along f as `quantize` does."""
 
     def swiglu_backward(
         self,

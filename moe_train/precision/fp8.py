@@ -142,15 +142,8 @@ class Fp8Layer:
 
     def swiglu(self, gate_up: Tensor, row_weight: Tensor | None, ends_e: Tensor) -> Rows:
         """The result of a SwiGLU as its input. The backend rounds it unseen: to be counted it is made once more."""
-        rows, _ = self.backend.swiglu(
-            gate_up,
-            row_weight,
-            ends_e,
-            rows=self.recipe.forward.activation,
-            columns=None,
-            power_of_two=self.power_of_two,
-        )
-        assert rows is not None
+        operand = self.recipe.forward.activation
+        rows = self.backend.swiglu(gate_up, row_weight, ends_e, operand, power_of_two=self.power_of_two)
         if self.counts is not None:
             health.count_rows(self.counts, "input", reference.swiglu(gate_up, row_weight), rows, ends_e)
         return rows
