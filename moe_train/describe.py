@@ -19,6 +19,7 @@ from rich.text import Text
 from moe_train.compose import ComposedModel
 from moe_train.config import ModelConfig, PrecisionConfig
 from moe_train.cost import bytes_each, flops, memory
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def describe(
     if batch is None:
         batch = sequence_length
     compute_bytes = 2 if compute_dtype == "bfloat16" else 4
-    fp8 = composed.precision.fp8 is not None
+    fp8 = Fp8Kept.by(composed.precision.fp8)
     counts = flops.parameter_counts(model, vocabulary)
     lookups = 0 if model.tie_word_embeddings else vocabulary * model.hidden_size  # a tied one is multiplied as the head
     in_training = memory.training_memory(

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from moe_train.compose import CONFIGS, ComposedModel, compose_model
 from moe_train.config import HardwareConfig
 from moe_train.cost.fit import fit
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.hardware import GIVEN, at_the_launchers_price, load_hardware
 from moe_train.cost.layout import Layout
 from moe_train.errors import UsageError, UserError
@@ -137,7 +138,7 @@ def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dic
             sequence_length=asked.sequence_length or each.sequence_length,
             optimizer=each.optimizer,
             compute_bytes=2 if narrow else 4,
-            fp8=precision.fp8 is not None,
+            fp8=Fp8Kept.by(precision.fp8),
         )
     tables.show_fit(rows, hardware.name)
     return {
