@@ -94,6 +94,10 @@ class PrecisionConfig:
             f"health says what FP8 may lose, and precision={self.name} has no FP8: leave it null",
         )
         require(
+            self.fp8 is not None or not self.evaluate_in_fp8,
+            f"evaluate_in_fp8=true has nothing to evaluate in, as precision={self.name} has no FP8: leave it false",
+        )
+        require(
             self.fp8 is not None or self.backend == "auto",
             f"backend={self.backend} says what multiplies in FP8, and precision={self.name} has no FP8: leave it auto",
         )

@@ -127,8 +127,9 @@ def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dic
     asked_for = [overrides] if chosen else [[f"model={name}", *overrides] for name in _FITTED]
     composed = [compose_model(each, config_dir) for each in asked_for]
     precision, peaks = composed[0].precision, hardware.peak_tflops
-    if precision.fp8 is not None and peaks.float8 is None:
-        raise UserError(f"precision={precision.name}: {hardware.name} multiplies no FP8: choose bf16 or auto")
+    # Before there are FP8 units, it is kept in FP8 all the same (precision/choice.py), by cards that have BF16.
+    if precision.fp8 is not None and peaks.bfloat16 is None:
+        raise UserError(f"precision={precision.name}: {hardware.name} runs no kernel that keeps FP8: choose auto")
     narrow = precision.compute_dtype != "float32" and peaks.bfloat16 is not None
     rows = []
     for each in composed:

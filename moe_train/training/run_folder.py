@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 import yaml
 
-from moe_train.config import RunConfig, differences, to_dict
+from moe_train.config import PrecisionConfig, RunConfig, differences, to_dict
 from moe_train.errors import UserError
 from moe_train.training.checkpoints import STATE, Checkpoint, checkpoint_paths, open_checkpoint
 
@@ -34,6 +34,7 @@ class RunFolder:
     finished_summary: dict[str, Any] | None  # of this very run, where there is nothing left to do
     lock: filelock.BaseFileLock
     fresh: bool  # empty until this process opened it
+    precision_before: PrecisionConfig | None = None  # that the run had, where it goes on in another
 
     def discard(self) -> None:
         """Take back a folder in which no run has begun, so that the corrected command can use its name."""
@@ -83,9 +84,10 @@ def open_run_folder(config: RunConfig) -> RunFolder:
             f"the run folder {path} is in use by another process: wait for it or choose another run_dir="
         ) from None
 
-    finished = None
+    finished, precision_before = None, None
     if goes_on and (path / CONFIG).exists():
-        _check_same_run(path, config)
+        before = _check_same_run(path, config)
+        precision_before = before.precision if before.precision != config.precision else None
         finished = _finished_summary(path, config)
         paths = checkpoint_paths(path)
         source = open_checkpoint(paths[-1]) if paths else None
@@ -95,7 +97,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         )
     if finished is None:
         _write_config(path, config)
-    return RunFolder(path, source, start, finished, lock, fresh=not occupied)
+    return RunFolder(path, source, start, finished, lock, not occupied, precision_before)
 
 
 def _new_folder(name: str) -> Path:
@@ -156,18 +158,24 @@ def load_run_config(path: Path) -> RunConfig:
 
 
 def _write_config(path: Path, config: RunConfig) -> None:
-    target = path / CONFIG
     content = yaml.safe_dump({**to_dict(config), "config_hash": config.config_hash()}, sort_keys=False)
+    write_keeping(path / CONFIG, content)
+
+
+def write_keeping(target: Path, content: str) -> None:
+    """Write a file of a run's folder; another that is there stays beside it, numbered: config.1.yaml."""
     if target.exists() and target.read_text() != content:
-        kept = len(list(path.glob("config.*.yaml"))) + 1
-        target.rename(path / f"config.{kept}.yaml")
-    temporary = path / f".{CONFIG}"
+        kept = len(list(target.parent.glob(f"{target.stem}.*{target.suffix}"))) + 1
+        target.rename(target.with_name(f"{target.stem}.{kept}{target.suffix}"))
+    temporary = target.with_name(f".{target.name}")
     temporary.write_text(content)
     temporary.replace(target)
 
 
-def _check_same_run(path: Path, config: RunConfig) -> None:
-    before, now = load_run_config(path).identity(), config.identity()
+def _check_same_run(path: Path, config: RunConfig) -> RunConfig:
+    """The configuration that the run had until now."""
+    earlier = load_run_config(path)
+    before, now = earlier.identity(), config.identity()
     for key in MAY_CHANGE_ON_RESUME:
         del before[key], now[key]
     for key, old, new in differences(before, now):
@@ -175,6 +183,7 @@ def _check_same_run(path: Path, config: RunConfig) -> None:
             f"the run in {path} was started with {key}={json.dumps(old)}, not {json.dumps(new)}: "
             "give the settings it was started with, or another run_dir="
         )
+    return earlier
 
 
 def _finished_summary(path: Path, config: RunConfig) -> dict[str, Any] | None:

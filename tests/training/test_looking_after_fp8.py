@@ -163,10 +163,25 @@ def test_modules_that_go_back_stay_there_and_a_resumed_run_ends_with_the_same_bi
     )
     assert any("went back to float32 earlier and stay there" in line for line in capsys.readouterr().err.splitlines())
 
-    # Another recipe begins with all its layers.
-    runs("cut", "precision=fp8_rowwise", "stop.steps=7", "schedule=constant")
+    # Another recipe begins with all its layers, and says so; what ran in what before is kept.
+    formats = runs.formats("cut")
+    runs("cut", "precision=fp8_rowwise", "precision.compute_dtype=float32", "stop.steps=7", "schedule=constant")
     assert runs.summary("cut")["fp8_modules_in_compute_format"] == []
     assert '"but"' not in runs.formats("cut")
+    said = capsys.readouterr().err
+    assert "note: from here on another precision: precision=fp8_rowwise, before precision=fp8_tensorwise\n" in said
+    assert f"and multiply in FP8 again: {', '.join(sorted(modules))}\n" in said
+    assert formats in [path.read_text() for path in (runs.folder / "cut").glob("precision.*.json")]
+    # Nor is the ideal time of its tokens known, as it is not of those before.
+    assert runs.summary("cut")["mixed_precision_utilization"] is None
+
+
+def test_a_change_within_a_recipe_is_said_by_its_keys(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs("run", "stop.steps=1")
+    assert "another precision" not in capsys.readouterr().err
+    runs("run", "stop.steps=2", "precision.fp8.accumulation=hopper", "precision.evaluate_in_fp8=true")
+    changed = "precision.fp8.accumulation, precision.evaluate_in_fp8"
+    assert f"note: from here on another precision: {changed}\n" in capsys.readouterr().err
 
 
 def test_an_evaluation_in_fp8_leaves_out_what_went_back(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
