@@ -199,6 +199,27 @@ def test_an_evaluation_in_fp8_leaves_out_what_went_back(runs: Runs, monkeypatch:
     assert evaluated() != expected
 
 
+def test_a_run_is_evaluated_in_fp8_or_not_whatever_multiplied_in_training(runs: Runs) -> None:
+    runs("run", "precision=fp8_deepseek", "precision.compute_dtype=float32", "stop.steps=2")
+    config = runs.folder / "run/config.yaml"
+    config.write_text(config.read_text().replace("backend: auto", "backend: triton"))  # as trained on a GPU
+
+    def evaluated(in_fp8: bool | None) -> dict[str, Any]:
+        AcceleratorState._reset_state(True)
+        return evaluate_run(runs.folder / "run", in_fp8=in_fp8)
+
+    wide, narrow = evaluated(None), evaluated(True)
+    assert wide["fp8"] is None
+    assert wide["loss"] == pytest.approx(runs.summary("run")["val_loss"], rel=1e-6)
+    assert narrow["fp8"] == "fp8_deepseek, emulated"
+    assert narrow["loss"] != wide["loss"]
+    assert narrow["loss"] == pytest.approx(wide["loss"], rel=0.01)
+    runs("plain", "precision=fp32", "precision.compute_dtype=float32", "stop.steps=1")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match="has no recipe of FP8, its precision is fp32"):
+        evaluate_run(runs.folder / "plain", in_fp8=True)
+
+
 def test_a_loss_that_is_not_finite_says_in_which_layer_it_began(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     runs("run", "stop.steps=1")
     load = module.load_weights
