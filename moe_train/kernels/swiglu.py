@@ -180,8 +180,6 @@ def swiglu_quantize(
     gate_n1: Tensor | None,
     ends_e: Tensor,
     rows: OperandConfig,
-    *,
-    power_of_two: bool | None = None,
 ) -> Rows:
     """`quantize` of `swiglu` along f, in one pass where scales are of tiles or blocks. Raises ValueError.
 
@@ -190,13 +188,13 @@ def swiglu_quantize(
     n, f = _checked(gate_up_nf2, gate_n1)
     if not _in_one_pass(rows, None) or not n * f:
         h = swiglu(gate_up_nf2, gate_n1)
-        straight, _ = quantize(h, ends_e, rows=rows, columns=None, power_of_two=power_of_two)
+        straight, _ = quantize(h, ends_e, rows=rows, columns=None)
         assert straight is not None
         return straight
     check(ends_e.dtype == torch.int32, "ends_e: int32")
     e = len(ends_e)
     pieces = pieces_at_most(n, e)
-    outputs = Outputs(gate_up_nf2, (n, f, pieces, e), rows, None, power_of_two)
+    outputs = Outputs(gate_up_nf2, (n, f, pieces, e), rows, None)
     gate = None if gate_n1 is None else gate_n1.contiguous()
     arguments = (gate_up_nf2.contiguous(), gate, ends_e.contiguous(), n, f, e)
     grid = (pieces, triton.cdiv(f, PIECE))
@@ -226,7 +224,7 @@ def swiglu_backward_quantize(
     check(ends_e.dtype == torch.int32, "ends_e: int32")
     e = len(ends_e)
     pieces = pieces_at_most(n, e)
-    outputs = Outputs(gate_up_nf2, (n, 2 * f, pieces, e), rows, columns, None)
+    outputs = Outputs(gate_up_nf2, (n, 2 * f, pieces, e), rows, columns)
     gate, shares = _gate(gate_n1, n, f)
     piece_ends_e = torch.empty_like(ends_e)
     operands = (dh_nf.contiguous(), gate_up_nf2.contiguous(), gate, shares)

@@ -29,16 +29,10 @@ class Backend(Protocol):
         *,
         rows: OperandConfig | None,
         columns: OperandConfig | None,
-        power_of_two: bool | None = None,
     ) -> tuple[Rows | None, Columns | None]:
-        """x (n, k), rounded along k, along the tokens of each group, or both.
+        """x (n, k), rounded along k, along the tokens of each group, or both."""
 
-        `power_of_two` overrides the operands'.
-        """
-
-    def quantize_again(
-        self, rows: Rows, ends_e: Tensor, columns: OperandConfig, *, power_of_two: bool | None = None
-    ) -> Columns:
+    def quantize_again(self, rows: Rows, ends_e: Tensor, columns: OperandConfig) -> Columns:
         """What was rounded along k, rounded again along tokens."""
 
     def round_weights(
@@ -58,8 +52,6 @@ class Backend(Protocol):
         row_weight: Tensor | None,
         ends_e: Tensor,
         rows: OperandConfig,
-        *,
-        power_of_two: bool | None = None,
     ) -> Rows:
         """silu(gate) · up · row_weight of gate_up (n, 2f), in its format, then rounded along f as `quantize` does."""
 

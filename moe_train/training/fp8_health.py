@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_train.config import PrecisionConfig, differences, to_dict
+from moe_train.config import Fp8Config, PrecisionConfig, differences, to_dict
 from moe_train.model.transformer import Transformer
 from moe_train.precision import recipes
 from moe_train.precision.health import Counts, LayerRates, Operand, Rates
@@ -95,8 +95,12 @@ class Fp8Health:
 
 def modules_in_compute_format(checkpoint: Mapping[str, Any], precision: PrecisionConfig) -> list[str]:
     """Those that a checkpoint's state says went back, if that was with the recipe of `precision`."""
+    from moe_train.compose import validated
+
     kept = checkpoint.get("fp8")
-    if kept is None or precision.fp8 is None or kept["recipe"] != to_dict(precision.fp8):
+    if kept is None or precision.fp8 is None:
+        return []
+    if validated(Fp8Config, kept["recipe"], "the recipe of the checkpoint") != precision.fp8:
         return []
     return list(kept["modules_in_compute_format"])
 

@@ -13,11 +13,12 @@ import torch
 from accelerate.state import AcceleratorState
 from command_line import TINY
 
-from moe_train.config import RunConfig
+from moe_train.config import RunConfig, to_dict
 from moe_train.errors import UserError
 from moe_train.evaluation.losses import evaluate_run
 from moe_train.precision.health import Counts
 from moe_train.training import run as module
+from moe_train.training.fp8_health import modules_in_compute_format
 
 FP8 = ["precision=fp8_tensorwise", "precision.compute_dtype=float32"]
 NONE_MAY = "precision.health.max_underflow_rate=0.0"
@@ -174,6 +175,15 @@ def test_modules_that_go_back_stay_there_and_a_resumed_run_ends_with_the_same_bi
     assert formats in [path.read_text() for path in (runs.folder / "cut").glob("precision.*.json")]
     # Nor is the ideal time of its tokens known, as it is not of those before.
     assert runs.summary("cut")["mixed_precision_utilization"] is None
+
+
+def test_a_checkpoint_from_before_a_setting_existed_has_the_same_recipe(compose_run: Callable[..., RunConfig]) -> None:
+    precision = compose_run("precision=fp8_rowwise").precision
+    assert precision.fp8 is not None
+    recipe = to_dict(precision.fp8)
+    del recipe["power_of_two_gradients_of"]
+    state = {"fp8": {"recipe": recipe, "modules_in_compute_format": ["blocks.0.ffn"]}}
+    assert modules_in_compute_format(state, precision) == ["blocks.0.ffn"]
 
 
 def test_a_change_within_a_recipe_is_said_by_its_keys(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
