@@ -35,12 +35,15 @@ class RunFolder:
     lock: filelock.BaseFileLock
     fresh: bool  # empty until this process opened it
     precision_before: PrecisionConfig | None = None  # that the run had, where it goes on in another
+    config_before: Path | None = None  # the file that this process's configuration took the place of
 
     def discard(self) -> None:
-        """Take back a folder in which no run has begun, so that the corrected command can use its name."""
+        """Leave no trace of a run that has not begun: the corrected command finds the folder as this one did."""
         if self.fresh:
             self.lock.release()
             shutil.rmtree(self.path, ignore_errors=True)
+        elif self.config_before is not None:
+            self.config_before.replace(self.path / CONFIG)
 
 
 def open_run_folder(config: RunConfig) -> RunFolder:
@@ -95,9 +98,8 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         raise UserError(
             f"the folder {path} is not empty and holds no run ({CONFIG} is missing): choose another run_dir="
         )
-    if finished is None:
-        _write_config(path, config)
-    return RunFolder(path, source, start, finished, lock, not occupied, precision_before)
+    config_before = None if finished is not None else _write_config(path, config)
+    return RunFolder(path, source, start, finished, lock, not occupied, precision_before, config_before)
 
 
 def _new_folder(name: str) -> Path:
@@ -157,19 +159,21 @@ def load_run_config(path: Path) -> RunConfig:
     return config
 
 
-def _write_config(path: Path, config: RunConfig) -> None:
+def _write_config(path: Path, config: RunConfig) -> Path | None:
     content = yaml.safe_dump({**to_dict(config), "config_hash": config.config_hash()}, sort_keys=False)
-    write_keeping(path / CONFIG, content)
+    return write_keeping(path / CONFIG, content)
 
 
-def write_keeping(target: Path, content: str) -> None:
-    """Write a file of a run's folder; another that is there stays beside it, numbered: config.1.yaml."""
+def write_keeping(target: Path, content: str) -> Path | None:
+    """Write a file of a run's folder; another that is there stays beside it, as config.1.yaml, and is returned."""
+    beside = None
     if target.exists() and target.read_text() != content:
         kept = len(list(target.parent.glob(f"{target.stem}.*{target.suffix}"))) + 1
-        target.rename(target.with_name(f"{target.stem}.{kept}{target.suffix}"))
+        beside = target.rename(target.with_name(f"{target.stem}.{kept}{target.suffix}"))
     temporary = target.with_name(f".{target.name}")
     temporary.write_text(content)
     temporary.replace(target)
+    return beside
 
 
 def _check_same_run(path: Path, config: RunConfig) -> RunConfig:

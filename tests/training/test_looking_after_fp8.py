@@ -186,6 +186,15 @@ def test_a_checkpoint_from_before_a_setting_existed_has_the_same_recipe(compose_
     assert modules_in_compute_format(state, precision) == ["blocks.0.ffn"]
 
 
+def test_a_precision_that_cannot_be_had_leaves_the_run_as_it_was(runs: Runs) -> None:
+    runs("run", "stop.steps=1")
+    config = (runs.folder / "run/config.yaml").read_text()
+    refused = runs.failure("run", "precision=fp8_deepseek", "precision.backend=cublas", "stop.steps=2")
+    assert "precision.backend=cublas cannot do precision=fp8_deepseek here" in refused
+    assert (runs.folder / "run/config.yaml").read_text() == config
+    assert not list((runs.folder / "run").glob("config.*.yaml"))
+
+
 def test_a_change_within_a_recipe_is_said_by_its_keys(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs("run", "stop.steps=1")
     assert "another precision" not in capsys.readouterr().err
