@@ -19,6 +19,7 @@ from rich.text import Text
 from moe_train.compose import ComposedModel
 from moe_train.config import ModelConfig, PrecisionConfig
 from moe_train.cost import bytes_each, flops, memory
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,16 +42,17 @@ def describe(
     sequence_length: int | None,
     vocab_size: int | None,
     batch: int | None,
-    compute_dtype: str,
+    compute_dtype: str | None,
     activation_checkpointing: bool,
 ) -> dict[str, Any]:
     """All figures, as they go into the JSON file: lengths in tokens, memory in bytes, FLOPs forward and backward.
 
     `sequence_length` None: that of a run, or 4,096, at which the published architectures were trained, for one that
     brings its own vocabulary. `vocab_size` None: the architecture's own, else the tokenizer's. `batch`: tokens a device
-    holds at once; None: one sequence. Under `bytes_each`: what memory comes to for a parameter and for a token, as
-    composed and in BF16 with FP32 moments (keys: cost/bytes_each.py). Raises UserError where the sequence is too short
-    for the MTP modules.
+    holds at once; None: one sequence. `compute_dtype` None: that of the precision, bfloat16 where it is auto. Under
+    `bytes_each`: what memory comes to for a parameter and for a token, as composed and in BF16 with FP32 moments (keys:
+    cost/bytes_each.py). Raises UserError where the sequence is too short for the MTP modules, or `compute_dtype`
+    contradicts the precision.
     """
     model = composed.model.resolved()
     if sequence_length is None:
@@ -66,8 +68,9 @@ def describe(
         notes.append(f"vocab_size= is not given: {vocabulary:,} assumed, the default of a run's tokenizer")
     if batch is None:
         batch = sequence_length
+    compute_dtype = _compute_dtype(compute_dtype, composed.precision)
     compute_bytes = 2 if compute_dtype == "bfloat16" else 4
-    fp8 = composed.precision.fp8 is not None
+    fp8 = Fp8Kept.by(composed.precision.fp8)
     counts = flops.parameter_counts(model, vocabulary)
     lookups = 0 if model.tie_word_embeddings else vocabulary * model.hidden_size  # a tied one is multiplied as the head
     in_training = memory.training_memory(
@@ -131,6 +134,14 @@ def describe(
     }
 
 
+def _compute_dtype(asked: str | None, precision: PrecisionConfig) -> str:
+    """The format of products outside FP8."""
+    own = None if precision.compute_dtype == "auto" else precision.compute_dtype
+    if asked and own and asked != own:
+        raise UserError(f"compute_dtype={asked} contradicts precision={precision.name}, whose products are in {own}")
+    return asked or own or "bfloat16"
+
+
 def _parts(model: ModelConfig, sequence_length: int, vocab_size: int) -> list[dict[str, Any]]:
     params = flops.main_parameters(model, vocab_size)
     params[flops.MTP] = sum(flops.mtp_parameters(model).values())
@@ -163,8 +174,7 @@ def _formats(built: Transformer, precision: PrecisionConfig, compute_dtype: str)
     from moe_train.precision import recipes
 
     recipes.apply(built, precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    wide = compute_dtype if precision.compute_dtype == "auto" else precision.compute_dtype
-    return recipes.table(built, precision, wide)
+    return recipes.table(built, precision, compute_dtype)
 
 
 def _layers(built: Transformer) -> list[LayerRow]:
@@ -263,9 +273,12 @@ def _precision_table(precision: dict[str, Any]) -> RenderableType:
             table.add_row(row["layer"], row["all"])
         else:
             table.add_row(row["layer"], *(row[product] for product in ("forward", "input_gradient", "weight_gradient")))
-    if not any("forward" in row for row in precision["rows"]):
+    in_fp8 = next((row for row in precision["rows"] if "forward" in row), None)
+    if in_fp8 is None:
         return table
-    return Group(table, Text("a tile is 1 × 128 along the sum, a block 128 × 128; 2ⁿ: scales that are powers of two"))
+    sums = f"FP8 products are summed in {in_fp8['accumulation']}, on this machine by the backend {in_fp8['backend']}"
+    shapes = "a tile is 1 × 128 along the sum, a block 128 × 128; 2ⁿ: scales that are powers of two"
+    return Group(table, Text(shapes), Text(sums))
 
 
 def _memory_table(description: dict[str, Any]) -> RenderableType:

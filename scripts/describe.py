@@ -26,7 +26,7 @@ class Arguments:
     sequence_length: Size | None = None  # None: a run's, or 4,096 for a published architecture
     vocab_size: Size | None = None
     batch: Size | None = None  # tokens a device holds at once; None: one sequence
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: Literal["bfloat16", "float32"] | None = None  # None: what precision says, for auto bfloat16
     activation_checkpointing: bool = False
     json: Path | None = None
 

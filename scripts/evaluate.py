@@ -1,6 +1,7 @@
 """The loss of a trained model on a text, or its score on tasks of lm-evaluation-harness.
 
-python scripts/evaluate.py run=DIR [split=val|train] [files=GLOB] [max_tokens=N|all] [sequence_length=N] [json=FILE]
+python scripts/evaluate.py run=DIR [split=val|train] [files=GLOB] [max_tokens=N|all] [sequence_length=N] \
+[in_fp8=true|false] [json=FILE]
 python scripts/evaluate.py run=DIR harness=TASK[,TASK] [hf=DIR] [include_path=DIR] [limit=N] [json=FILE]
 """
 
@@ -31,6 +32,7 @@ class Arguments:
     text_field: str | None = None  # column of jsonl and parquet
     max_tokens: Positive | Literal["all"] | None = None  # of the run's data as many as it evaluates, of files all
     sequence_length: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    in_fp8: bool | None = None  # None: as the run evaluates (precision.evaluate_in_fp8)
     harness: str | None = None
     hf: Path | None = None  # an export of the run there is already
     include_path: Path | None = None
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def _check_combination(arguments: Arguments) -> None:
-    loss_only = ("split", "files", "text_field", "max_tokens", "sequence_length")
+    loss_only = ("split", "files", "text_field", "max_tokens", "sequence_length", "in_fp8")
     harness_only = ("hf", "include_path", "limit")
     for name in loss_only if arguments.harness is not None else harness_only:
         if getattr(arguments, name) is not None:
@@ -71,6 +73,7 @@ def _measure_loss(arguments: Arguments) -> dict[str, Any]:
         text_field=arguments.text_field,
         max_tokens=arguments.max_tokens,
         sequence_length=arguments.sequence_length,
+        in_fp8=arguments.in_fp8,
     )
     rows = {
         "text": figures["text"],
@@ -78,7 +81,8 @@ def _measure_loss(arguments: Arguments) -> dict[str, Any]:
         "loss": f"{figures['loss']:.4f} nats a token",
         "bits per byte": f"{figures['bits_per_byte']:.4f}",
         "measured on": f"{figures['tokens']:,} tokens, {figures['bytes']:,.0f} bytes, "
-        f"{figures['sequence_length']} tokens at a time, {figures['compute_dtype']}",
+        f"{figures['sequence_length']} tokens at a time, {figures['compute_dtype']}"
+        + (f", linear layers in FP8 ({figures['fp8']})" if figures["fp8"] else ""),
     }
     for depth, loss in enumerate(figures["mtp_losses"], start=1):
         rows[f"loss of MTP module {depth}"] = f"{loss:.4f} nats a token"

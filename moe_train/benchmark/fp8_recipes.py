@@ -18,11 +18,11 @@ HIDDEN_SIZES = (1024, 2048, 4096)
 
 
 def run(bench: Bench, *usually: str, names: tuple[str, ...] = RECIPES) -> list[Figure]:
-    """Of the recipe that is given with precision=, or of `names`."""
-    asked = bench.config().precision
+    """Of the recipe that is given with precision=, as it is given, or of `names`."""
+    given = bench.config().precision.fp8 is not None
     figures = []
     for settings in [usually] if usually else sizes(bench):
-        for name in (asked.name,) if asked.fp8 is not None else names:
+        for name in (None,) if given else names:
             figures += _compared(bench, settings, name)
     return figures
 
@@ -51,10 +51,12 @@ def sizes(bench: Bench) -> list[tuple[str, ...]]:
     ]
 
 
-def _compared(bench: Bench, settings: tuple[str, ...], name: str) -> list[Figure]:
+def _compared(bench: Bench, settings: tuple[str, ...], name: str | None) -> list[Figure]:
     high = bench.config(*settings, without=["precision"])
-    low = bench.config(*settings, f"precision={name}", without=["precision"])
-    of, suite, device = f"{name}: {described(low, bench.runtime)}", bench.suite, bench.runtime.device
+    low = bench.config(*settings)
+    if name is not None:
+        low = bench.config(*settings, f"precision={name}", without=["precision"])
+    of, suite, device = f"{low.precision.name}: {described(low, bench.runtime)}", bench.suite, bench.runtime.device
     bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared
     try:
         arms = {"high": TrainingArm(high, bench.runtime), "low": TrainingArm(low, bench.runtime)}

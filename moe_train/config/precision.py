@@ -51,14 +51,17 @@ class Fp8Config:
     forward: ForwardConfig
     input_gradient: InputGradientConfig
     weight_gradient: WeightGradientConfig
-    # Layers whose input has scales that are powers of two: rounding it along rows, then along columns, then costs
-    # nothing twice (section 3.3.3: the projection after attention).
+    # Layers whose input has scales that are powers of two, by the end of their names: rounded along rows, then along
+    # columns, it loses nothing twice (section 3.3.3: the projection after attention; routed experts, which get theirs
+    # from other devices in FP8).
     power_of_two_inputs_of: tuple[str, ...]
     # What the input of a SwiGLU is kept in until the backward pass, which makes its result again (section 3.3.3); null:
     # in the compute format.
     swiglu_input: OperandConfig | None
     # Of sums over the inner dimension. hopper: 14 bits within 128 products, FP32 between (section 3.3.2).
     accumulation: Literal["float32", "hopper"]
+    # The same of the gradient of a layer's result (routed experts get it in FP8 too); recipes of older runs have none.
+    power_of_two_gradients_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -92,6 +95,10 @@ class PrecisionConfig:
         require(
             self.fp8 is not None or self.health is None,
             f"health says what FP8 may lose, and precision={self.name} has no FP8: leave it null",
+        )
+        require(
+            self.fp8 is not None or not self.evaluate_in_fp8,
+            f"evaluate_in_fp8=true has nothing to evaluate in, as precision={self.name} has no FP8: leave it false",
         )
         require(
             self.fp8 is not None or self.backend == "auto",

@@ -137,7 +137,7 @@ def attention_backward(layer: LayerTape) -> None:
         tape.make(WORKSPACE, by_token)
     layer.weight_gradient(hidden * _mixed_features(a))
     tape.drop(ACTIVATIONS, _fp8_by_token(layer))
-    if layer.remakes or not layer.given.fp8:
+    if layer.remakes or layer.given.fp8 is None:
         tape.drop(layer.kept, by_token)
     keys_again = keys if layer.remakes and isinstance(a, MLAConfig) else 0
     tape.make(WORKSPACE, keys_again)

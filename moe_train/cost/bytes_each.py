@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_train.config import ModelConfig, OptimizerConfig
 from moe_train.cost.flops import parameter_counts
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.memory import training_memory
 from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, STATES, WEIGHTS
 
@@ -23,7 +24,7 @@ def compared(
     *,
     precision: str,
     compute_dtype: str,
-    fp8: bool,
+    fp8: Fp8Kept | None,
     activation_checkpointing: bool,
 ) -> list[dict[str, Any]]:
     """Two rows: as composed, and the same model, optimizer and checkpointing in BF16 with FP32 moments.
@@ -33,11 +34,11 @@ def compared(
     parameters, and their sum `together`; `activations_per_token` is over the `tokens` a device holds at once.
     """
     plain = dataclasses.replace(optimizer, moments="float32", stochastic_rounding=False)
-    products = f"{precision}, {compute_dtype}" if fp8 else compute_dtype
+    products = f"{precision}, {compute_dtype}" if fp8 is not None else compute_dtype
     rows = []
     for products_in, of, compute, in_fp8 in (
         (products, optimizer, compute_dtype, fp8),
-        ("bfloat16", plain, "bfloat16", False),
+        ("bfloat16", plain, "bfloat16", None),
     ):
         parts = training_memory(
             model,

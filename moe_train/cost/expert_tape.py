@@ -41,9 +41,9 @@ def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
     tape.passing(WORKSPACE, exchanged)
     experts = moe.num_experts * width * hidden // layout.expert_parallel
     layer.weight_cast(3 * experts)
-    layer.gated_forward(c * rows * width)
+    layer.gated_forward(rows, width)
     tape.make(WORKSPACE, across)
-    tape.drop(WORKSPACE, c * rows * width)
+    layer.leave_gated(rows, width)
     tape.passing(WORKSPACE, exchanged)
     if moe.capacity_factor is None:
         tape.make(WORKSPACE, layer.narrowed)  # summed by tokens
@@ -100,12 +100,12 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     if remakes:
         tape.make(WORKSPACE, across)  # rows of tokens again
     share = layout.expert_share // layout.expert_parallel
-    layer.gated_backward(part, experts, share)
+    layer.gated_backward(rows, width, experts, share)
     tape.make(WORKSPACE, across)
     if layout.expert_parallel > 1:
         tape.passing(WORKSPACE, across)  # the side of the exchange that sends
     tape.drop(WORKSPACE, 2 * part + across)
-    tape.drop(ACTIVATIONS, layer.kept_gate_up(part))
+    tape.drop(ACTIVATIONS, layer.kept_gate_up(rows, width))
     if layer.keeps_fp8_inputs:
         tape.drop(ACTIVATIONS, layer.product_input(hidden, rows))
     else:
@@ -117,7 +117,7 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     tape.drop(WORKSPACE, across)
     if moe.num_shared_experts:
         layer.summed(narrow=True)
-    if remakes or (moe.num_shared_experts and not layer.given.fp8):
+    if remakes or (moe.num_shared_experts and layer.given.fp8 is None):
         tape.drop(layer.kept, narrowed)
     layer.cast_back()
     tape.drop(ACTIVATIONS, FP32 * layer.tokens * moe.num_experts * _kept_scores(moe) + INT64 * 3 * rows)

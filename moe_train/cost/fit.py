@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from moe_train.config import ModelConfig, OptimizerConfig
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.layout import SINGLE, Layout
 from moe_train.cost.memory import peak_training_memory
 from moe_train.cost.optimizer_memory import DeviceType
@@ -48,7 +49,7 @@ def fit(
     sequence_length: int,
     optimizer: OptimizerConfig,
     compute_bytes: int,
-    fp8: bool = False,
+    fp8: Fp8Kept | None = None,
     layout: Layout = SINGLE,
     accumulates: bool = True,
     device_type: DeviceType = "cuda",
@@ -56,8 +57,8 @@ def fit(
     """A row for each (name, model, vocabulary) on devices of `memory` bytes each, laid out as `layout`.
 
     `accumulates`: gradients of earlier micro-batches exist, as when a batch is cut to fit. `compute_bytes`: 2 where
-    matrix products run in BF16, 4 in FP32; `fp8`: those of linear layers in FP8. Raises UserError where a model cannot
-    be laid out so.
+    matrix products run in BF16, 4 in FP32; `fp8`: those of linear layers are in FP8, and what is kept so.
+    Raises UserError where a model cannot be laid out so.
     """
     room = usable_bytes(memory)
     rows = []
@@ -94,7 +95,7 @@ def _peak_bytes(
     *,
     optimizer: OptimizerConfig,
     compute_bytes: int,
-    fp8: bool,
+    fp8: Fp8Kept | None,
     accumulates: bool,
     layout: Layout,
     device_type: DeviceType,

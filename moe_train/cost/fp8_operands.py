@@ -1,17 +1,30 @@
 """Bytes of what FP8 layers keep: one a value, and an FP32 scale for every 128 values of a row (kernels/layouts.py).
 
 A layer keeps its input until the backward pass, and of its weight one form for the forward product and one, transposed,
-for the gradient of the input, both for the length of a step.
+for the gradient of the input, both for the length of a step. So it is with every recipe; in what the input of a SwiGLU
+is kept is for the recipe to say.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from dataclasses import dataclass
 
-Direction = Literal["forward", "input_gradient"]
+from moe_train.config import Fp8Config
+
 PIECE, SCALE_BYTES = 128, 4
+
+
+@dataclass(frozen=True)
+class Fp8Kept:
+    """What is kept in FP8 of a step that multiplies in it, as far as recipes differ; by default as DeepSeek-V3 does."""
+
+    swiglu_input: bool = True  # else it is kept in the compute format
+
+    @classmethod
+    def by(cls, recipe: Fp8Config | None) -> Fp8Kept | None:
+        return None if recipe is None else cls(swiglu_input=recipe.swiglu_input is not None)
 
 
 def rows_bytes(rows: float, inner: int) -> float:
@@ -19,10 +32,8 @@ def rows_bytes(rows: float, inner: int) -> float:
     return rows * (inner + SCALE_BYTES * math.ceil(inner / PIECE))
 
 
-def weight_bytes(matrices: Iterable[tuple[int, int, int]], directions: Iterable[Direction]) -> float:
-    """Of (how many matrices, outputs, inputs), in each of `directions`."""
-    of_both = [
-        {"forward": count * rows_bytes(outputs, inputs), "input_gradient": count * rows_bytes(inputs, outputs)}
-        for count, outputs, inputs in matrices
-    ]
-    return sum(size[direction] for size in of_both for direction in directions)
+def weight_bytes(matrices: Iterable[tuple[int, int, int]]) -> float:
+    """Of (how many matrices, outputs, inputs), in the forms of both products."""
+    return sum(
+        count * (rows_bytes(outputs, inputs) + rows_bytes(inputs, outputs)) for count, outputs, inputs in matrices
+    )

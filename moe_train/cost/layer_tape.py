@@ -10,14 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config import ModelConfig
-from moe_train.cost.fp8_operands import rows_bytes
+from moe_train.cost.fp8_operands import Fp8Kept, rows_bytes
 from moe_train.cost.layout import Layout
 from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Tape
 
 FP32, INT64 = 4, 8
-
-
-FP8_SHARE = 1 + 4 / 128  # bytes of an FP8 value and its share of a scale
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Circumstances:
     gradients_exist: bool  # from micro-batches before, or in DDP's buckets: a new one is added to them and let go
     on_cuda: bool  # a norm's input is kept in FP32 there; attention's result is stored by tokens
     layout: Layout
-    fp8: bool = False  # linear layers of the blocks multiply in FP8, and keep inputs and weights in it
+    fp8: Fp8Kept | None = None  # linear layers of the blocks multiply in FP8, and keep inputs and weights in it
 
     @property
     def narrow(self) -> bool:
@@ -54,11 +51,11 @@ class LayerTape:
     @property
     def kept(self) -> str:
         """The part of what a product would keep of a result that can be made again."""
-        return WORKSPACE if self.remakes or self.given.fp8 else ACTIVATIONS
+        return WORKSPACE if self.remakes or self.given.fp8 is not None else ACTIVATIONS
 
     @property
     def keeps_fp8_inputs(self) -> bool:
-        return self.given.fp8 and not self.remakes
+        return self.given.fp8 is not None and not self.remakes
 
     def norm_forward(self, features: int, *, copied: bool = False) -> None:
         """`copied`: its input is kept for this alone. The result stands in the workspace."""
@@ -98,7 +95,7 @@ class LayerTape:
                 self.tape.drop(WORKSPACE, FP32 * self.tokens * features)
 
     def leave_products_backward(self, features: int) -> None:
-        if self.remakes or not self.given.fp8:
+        if self.remakes or self.given.fp8 is None:
             self.tape.drop(self.kept, self.c * self.tokens * features)
 
     def norm_backward(self, features: int, *, added: bool = False, copied: bool = False, last: bool = True) -> None:
@@ -125,7 +122,7 @@ class LayerTape:
     def product_input(self, features: int, rows: float | None = None) -> float:
         """Bytes in which a product keeps its input of `rows` rows, those of all tokens if not given."""
         rows = self.tokens if rows is None else rows
-        return rows_bytes(rows, features) if self.given.fp8 else self.c * rows * features
+        return self.c * rows * features if self.given.fp8 is None else rows_bytes(rows, features)
 
     def let_input_go(self, features: int) -> None:
         if self.keeps_fp8_inputs:
@@ -133,7 +130,7 @@ class LayerTape:
 
     def weight_cast(self, weights: int) -> None:
         """FP8 forms of weights outlive a layer: they are the step's (step_tape)."""
-        if self.given.fp8:
+        if self.given.fp8 is not None:
             return
         if self.given.narrow and self.given.layout.shard == 1:  # a gathered one is in the compute format already
             self.tape.make(COPIES, self.c * weights)
@@ -145,7 +142,7 @@ class LayerTape:
         weight; FP8 products make the gradient in FP32 at once. `freed`: bytes of the result's gradient, of no use from
         here on.
         """
-        cast = cast and not self.given.fp8
+        cast = cast and self.given.fp8 is None
         tape, narrow = self.tape, self.given.narrow and cast
         share = share or self.given.layout.shard
         own = (self.c if cast else FP32) * weights
@@ -198,28 +195,31 @@ class LayerTape:
         hidden = self.model.hidden_size
         self.cast_in(hidden)
         self.weight_cast(3 * width * hidden)
-        part = self.c * self.tokens * width
-        self.gated_forward(part)
+        self.gated_forward(self.tokens, width)
         self.tape.make(WORKSPACE, self.narrowed)
-        self.tape.drop(WORKSPACE, part)
+        self.leave_gated(self.tokens, width)
 
     def swiglu_backward(self, width: int) -> None:
         """From the gradient of the residual stream; leaves that of the input in the compute format."""
         tape, hidden, part = self.tape, self.model.hidden_size, self.c * self.tokens * width
         if self.given.narrow:
             tape.make(WORKSPACE, self.narrowed)
-        self.gated_backward(part, width * hidden, self.given.layout.shard)
+        self.gated_backward(self.tokens, width, width * hidden, self.given.layout.shard)
         tape.make(WORKSPACE, self.narrowed)
         if self.given.narrow:
             tape.drop(WORKSPACE, self.narrowed)
         tape.drop(WORKSPACE, 2 * part)
-        tape.drop(ACTIVATIONS, self.kept_gate_up(part))
+        tape.drop(ACTIVATIONS, self.kept_gate_up(self.tokens, width))
         self.let_input_go(hidden)
         self.gated_weights(width * hidden, self.given.layout.shard)
 
-    def kept_gate_up(self, part: float) -> float:
-        """Bytes of gate and up, of `part` bytes each in the compute format, as a recipe keeps them."""
-        return 2 * part * (FP8_SHARE / self.c if self.given.fp8 else 1)
+    @property
+    def keeps_fp8_gate_up(self) -> bool:
+        return self.given.fp8 is not None and self.given.fp8.swiglu_input
+
+    def kept_gate_up(self, rows: float, width: int) -> float:
+        """Bytes of gate and up as a recipe keeps them, else in the compute format."""
+        return rows_bytes(rows, 2 * width) if self.keeps_fp8_gate_up else 2 * self.c * rows * width
 
     def gated_weights(self, down_weights: int, share: int) -> None:
         """Both weights' gradients, made in the products' format, are kept in FP32; products let go of their casts."""
@@ -242,17 +242,27 @@ class LayerTape:
     @property
     def _gradient_bytes(self) -> int:
         """Of a weight's gradient as a product makes it."""
-        return FP32 if self.given.fp8 else self.c
+        return self.c if self.given.fp8 is None else FP32
 
-    def gated_forward(self, part: float) -> None:
-        """silu(gate) · up of `part` bytes, from gate and up, which alone are kept."""
-        self.tape.make(ACTIVATIONS, self.kept_gate_up(part))
+    def gated_forward(self, rows: float, width: int) -> None:
+        """silu(gate) · up of `rows` rows, from gate and up, which alone are kept."""
+        part = self.c * rows * width
+        if self.keeps_fp8_gate_up:  # of which the product makes a form that is not kept
+            self.tape.make(WORKSPACE, 2 * part)
+        self.tape.make(ACTIVATIONS, self.kept_gate_up(rows, width))
         self.tape.passing(WORKSPACE, 2 * part)
         self.tape.make(WORKSPACE, part)
 
-    def gated_backward(self, part: float, down_weights: int, share: int) -> None:
+    def leave_gated(self, rows: float, width: int) -> None:
+        """Once the second product is made: what is not kept goes."""
+        self.tape.drop(WORKSPACE, self.c * rows * width * (3 if self.keeps_fp8_gate_up else 1))
+
+    def gated_backward(self, rows: float, width: int, down_weights: int, share: int) -> None:
         """From the gradient of the second product to that of gate and up, joined, and both weights' in their format."""
-        tape = self.tape
+        tape, part = self.tape, self.c * rows * width
+        if self.keeps_fp8_gate_up:
+            tape.passing(WORKSPACE, 2 * FP32 * rows * width)
+            tape.make(WORKSPACE, 2 * part)  # in the compute format again
         tape.passing(WORKSPACE, 2 * part)
         tape.make(WORKSPACE, part)  # the result again
         tape.make(WORKSPACE, self._gradient_bytes * down_weights)
@@ -261,4 +271,6 @@ class LayerTape:
         tape.passing(WORKSPACE, 6 * part)
         tape.make(WORKSPACE, 2 * part)
         tape.drop(WORKSPACE, part)
+        if self.keeps_fp8_gate_up:
+            tape.drop(WORKSPACE, 2 * part)
         tape.make(WORKSPACE, 2 * self._gradient_bytes * down_weights)

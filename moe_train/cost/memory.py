@@ -14,7 +14,7 @@ from typing import Literal
 
 from moe_train.config import MLAConfig, ModelConfig, MuonConfig, OptimizerConfig
 from moe_train.cost.flops import ROUTED_EXPERTS, layer_parameters, main_parameters, mtp_parameters
-from moe_train.cost.fp8_operands import weight_bytes
+from moe_train.cost.fp8_operands import Fp8Kept, weight_bytes
 from moe_train.cost.layer_tape import FP32, Circumstances
 from moe_train.cost.layout import SINGLE, Layout
 from moe_train.cost.optimizer_memory import (
@@ -47,9 +47,9 @@ ASSUMPTIONS = (
     "(precision/remade.py), except where activation checkpointing makes whole layers again",
     "in BF16 the cast weights are kept until the backward pass",
     "with an FP8 recipe every linear layer of the blocks keeps its input, and its weight for each of two products "
-    "until the step ends, in FP8 (a byte a value, 4 of scale for 128 of a row); a SwiGLU's input is kept so too, which "
-    "a recipe with swiglu_input=null does not do; products are of a kernel that reads FP8: what the emulated backend "
-    "makes beside them, in FP32, is left out",
+    "until the step ends, in FP8 (a byte a value, 4 of scale for 128 of a row), and a SwiGLU's input too where the "
+    "recipe has swiglu_input; products are of a kernel that reads FP8: what the emulated backend makes beside them, in "
+    "FP32, is left out",
     "experts are evenly loaded; a place that capacity leaves empty is kept like a filled one",
     "activation checkpointing keeps the inputs of every layer, and one layer's activations are alive at a time",
     "dropout off; allocator overhead and communication buffers are left out",
@@ -91,13 +91,13 @@ def peak_training_memory(
     accumulates: bool,
     layout: Layout = SINGLE,
     device_type: DeviceType = "cpu",
-    fp8: bool = False,
+    fp8: Fp8Kept | None = None,
 ) -> PeakMemory:
     """The most bytes of tensors at once during a step of a run under way, on each device of `layout`.
 
     `sequences` of `sequence_length` tokens go through at once, a micro-batch; `accumulates`: gradients of earlier ones
     are there already. `compute_bytes`: 2 where matrix products run in BF16, 4 in FP32. `fp8`: those of linear layers in
-    the blocks run in FP8. Raises UserError where the model cannot be laid out so.
+    the blocks run in FP8, and what is kept so. Raises UserError where the model cannot be laid out so.
 
     Measured on one CPU (`tensor_peak`, docs/log.md): within 10%. Not measured: FP8, for a backend that keeps operands
     as ASSUMPTIONS says; `device_type="cuda"`, which differs by fused norms and by how attention stores its result;
@@ -136,12 +136,13 @@ def training_memory(
     *,
     compute_bytes: int,
     activation_checkpointing: bool,
-    fp8: bool = False,
+    fp8: Fp8Kept | None = None,
 ) -> dict[str, int]:
     """Bytes by part, each at its own most, on a device that takes `tokens` tokens at once (a micro-batch).
 
     Not all are alive together: `peak_training_memory` says what is. `compute_bytes`: 2 where matrix products run in
-    BF16, 4 in FP32; `fp8`: those of linear layers in FP8. MTP modules are taken to have all positions.
+    BF16, 4 in FP32; `fp8`: those of linear layers are in FP8, and what is kept so. MTP modules are taken to have
+    all positions.
     """
     model = model.resolved()
     given = Circumstances(compute_bytes, False, False, SINGLE, fp8)
@@ -216,9 +217,8 @@ def _gathered(model: ModelConfig, vocab_size: int, given: Circumstances) -> int:
         parts = layer_parameters(model, is_moe)
         parts[ROUTED_EXPERTS] = parts.get(ROUTED_EXPERTS, 0) // layout.expert_parallel
         size = float(given.compute_bytes * sum(parts.values()))
-        if given.fp8:
-            matrices = list(layer_matrices(model, is_moe, layout.expert_parallel))
-            size += weight_bytes(matrices, ("forward", "input_gradient"))
+        if given.fp8 is not None:
+            size += weight_bytes(layer_matrices(model, is_moe, layout.expert_parallel))
         blocks.append(size)
     return given.compute_bytes * outside + round(2 * max(blocks))
 

@@ -76,6 +76,11 @@ class Meter:
         self.work = work or Work(0.0, 0.0, None, None)
         self._flops_before = 0.0  # taken up from a checkpoint
         self._tokens_before = 0
+        # Of its steps, which may have run on other devices, as many or not, and in another precision; None: not known.
+        self._recomputed_before: float | None = 0.0  # FLOPs
+        self._attainable_before: float | None = 0.0  # FLOPs at the peak rate
+        self._device_seconds_before: float | None = 0.0
+        self._ideal_before: float | None = 0.0  # of them, if every product had run at the peak of its format
         self._usd_train_before: float | None = 0.0
         self._price = price
         self._num_devices = num_devices
@@ -219,22 +224,39 @@ class Meter:
     @property
     def model_flops_utilization(self) -> float | None:
         """Share of the devices' peak rate that the model's own FLOPs took, over the training steps."""
-        return self._utilization(self.flops, self.train_seconds)
+        return _share(self.flops, self._attainable)
 
     @property
     def hardware_flops_utilization(self) -> float | None:
         """The same with what activation checkpointing did a second time."""
-        return self._utilization(self.flops + self.tokens * self.work.recomputed_flops, self.train_seconds)
+        return _share(_sum(self.flops, self._recomputed), self._attainable)
 
     @property
     def mixed_precision_utilization(self) -> float | None:
         """Time the model's products would take at the peaks of their own formats, over the time the steps took."""
-        ideal = self.work.ideal_seconds
-        return None if ideal is None else _ratio(self.tokens * ideal, self.train_seconds * self._num_devices)
+        return _share(self._ideal, self._device_seconds)
 
-    def _utilization(self, flops: float, seconds: float) -> float | None:
+    @property
+    def _device_seconds(self) -> float | None:
+        return _sum(self._device_seconds_before, self.attempt_train_seconds * self._num_devices)
+
+    @property
+    def _ideal(self) -> float | None:
+        ideal = self.work.ideal_seconds
+        return _sum(self._ideal_before, None if ideal is None else self.attempt_tokens * ideal)
+
+    @property
+    def _recomputed(self) -> float | None:
+        return _sum(self._recomputed_before, self.attempt_tokens * self.work.recomputed_flops)
+
+    @property
+    def _attainable(self) -> float | None:
+        return _sum(self._attainable_before, self._attainable_in(self.attempt_train_seconds))
+
+    def _attainable_in(self, seconds: float) -> float | None:
+        """FLOPs of all devices at their peak rate."""
         peak = self.work.peak_tflops
-        return None if peak is None else _ratio(flops, seconds * peak * 1e12 * self._num_devices)
+        return None if peak is None else seconds * peak * 1e12 * self._num_devices
 
     def window(self) -> dict[str, float | None]:
         """Metrics for the log: throughput of the steps since the last call; progress and costs since the beginning."""
@@ -242,8 +264,8 @@ class Meter:
         metrics = {
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tokens_per_second_per_device": _ratio(tokens_per_second, self._num_devices),
-            "throughput/model_flops_utilization": self._utilization(
-                self._window_tokens * self.work.flops, self._window_seconds
+            "throughput/model_flops_utilization": _share(
+                self._window_tokens * self.work.flops, self._attainable_in(self._window_seconds)
             ),
             "throughput/step_seconds": _ratio(self._window_seconds, self._window_steps),
             "throughput/data_wait_fraction": _ratio(self._window_data_wait, self._window_seconds),
@@ -263,6 +285,10 @@ class Meter:
             "flops": self.flops,
             "train_seconds": self.train_seconds,
             "usd_train": self.usd_train,
+            "recomputed_flops": self._recomputed,
+            "attainable_flops": self._attainable,
+            "device_seconds": self._device_seconds,
+            "ideal_device_seconds": self._ideal,
         }
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
@@ -271,10 +297,18 @@ class Meter:
         self._flops_before = float(state["flops"] or 0.0)
         self.train_seconds = float(state["train_seconds"] or 0.0)
         self._usd_train_before = state.get("usd_train")
+        self._recomputed_before = state.get("recomputed_flops")
+        self._attainable_before = state.get("attainable_flops")
+        self._device_seconds_before = state.get("device_seconds")
+        self._ideal_before = state.get("ideal_device_seconds")
 
 
 def _ratio(value: float | None, per: float) -> float | None:
     return None if value is None or per == 0 else value / per
+
+
+def _share(value: float | None, of: float | None) -> float | None:
+    return None if value is None or not of else value / of
 
 
 def _sum(*values: float | None) -> float | None:

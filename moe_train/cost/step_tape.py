@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from moe_train.config import ModelConfig
 from moe_train.cost.block_tape import block_backward, block_forward
-from moe_train.cost.fp8_operands import Direction, weight_bytes
+from moe_train.cost.fp8_operands import weight_bytes
 from moe_train.cost.layer_tape import FP32, Circumstances, LayerTape
 from moe_train.cost.optimizer_memory import layer_matrices
 from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, HEAD_GRADIENTS, LOSS, WORKSPACE, Tape
@@ -51,7 +51,9 @@ class StepTape:
             self._module_forward(last)
             self._loss(last)
         self.tape.drop(ACTIVATIONS, last.residual)
-        if self.activation_checkpointing and not self.given.fp8:  # autocast's casts live as long as the forward pass
+        if (
+            self.activation_checkpointing and self.given.fp8 is None
+        ):  # autocast's casts live as long as the forward pass
             self.tape.drop(COPIES, self.tape.held().get(COPIES, 0))
 
     def _last_norm(self, layer: LayerTape) -> None:
@@ -72,28 +74,23 @@ class StepTape:
             self._block_backward(main, self.model.is_moe_layer(index))
         self._lookup_backward(main.residual, added=self.model.tie_word_embeddings or self.model.mtp_depth > 0)
         self._settle()
-        if self.given.fp8:
+        if self.given.fp8 is not None:
             self.tape.drop(COPIES, self.tape.held().get(COPIES, 0))
 
     # -------------------------------------------------------------------------------------------------- blocks
 
-    def _rounded(self, is_moe: bool, *, backward: bool = False, module: bool = False) -> None:
-        """FP8 forms of a block's weights, held from their first use to the end of the step.
+    def _rounded(self, is_moe: bool, *, module: bool = False) -> None:
+        """FP8 forms of a block's weights, made for both products at once and held to the end of the step.
 
-        Those of input gradients are there from the start where micro-batches went before. Sharded ones are let go with
-        the gathered weights (memory.py).
+        Sharded ones are let go with the gathered weights (memory.py).
         """
         given = self.given
-        if not given.fp8 or given.layout.shard > 1 or (backward and given.gradients_exist):
+        if given.fp8 is None or given.layout.shard > 1:
             return
         matrices = list(layer_matrices(self.model, is_moe, given.layout.expert_parallel))
         if module:
             matrices.append((1, self.model.hidden_size, 2 * self.model.hidden_size))
-        if backward:
-            self.tape.make(COPIES, weight_bytes(matrices, ["input_gradient"]))
-        else:
-            directions: list[Direction] = ["forward", "input_gradient"] if given.gradients_exist else ["forward"]
-            self.tape.make(COPIES, weight_bytes(matrices, directions))
+        self.tape.make(COPIES, weight_bytes(matrices))
 
     def _block_forward(self, layer: LayerTape, is_moe: bool) -> None:
         self._rounded(is_moe)
@@ -132,7 +129,6 @@ class StepTape:
         moe = self.model.moe if is_moe else None
         if self.activation_checkpointing:
             block_forward(layer, moe, again=True)
-        self._rounded(is_moe, backward=True)
         block_backward(layer, moe)
 
     # ---------------------------------------------------------------------------------------------------- heads
@@ -227,7 +223,6 @@ class StepTape:
         if self.activation_checkpointing:
             self._within_module(layer, again=True)
         layer.norm_backward(hidden)
-        self._rounded(self.model.moe is not None, backward=True, module=True)
         block_backward(layer, self.model.moe)
         if self.given.narrow:
             tape.make(WORKSPACE, layer.narrowed)

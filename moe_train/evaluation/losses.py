@@ -26,11 +26,13 @@ def evaluate_run(
     text_field: str | None = None,
     max_tokens: int | Literal["all"] | None = None,
     sequence_length: int | None = None,
+    in_fp8: bool | None = None,
 ) -> dict[str, Any]:
     """Loss (nats a token), bits per byte and what they were measured on, ready for JSON. Raises UserError.
 
     files: a glob; in place of the run's own `split`. max_tokens and sequence_length: the run's own if not given, and
-    for files all of their text.
+    for files all of their text. in_fp8: linear layers as the run's recipe has them, by a backend that this machine has,
+    which need not be the run's; None: as the run evaluates.
     """
     trained = load_trained(run)
     config = trained.config
@@ -43,8 +45,9 @@ def evaluate_run(
     limit = None if limit == "all" else limit
     runtime = _runtime(trained)
     trained.model.to(runtime.device)
-    recipes.apply(trained.model, config.precision, runtime.device)
-    recipes.to_compute_format(trained.model, modules_in_compute_format(trained.checkpoint.state, config.precision))
+    fp8 = (
+        _multiply_in_fp8(trained, runtime) if (config.precision.evaluate_in_fp8 if in_fp8 is None else in_fp8) else None
+    )
     with TemporaryDirectory() as folder:
         if files is None:
             text = texts.own_split(trained, split, limit)
@@ -74,7 +77,20 @@ def evaluate_run(
             "mtp_losses": list(measured.mtp_losses),
             "sequence_length": length,
             "compute_dtype": str(runtime.dtype).removeprefix("torch."),
+            "fp8": fp8,
         }
+
+
+def _multiply_in_fp8(trained: TrainedModel, runtime: Runtime) -> str:
+    """Returns the recipe and what multiplies."""
+    precision = trained.config.precision
+    if precision.fp8 is None:
+        raise UserError(f"in_fp8=true: {trained.folder} has no recipe of FP8, its precision is {precision.name}")
+    here = dataclasses.replace(precision, backend="auto", evaluate_in_fp8=True)
+    products = recipes.apply(trained.model, here, runtime.device)
+    assert products is not None
+    recipes.to_compute_format(trained.model, modules_in_compute_format(trained.checkpoint.state, precision))
+    return f"{precision.name}, {products.backend.name}"
 
 
 def _runtime(trained: TrainedModel) -> Runtime:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from moe_train.compose import CONFIGS, ComposedModel, compose_model
 from moe_train.config import HardwareConfig
 from moe_train.cost.fit import fit
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.hardware import GIVEN, at_the_launchers_price, load_hardware
 from moe_train.cost.layout import Layout
 from moe_train.errors import UsageError, UserError
@@ -126,8 +127,9 @@ def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dic
     asked_for = [overrides] if chosen else [[f"model={name}", *overrides] for name in _FITTED]
     composed = [compose_model(each, config_dir) for each in asked_for]
     precision, peaks = composed[0].precision, hardware.peak_tflops
-    if precision.fp8 is not None and peaks.float8 is None:
-        raise UserError(f"precision={precision.name}: {hardware.name} multiplies no FP8: choose bf16 or auto")
+    # Before there are FP8 units, it is kept in FP8 all the same (precision/choice.py), by cards that have BF16.
+    if precision.fp8 is not None and peaks.bfloat16 is None:
+        raise UserError(f"precision={precision.name}: {hardware.name} runs no kernel that keeps FP8: choose auto")
     narrow = precision.compute_dtype != "float32" and peaks.bfloat16 is not None
     rows = []
     for each in composed:
@@ -137,7 +139,7 @@ def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dic
             sequence_length=asked.sequence_length or each.sequence_length,
             optimizer=each.optimizer,
             compute_bytes=2 if narrow else 4,
-            fp8=precision.fp8 is not None,
+            fp8=Fp8Kept.by(precision.fp8),
         )
     tables.show_fit(rows, hardware.name)
     return {

@@ -22,6 +22,7 @@ from moe_train.compose import PUBLISHED_LENGTH
 from moe_train.config import HardwareConfig, ModelConfig, OptimizerConfig
 from moe_train.cost.fit import usable_bytes
 from moe_train.cost.flops import parameter_counts, training_flops_per_token
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.hardware import age_note
 from moe_train.cost.layout import Layout
 from moe_train.cost.memory import PeakMemory, peak_training_memory
@@ -155,7 +156,7 @@ def _peak(plan: Plan, layout: Layout, activation_checkpointing: bool) -> PeakMem
         accumulates=True,
         layout=layout,
         device_type="cuda",
-        fp8=plan.precision == "fp8",
+        fp8=Fp8Kept() if plan.precision == "fp8" else None,
     )
 
 

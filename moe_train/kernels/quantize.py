@@ -94,22 +94,21 @@ def quantize(
     *,
     rows: OperandConfig | None,
     columns: OperandConfig | None,
-    power_of_two: bool | None = None,
 ) -> tuple[Rows | None, Columns | None]:
     """x (n, k) in FP32, BF16 or FP16, groups that end at `ends_e` (int32, on x's device) → the layouts asked for.
 
-    rows: the operand (n, k), each group for itself. columns: the operand (k, tokens) of each group. `power_of_two`
-    overrides both. Rows that belong to no group are left unset: no product reads them. Raises ValueError.
+    rows: the operand (n, k), each group for itself. columns: the operand (k, tokens) of each group. Rows that belong to
+    no group are left unset: no product reads them. Raises ValueError.
     """
     check(x_nk.dim() == 2 and x_nk.dtype in (torch.float32, torch.bfloat16, torch.float16), "x: a float matrix")
     pieces = pieces_at_most(len(x_nk), len(ends_e))
-    return _quantize(x_nk, None, ends_e, pieces, rows, columns, power_of_two)
+    return _quantize(x_nk, None, ends_e, pieces, rows, columns)
 
 
-def quantize_again(rows: Rows, ends_e: Tensor, columns: OperandConfig, *, power_of_two: bool | None = None) -> Columns:
+def quantize_again(rows: Rows, ends_e: Tensor, columns: OperandConfig) -> Columns:
     """An operand kept as Rows, rounded again for a product over its tokens (arXiv 2412.19437, section 3.3.3)."""
     pieces = pieces_at_most(len(rows.values), len(ends_e))
-    _, found = _quantize(rows.values, rows.scales, ends_e, pieces, None, columns, power_of_two)
+    _, found = _quantize(rows.values, rows.scales, ends_e, pieces, None, columns)
     assert found is not None
     return found
 
@@ -121,7 +120,7 @@ def round_weights(
     e, o, i = w_eoi.shape
     ends_e = torch.arange(1, e + 1, dtype=torch.int32, device=w_eoi.device) * o
     blocks = triton.cdiv(o, PIECE)
-    rows, columns = _quantize(w_eoi.reshape(e * o, i), None, ends_e, e * blocks, forward, backward, None)
+    rows, columns = _quantize(w_eoi.reshape(e * o, i), None, ends_e, e * blocks, forward, backward)
     straight = turned = None
     if forward and rows:
         straight = Weights(rows.values.view(e, o, i), rows.scales.view(e, o, -1), forward.scale_of in SHARED)
@@ -139,7 +138,6 @@ def _quantize(
     pieces: int,
     rows: OperandConfig | None,
     columns: OperandConfig | None,
-    power_of_two: bool | None,
 ) -> tuple[Rows | None, Columns | None]:
     n, k = x_nk.shape
     groups = len(ends_e)
@@ -158,7 +156,7 @@ def _quantize(
         "GROUPS": group_lanes(groups),
         "num_warps": WARPS,
     }
-    outputs = Outputs(x_nk, (n, k, pieces, groups), rows, columns, power_of_two)
+    outputs = Outputs(x_nk, (n, k, pieces, groups), rows, columns)
     piece_ends_e = torch.zeros_like(ends_e)
     grid = (pieces, triton.cdiv(k, PIECE))
     if n and k:

@@ -47,7 +47,6 @@ def quantize(
     *,
     rows: OperandConfig | None,
     columns: OperandConfig | None,
-    power_of_two: bool | None = None,
 ) -> tuple[Rows | None, Columns | None]:
     """See kernels/quantize.py. What belongs to no group is zeros."""
     n, k = x_nk.shape
@@ -65,20 +64,20 @@ def quantize(
         )
     for _, start, end, piece in _groups(ends_e):
         if rows and straight:
-            found = rounding.quantize(x_nk[start:end], rows, power_of_two=power_of_two)
+            found = rounding.quantize(x_nk[start:end], rows)
             straight.values[start:end] = found.values
             straight.scales[start:end] = _spread(found)
         if columns and turned:
-            found = rounding.quantize(x_nk[start:end].mT, columns, power_of_two=power_of_two)
+            found = rounding.quantize(x_nk[start:end].mT, columns)
             turned.values[:, piece * PIECE : piece * PIECE + end - start] = found.values
             scales = _spread(found)
             turned.scales[:, piece : piece + scales.shape[1]] = scales
     return straight, turned
 
 
-def quantize_again(rows: Rows, ends_e: Tensor, columns: OperandConfig, *, power_of_two: bool | None = None) -> Columns:
+def quantize_again(rows: Rows, ends_e: Tensor, columns: OperandConfig) -> Columns:
     """See kernels/quantize.py."""
-    _, found = quantize(dequantized(*rows), ends_e, rows=None, columns=columns, power_of_two=power_of_two)
+    _, found = quantize(dequantized(*rows), ends_e, rows=None, columns=columns)
     assert found is not None
     return found
 
@@ -147,13 +146,12 @@ def swiglu_quantize(
     gate_up_nf2: Tensor,
     gate_n1: Tensor | None,
     ends_e: Tensor,
-    *,
-    rows: OperandConfig | None,
-    columns: OperandConfig | None,
-    power_of_two: bool | None = None,
-) -> tuple[Rows | None, Columns | None]:
+    rows: OperandConfig,
+) -> Rows:
     """See kernels/swiglu.py."""
-    return quantize(swiglu(gate_up_nf2, gate_n1), ends_e, rows=rows, columns=columns, power_of_two=power_of_two)
+    found, _ = quantize(swiglu(gate_up_nf2, gate_n1), ends_e, rows=rows, columns=None)
+    assert found is not None
+    return found
 
 
 def swiglu_backward_quantize(

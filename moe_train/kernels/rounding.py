@@ -87,7 +87,6 @@ class Outputs:
         shape: tuple[int, int, int, int],  # n, k, pieces, groups
         rows: OperandConfig | None,
         columns: OperandConfig | None,
-        power_of_two: bool | None,
     ) -> None:
         n, k, pieces, groups = shape
         self.operands = (rows, columns)
@@ -111,9 +110,7 @@ class Outputs:
         for name, operand in (("ROWS", rows), ("COLUMNS", columns)):
             self.arguments[name] = operand.scale_of if operand else None
             self.arguments[f"{name}_E4M3"] = operand is not None and operand.format == "e4m3"
-            self.arguments[f"{name}_POWER"] = operand is not None and (
-                operand.power_of_two if power_of_two is None else power_of_two
-            )
+            self.arguments[f"{name}_POWER"] = operand is not None and operand.power_of_two
 
     def largest(self) -> dict[str, Tensor | None]:
         """Where an earlier pass leaves the largest magnitudes; empty where a block knows its scales."""

@@ -87,17 +87,14 @@ def _backward_kernel(dh, gate_up, gate, d_gate, out, n, f, M: tl.constexpr):
 
 @triton.jit
 def _forward_quantize_kernel(
-    gate_up, gate, ends_ptr, piece_ends_ptr, n, f, groups,
+    gate_up, gate, ends_ptr, n, f, groups,
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
     NATIVE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
-    group, start, end, piece_ends = find_piece(ends_ptr, piece, groups, n, GROUPS, 128)
-    if (piece == 0) & (tl.program_id(1) == 0):
-        index = tl.arange(0, GROUPS)
-        tl.store(piece_ends_ptr + index, piece_ends, mask=index < groups)
+    group, start, end, _ = find_piece(ends_ptr, piece, groups, n, GROUPS, 128)
     if group < groups:
         row = start + tl.arange(0, 128)
         column = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -182,25 +179,29 @@ def swiglu_quantize(
     gate_up_nf2: Tensor,
     gate_n1: Tensor | None,
     ends_e: Tensor,
-    *,
-    rows: OperandConfig | None,
-    columns: OperandConfig | None,
-    power_of_two: bool | None = None,
-) -> tuple[Rows | None, Columns | None]:
-    """`quantize` of `swiglu`, in one pass where scales are of tiles or blocks. Raises ValueError."""
+    rows: OperandConfig,
+) -> Rows:
+    """`quantize` of `swiglu` along f, in one pass where scales are of tiles or blocks. Raises ValueError.
+
+    Along tokens the weight gradient rounds what was rounded along f again, as of any input (`quantize_again`).
+    """
     n, f = _checked(gate_up_nf2, gate_n1)
-    if not _in_one_pass(rows, columns) or not n * f:
-        return quantize(swiglu(gate_up_nf2, gate_n1), ends_e, rows=rows, columns=columns, power_of_two=power_of_two)
+    if not _in_one_pass(rows, None) or not n * f:
+        h = swiglu(gate_up_nf2, gate_n1)
+        straight, _ = quantize(h, ends_e, rows=rows, columns=None)
+        assert straight is not None
+        return straight
     check(ends_e.dtype == torch.int32, "ends_e: int32")
     e = len(ends_e)
     pieces = pieces_at_most(n, e)
-    outputs = Outputs(gate_up_nf2, (n, f, pieces, e), rows, columns, power_of_two)
+    outputs = Outputs(gate_up_nf2, (n, f, pieces, e), rows, None)
     gate = None if gate_n1 is None else gate_n1.contiguous()
-    piece_ends_e = torch.empty_like(ends_e)
-    arguments = (gate_up_nf2.contiguous(), gate, ends_e.contiguous(), piece_ends_e, n, f, e)
+    arguments = (gate_up_nf2.contiguous(), gate, ends_e.contiguous(), n, f, e)
     grid = (pieces, triton.cdiv(f, PIECE))
     _forward_quantize_kernel[grid](*arguments, **outputs.arguments, GROUPS=group_lanes(e), num_warps=WARPS, **EXACT)
-    return outputs.layouts(piece_ends_e)
+    straight, _ = outputs.layouts(ends_e)
+    assert straight is not None
+    return straight
 
 
 def swiglu_backward_quantize(
@@ -223,7 +224,7 @@ def swiglu_backward_quantize(
     check(ends_e.dtype == torch.int32, "ends_e: int32")
     e = len(ends_e)
     pieces = pieces_at_most(n, e)
-    outputs = Outputs(gate_up_nf2, (n, 2 * f, pieces, e), rows, columns, None)
+    outputs = Outputs(gate_up_nf2, (n, 2 * f, pieces, e), rows, columns)
     gate, shares = _gate(gate_n1, n, f)
     piece_ends_e = torch.empty_like(ends_e)
     operands = (dh_nf.contiguous(), gate_up_nf2.contiguous(), gate, shares)

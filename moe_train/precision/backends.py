@@ -29,16 +29,10 @@ class Backend(Protocol):
         *,
         rows: OperandConfig | None,
         columns: OperandConfig | None,
-        power_of_two: bool | None = None,
     ) -> tuple[Rows | None, Columns | None]:
-        """x (n, k), rounded along k, along the tokens of each group, or both.
+        """x (n, k), rounded along k, along the tokens of each group, or both."""
 
-        `power_of_two` overrides the operands'.
-        """
-
-    def quantize_again(
-        self, rows: Rows, ends_e: Tensor, columns: OperandConfig, *, power_of_two: bool | None = None
-    ) -> Columns:
+    def quantize_again(self, rows: Rows, ends_e: Tensor, columns: OperandConfig) -> Columns:
         """What was rounded along k, rounded again along tokens."""
 
     def round_weights(
@@ -57,12 +51,9 @@ class Backend(Protocol):
         gate_up: Tensor,
         row_weight: Tensor | None,
         ends_e: Tensor,
-        *,
-        rows: OperandConfig | None,
-        columns: OperandConfig | None,
-        power_of_two: bool | None = None,
-    ) -> tuple[Rows | None, Columns | None]:
-        """silu(gate) · up · row_weight of gate_up (n, 2f), in its format, then rounded as `quantize` rounds it."""
+        rows: OperandConfig,
+    ) -> Rows:
+        """silu(gate) · up · row_weight of gate_up (n, 2f), in its format, then rounded along f as `quantize` does."""
 
     def swiglu_backward(
         self,

@@ -112,6 +112,12 @@ def _cublas_lacks(recipe: Fp8Config, device: Device, sizes: set[int]) -> tuple[s
             f"{device.name} has no FP8 units (compute capability 8.9)",
             "set precision.backend=auto, or precision=bf16 for speed",
         )
+    if device.capability is not None and any(operand.format == "e5m2" for operand in operands):
+        # The right one of two for linear layers, both for experts (torch's RowwiseScaledMM.cu and ScaledBlas.cpp).
+        return (
+            "torch's scaled matmul takes E4M3 alone for experts",
+            "the nearest recipe that it runs is precision=fp8_rowwise; backend=auto takes what runs this one",
+        )
     odd = sorted(size for size in sizes if size % MULTIPLE)
     if device.capability is not None and odd:
         return f"sizes must be multiples of {MULTIPLE}, and a layer has {odd[0]}", "change it, or set backend=auto"

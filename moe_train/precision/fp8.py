@@ -50,11 +50,10 @@ def holding_weights() -> Iterator[None]:
 
 
 class Fp8Layer:
-    """The products of one layer. `power_of_two_input`: the scales of its input are powers of two, whatever else is."""
+    """The products of one layer, by a recipe as it is for that layer (precision/recipes.py)."""
 
-    def __init__(self, recipe: Fp8Config, backend: Backend, power_of_two_input: bool = False) -> None:
+    def __init__(self, recipe: Fp8Config, backend: Backend) -> None:
         self.recipe = recipe
-        self.power_of_two_input = power_of_two_input
         self.backend = backend
         self.counts: Tensor | None = None  # where what is rounded is counted now, see precision/health.py
         self._weights: tuple[Weights | None, Weights | None] = (None, None)
@@ -63,7 +62,7 @@ class Fp8Layer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp8Layer:
         """A copied model's layer is another layer: its weights will differ."""
-        return Fp8Layer(self.recipe, self.backend, self.power_of_two_input)
+        return Fp8Layer(self.recipe, self.backend)
 
     def input(self, x_ni: Tensor, ends_e: Tensor | None) -> Rows:
         """x in the compute format as the forward product takes it, and as it is kept, unless x itself is made again."""
@@ -74,11 +73,6 @@ class Fp8Layer:
             return pair
 
         return Rows(*remade_with(rounded, x_ni))
-
-    @property
-    def power_of_two(self) -> bool | None:
-        """Of the scales of its input; None: as each operand says."""
-        return True if self.power_of_two_input else None
 
     def weights(self, weight_eoi: Tensor, *, backward: bool) -> Weights:
         """The weight as the forward product takes it, or its transpose for the input gradient."""
@@ -107,7 +101,7 @@ class Fp8Layer:
     def quantized_input(self, x_ni: Tensor, ends_e: Tensor) -> Rows:
         """What `input` returns, made."""
         operand = self.recipe.forward.activation
-        rows, _ = self.backend.quantize(x_ni, ends_e, rows=operand, columns=None, power_of_two=self.power_of_two)
+        rows, _ = self.backend.quantize(x_ni, ends_e, rows=operand, columns=None)
         assert rows is not None
         if self.counts is not None:
             health.count_rows(self.counts, "input", x_ni, rows, ends_e)
@@ -115,8 +109,7 @@ class Fp8Layer:
 
     def along_tokens(self, kept: Rows, ends_e: Tensor) -> Columns:
         """A kept input as the weight gradient takes it."""
-        operand = self.recipe.weight_gradient.activation
-        columns = self.backend.quantize_again(kept, ends_e, operand, power_of_two=self.power_of_two)
+        columns = self.backend.quantize_again(kept, ends_e, self.recipe.weight_gradient.activation)
         if self.counts is not None:
             health.count_columns(self.counts, "input", reference.dequantized(*kept), columns, ends_e)
         return columns
@@ -142,15 +135,7 @@ class Fp8Layer:
 
     def swiglu(self, gate_up: Tensor, row_weight: Tensor | None, ends_e: Tensor) -> Rows:
         """The result of a SwiGLU as its input. The backend rounds it unseen: to be counted it is made once more."""
-        rows, _ = self.backend.swiglu(
-            gate_up,
-            row_weight,
-            ends_e,
-            rows=self.recipe.forward.activation,
-            columns=None,
-            power_of_two=self.power_of_two,
-        )
-        assert rows is not None
+        rows = self.backend.swiglu(gate_up, row_weight, ends_e, self.recipe.forward.activation)
         if self.counts is not None:
             health.count_rows(self.counts, "input", reference.swiglu(gate_up, row_weight), rows, ends_e)
         return rows

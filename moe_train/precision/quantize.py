@@ -37,10 +37,10 @@ class Quantized:
         return self.values.nbytes + self.scales.nbytes
 
 
-def quantize(x: Tensor, operand: OperandConfig, *, power_of_two: bool | None = None) -> Quantized:
+def quantize(x: Tensor, operand: OperandConfig) -> Quantized:
     """x (…, rows, inner) in any float format; leading dimensions (experts) are quantised each for itself.
 
-    `power_of_two` overrides the operand's. The last dimension is what the product sums over.
+    The last dimension is what the product sums over.
     """
     piece = _piece(operand, x.shape)
     exact = x.detach().to(torch.float32)
@@ -48,7 +48,7 @@ def quantize(x: Tensor, operand: OperandConfig, *, power_of_two: bool | None = N
     magnitude = torch.where(finite, exact.abs(), 0.0)
     largest = torch.finfo(DTYPES[operand.format]).max
     scales = _largest_of_pieces(magnitude, piece) / largest
-    if operand.power_of_two if power_of_two is None else power_of_two:
+    if operand.power_of_two:
         scales = _rounded_up_to_power_of_two(scales)
     scales = torch.where(scales > 0, scales.clamp_min(SMALLEST_SCALE), 1.0)
     scaled = exact / _spread(scales, piece, x.shape)

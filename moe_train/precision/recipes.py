@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,13 +13,14 @@ from moe_train.errors import UserError
 from moe_train.model.experts import Experts
 from moe_train.model.layers import Linear, SwiGLU
 from moe_train.model.transformer import Transformer
-from moe_train.precision.backends import Backend
 from moe_train.precision.choice import Choice, Device, choose
 from moe_train.precision.fp8 import Fp8Layer
 
 # Layers outside these are the embedding's, the head's and the final norm's, which stay in the compute format.
 _ROOMS = ("blocks.", "mtp.")
 _OF_SWIGLU = ("gate_up_proj", "down_proj")
+# What a recipe may name although the model has none, being dense.
+_OF_EXPERTS = tuple(f"{owner}.{part}" for owner in ("experts", "shared_experts") for part in _OF_SWIGLU)
 
 
 def apply(model: Transformer, precision: PrecisionConfig, device: torch.device) -> Choice | None:
@@ -32,24 +34,25 @@ def apply(model: Transformer, precision: PrecisionConfig, device: torch.device) 
     layers = _layers_of(model)
     sizes = {size for module in layers.values() for weight in module.parameters() for size in weight.shape[-2:]}
     choice = choose(precision, Device.of(device), sizes)
-    known = set()
     for name, module in layers.items():
-        layer = name.rpartition(".")[2]
         module.evaluates_in_fp8 = precision.evaluate_in_fp8
         if isinstance(module, Linear):
-            known.add(layer)
-            module.fp8 = _layer(recipe, layer, choice.backend)
+            module.fp8 = Fp8Layer(_of_layer(recipe, name), choice.backend)
         else:
-            known |= set(_OF_SWIGLU)
-            first, second = (_layer(recipe, part, choice.backend) for part in _OF_SWIGLU)
+            first, second = (Fp8Layer(_of_layer(recipe, f"{name}.{part}"), choice.backend) for part in _OF_SWIGLU)
             module.fp8 = first, second
-    for layer in recipe.power_of_two_inputs_of:
-        if layer not in known:
-            raise UserError(
-                f"precision.fp8.power_of_two_inputs_of names {layer}, and the model has {', '.join(sorted(known))}: "
-                "choose among them"
-            )
+    _check_names(recipe, {name.rpartition(".")[2] for name in layers} - {"experts"})
     return choice
+
+
+def _check_names(recipe: Fp8Config, layers: set[str]) -> None:
+    known = sorted({*layers, *_OF_SWIGLU, *_OF_EXPERTS})
+    for key in ("power_of_two_inputs_of", "power_of_two_gradients_of"):
+        for name in getattr(recipe, key):
+            if name not in known:
+                raise UserError(
+                    f"precision.fp8.{key} names {name}, and the model has {', '.join(known)}: choose among them"
+                )
 
 
 def _layers_of(model: Transformer) -> dict[str, Linear | Experts]:
@@ -61,8 +64,27 @@ def _layers_of(model: Transformer) -> dict[str, Linear | Experts]:
     }
 
 
-def _layer(recipe: Fp8Config, name: str, backend: Backend) -> Fp8Layer:
-    return Fp8Layer(recipe, backend, power_of_two_input=name in recipe.power_of_two_inputs_of)
+def _of_layer(recipe: Fp8Config, layer: str) -> Fp8Config:
+    """The recipe with the scales that it wants of `layer` (its full name) made powers of two."""
+
+    def named(names: tuple[str, ...]) -> bool:
+        return any(f".{layer}".endswith(f".{name}") for name in names)
+
+    def rounded(operand: OperandConfig, names: tuple[str, ...]) -> OperandConfig:
+        return dataclasses.replace(operand, power_of_two=operand.power_of_two or named(names))
+
+    inputs, gradients = recipe.power_of_two_inputs_of, recipe.power_of_two_gradients_of
+    forward, backward, of_weights = recipe.forward, recipe.input_gradient, recipe.weight_gradient
+    return dataclasses.replace(
+        recipe,
+        forward=dataclasses.replace(forward, activation=rounded(forward.activation, inputs)),
+        input_gradient=dataclasses.replace(backward, gradient=rounded(backward.gradient, gradients)),
+        weight_gradient=dataclasses.replace(
+            of_weights,
+            activation=rounded(of_weights.activation, inputs),
+            gradient=rounded(of_weights.gradient, gradients),
+        ),
+    )
 
 
 def fp8_layers(model: Transformer) -> dict[str, Fp8Layer]:
@@ -129,16 +151,13 @@ def _row(name: str, layer: Fp8Layer | None, compute_format: str) -> dict[str, An
     recipe = layer.recipe
     return {
         "layer": name,
-        "forward": f"{_said(recipe.forward.activation, layer)} · {_said(recipe.forward.weight)}",
+        "forward": f"{_said(recipe.forward.activation)} · {_said(recipe.forward.weight)}",
         "input_gradient": f"{_said(recipe.input_gradient.gradient)} · {_said(recipe.input_gradient.weight)}",
-        "weight_gradient": (
-            f"{_said(recipe.weight_gradient.gradient)} · {_said(recipe.weight_gradient.activation, layer)}"
-        ),
+        "weight_gradient": f"{_said(recipe.weight_gradient.gradient)} · {_said(recipe.weight_gradient.activation)}",
         "accumulation": recipe.accumulation,
         "backend": layer.backend.name,
     }
 
 
-def _said(operand: OperandConfig, layer: Fp8Layer | None = None) -> str:
-    powers = operand.power_of_two or (layer is not None and layer.power_of_two_input)
-    return f"{operand.format} a {operand.scale_of}" + (", 2ⁿ" if powers else "")
+def _said(operand: OperandConfig) -> str:
+    return f"{operand.format} a {operand.scale_of}" + (", 2ⁿ" if operand.power_of_two else "")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_train.config import PrecisionConfig, to_dict
+from moe_train.config import Fp8Config, PrecisionConfig, differences, to_dict
 from moe_train.model.transformer import Transformer
 from moe_train.precision import recipes
 from moe_train.precision.health import Counts, LayerRates, Operand, Rates
@@ -95,10 +95,30 @@ class Fp8Health:
 
 def modules_in_compute_format(checkpoint: Mapping[str, Any], precision: PrecisionConfig) -> list[str]:
     """Those that a checkpoint's state says went back, if that was with the recipe of `precision`."""
+    from moe_train.compose import validated
+
     kept = checkpoint.get("fp8")
-    if kept is None or precision.fp8 is None or kept["recipe"] != to_dict(precision.fp8):
+    if kept is None or precision.fp8 is None:
+        return []
+    if validated(Fp8Config, kept["recipe"], "the recipe of the checkpoint") != precision.fp8:
         return []
     return list(kept["modules_in_compute_format"])
+
+
+def precision_notes(before: PrecisionConfig | None, now: PrecisionConfig, checkpoint: Mapping[str, Any]) -> list[str]:
+    """What a run that goes on says of its precision, where that was another one `before`."""
+    if before is None:
+        return []
+    changed = differences(to_dict(before), to_dict(now), "precision")
+    named = before.name != now.name
+    keys = f"precision={now.name}, before precision={before.name}" if named else ", ".join(key for key, *_ in changed)
+    notes = [f"from here on another precision: {keys}"]
+    kept = checkpoint.get("fp8") or {"modules_in_compute_format": []}
+    again = set(kept["modules_in_compute_format"]) - set(modules_in_compute_format(checkpoint, now))
+    if again and now.fp8 is not None:
+        modules = ", ".join(sorted(again))
+        notes.append(f"FP8: these modules had gone back with the recipe before and multiply in FP8 again: {modules}")
+    return notes
 
 
 def excesses(rates: LayerRates, limits: Mapping[str, Any]) -> list[Excess]:

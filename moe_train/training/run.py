@@ -36,9 +36,9 @@ from moe_train.training.account import Account
 from moe_train.training.checkpoints import Checkpoint, load_weights
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
-from moe_train.training.fp8_health import Fp8Health, where_not_finite
+from moe_train.training.fp8_health import Fp8Health, precision_notes, where_not_finite
 from moe_train.training.optimizers import build_optimizers
-from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder
+from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder, write_keeping
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.saving import Saving
 from moe_train.training.schedules import lr_factor
@@ -172,6 +172,7 @@ class Run:
             self.steps_done = checkpoint.step
             self.train_loss = resumed["train_loss"]
             notes.append(f"going on from step {self.steps_done:,} of {self.path}")
+            notes += precision_notes(folder.precision_before if folder else None, config.precision, checkpoint.state)
         elif start is not None:
             notes.append(f"starting from the weights of {start.path}")
             if used_otherwise:
@@ -213,7 +214,7 @@ class Run:
     def _write_formats(self) -> None:
         """Rank 0: `precision.json`, what runs in what."""
         formats = recipes.table(self.model, self.config.precision, self.compute_format)
-        (self.path / "precision.json").write_text(json.dumps(formats, indent=1, ensure_ascii=False) + "\n")
+        write_keeping(self.path / "precision.json", json.dumps(formats, indent=1, ensure_ascii=False) + "\n")
 
     def _start_tracker(self) -> Tracker:
         has_metrics = (self.path / "metrics.jsonl").exists()

@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 import yaml
 
-from moe_train.config import RunConfig, differences, to_dict
+from moe_train.config import PrecisionConfig, RunConfig, differences, to_dict
 from moe_train.errors import UserError
 from moe_train.training.checkpoints import STATE, Checkpoint, checkpoint_paths, open_checkpoint
 
@@ -34,12 +34,16 @@ class RunFolder:
     finished_summary: dict[str, Any] | None  # of this very run, where there is nothing left to do
     lock: filelock.BaseFileLock
     fresh: bool  # empty until this process opened it
+    precision_before: PrecisionConfig | None = None  # that the run had, where it goes on in another
+    config_before: Path | None = None  # the file that this process's configuration took the place of
 
     def discard(self) -> None:
-        """Take back a folder in which no run has begun, so that the corrected command can use its name."""
+        """Leave no trace of a run that has not begun: the corrected command finds the folder as this one did."""
         if self.fresh:
             self.lock.release()
             shutil.rmtree(self.path, ignore_errors=True)
+        elif self.config_before is not None:
+            self.config_before.replace(self.path / CONFIG)
 
 
 def open_run_folder(config: RunConfig) -> RunFolder:
@@ -83,9 +87,10 @@ def open_run_folder(config: RunConfig) -> RunFolder:
             f"the run folder {path} is in use by another process: wait for it or choose another run_dir="
         ) from None
 
-    finished = None
+    finished, precision_before = None, None
     if goes_on and (path / CONFIG).exists():
-        _check_same_run(path, config)
+        before = _check_same_run(path, config)
+        precision_before = before.precision if before.precision != config.precision else None
         finished = _finished_summary(path, config)
         paths = checkpoint_paths(path)
         source = open_checkpoint(paths[-1]) if paths else None
@@ -93,9 +98,8 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         raise UserError(
             f"the folder {path} is not empty and holds no run ({CONFIG} is missing): choose another run_dir="
         )
-    if finished is None:
-        _write_config(path, config)
-    return RunFolder(path, source, start, finished, lock, fresh=not occupied)
+    config_before = None if finished is not None else _write_config(path, config)
+    return RunFolder(path, source, start, finished, lock, not occupied, precision_before, config_before)
 
 
 def _new_folder(name: str) -> Path:
@@ -155,19 +159,27 @@ def load_run_config(path: Path) -> RunConfig:
     return config
 
 
-def _write_config(path: Path, config: RunConfig) -> None:
-    target = path / CONFIG
+def _write_config(path: Path, config: RunConfig) -> Path | None:
     content = yaml.safe_dump({**to_dict(config), "config_hash": config.config_hash()}, sort_keys=False)
+    return write_keeping(path / CONFIG, content)
+
+
+def write_keeping(target: Path, content: str) -> Path | None:
+    """Write a file of a run's folder; another that is there stays beside it, as config.1.yaml, and is returned."""
+    beside = None
     if target.exists() and target.read_text() != content:
-        kept = len(list(path.glob("config.*.yaml"))) + 1
-        target.rename(path / f"config.{kept}.yaml")
-    temporary = path / f".{CONFIG}"
+        kept = len(list(target.parent.glob(f"{target.stem}.*{target.suffix}"))) + 1
+        beside = target.rename(target.with_name(f"{target.stem}.{kept}{target.suffix}"))
+    temporary = target.with_name(f".{target.name}")
     temporary.write_text(content)
     temporary.replace(target)
+    return beside
 
 
-def _check_same_run(path: Path, config: RunConfig) -> None:
-    before, now = load_run_config(path).identity(), config.identity()
+def _check_same_run(path: Path, config: RunConfig) -> RunConfig:
+    """The configuration that the run had until now."""
+    earlier = load_run_config(path)
+    before, now = earlier.identity(), config.identity()
     for key in MAY_CHANGE_ON_RESUME:
         del before[key], now[key]
     for key, old, new in differences(before, now):
@@ -175,6 +187,7 @@ def _check_same_run(path: Path, config: RunConfig) -> None:
             f"the run in {path} was started with {key}={json.dumps(old)}, not {json.dumps(new)}: "
             "give the settings it was started with, or another run_dir="
         )
+    return earlier
 
 
 def _finished_summary(path: Path, config: RunConfig) -> dict[str, Any] | None:

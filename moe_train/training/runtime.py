@@ -240,7 +240,8 @@ def _choose_dtype(config: RunConfig, on_gpu: bool, device_name: str) -> tuple[to
     if asked == "auto":
         name = "BF16" if native else "FP32"
         why = "the device multiplies it natively" if native else "the device has no native BF16"
-        return (torch.bfloat16 if native else torch.float32), f"precision=auto took {name}: {why}"
+        key = "precision=auto" if config.precision.name == "auto" else "precision.compute_dtype=auto"
+        return (torch.bfloat16 if native else torch.float32), f"{key} took {name}: {why}"
     if asked == "bfloat16" and on_gpu and not native:
         raise UserError(
             f"precision={config.precision.name}: {device_name} has no BF16 units; use precision=fp32 or auto"

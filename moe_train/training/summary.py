@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from moe_train.cost.flops import parameter_counts
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.memory import peak_training_memory
 from moe_train.cost.price import JOULES_PER_KWH
 from moe_train.cost.value import bits_per_byte_per_usd
@@ -74,7 +75,7 @@ def predicted_peak_bytes(run: Run) -> int:
         accumulates=share > run.stepper.micro_batch_size,
         layout=runtime.layout,
         device_type=runtime.device_type,
-        fp8=config.precision.fp8 is not None,
+        fp8=Fp8Kept.by(config.precision.fp8),
     ).bytes
 
 

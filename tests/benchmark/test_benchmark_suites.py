@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_train.benchmark import choices, jobs, kernels, profiling, startup, step, suites
+from moe_train.benchmark import choices, fp8_recipes, jobs, kernels, profiling, startup, step, suites
 from moe_train.benchmark.bench import Bench, made_up_tokens
 from moe_train.benchmark.ceilings import measure
 from moe_train.benchmark.overhead import overhead_shares
@@ -44,6 +45,15 @@ def test_a_direction_of_a_kernel_is_that_product_alone(
     dense = kernels.dense(direction, SHAPE, CPU, torch.float32)()
     assert isinstance(dense, torch.Tensor)
     assert dense.shape == {"forward": (50, 6), "input_gradient": (50, 8), "weight_gradient": (6, 8)}[direction]
+
+
+def test_a_recipe_that_is_given_is_compared_with_all_its_settings(bench: Callable[..., Bench]) -> None:
+    plain = bench()
+    given = [override for override in plain.given if override != "precision=fp32"]
+    asked = dataclasses.replace(plain, given=(*given, "precision=fp8_rowwise", "precision.backend=cublas"))
+    figures = fp8_recipes.run(asked, "model=nano")
+    (speedup,) = [figure for figure in figures if figure.name == "fp8_speedup"]
+    assert speedup.note.endswith("backend cublas")
 
 
 def test_groups_are_ragged_and_take_every_row() -> None:

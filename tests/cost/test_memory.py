@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from moe_train.config import AdamWConfig, MuonConfig, OptimizerConfig, RunConfig
+from moe_train.cost.fp8_operands import Fp8Kept
+from moe_train.cost.layer_tape import Circumstances
+from moe_train.cost.layout import SINGLE
 from moe_train.cost.memory import cache_elements_per_token, training_memory
-from moe_train.cost.step_tape import LOGITS_CHUNK_ELEMENTS
+from moe_train.cost.step_tape import LOGITS_CHUNK_ELEMENTS, StepTape
+from moe_train.cost.tape import COPIES, Tape
 from moe_train.model import loss, transformer
 from moe_train.model.attention import LayerCache
 from moe_train.model.transformer import Transformer
 from moe_train.precision import recipes, remade
+from moe_train.precision.fp8 import holding_weights
 from moe_train.training.optimizers import build_optimizers
 
 SmallModel = Callable[..., Transformer]
@@ -47,7 +52,7 @@ def estimate(
     optimizer: OptimizerConfig = ADAMW,
     compute_bytes: int = 4,
     activation_checkpointing: bool = False,
-    fp8: bool = False,
+    fp8: Fp8Kept | None = None,
 ) -> dict[str, int]:
     return training_memory(
         model.config,
@@ -128,11 +133,42 @@ def test_what_autograd_keeps_with_an_fp8_recipe_is_estimated_within_fifteen_perc
 ) -> None:
     """Inputs of linear layers in FP8; the weights' FP8 forms are no tensors that autograd keeps."""
     model = small_model(*ARMS[arm], dtype=torch.float32)
-    recipes.apply(model, compose_run("precision=fp8_deepseek").precision, torch.device("cpu"))
-    expected = estimate(model, compute_bytes=compute_bytes, fp8=True)
+    precision = compose_run("precision=fp8_deepseek").precision
+    recipes.apply(model, precision, torch.device("cpu"))
+    expected = estimate(model, compute_bytes=compute_bytes, fp8=Fp8Kept.by(precision.fp8))
     kept = expected["activations"] + expected["head_gradients"]
     assert kept == pytest.approx(kept_bytes(model, compute_bytes), rel=0.15)
     assert expected["activations"] < estimate(model, compute_bytes=compute_bytes)["activations"]
+
+
+@pytest.mark.parametrize("name", ["fp8_deepseek", "fp8_rowwise"])
+@pytest.mark.parametrize("compute_bytes", [2, 4], ids=["bfloat16", "float32"])
+def test_in_what_a_swiglu_keeps_its_input_is_the_recipes(
+    name: str, compute_bytes: int, small_model: SmallModel, compose_run: Callable[..., RunConfig]
+) -> None:
+    """Where it is most of what is kept: hidden states of 32, experts and layers ten times as wide."""
+    wide = ("intermediate_size=320", "moe.moe_intermediate_size=320")
+    model = small_model(*ARMS["gqa"], *wide, dtype=torch.float32)
+    precision = compose_run(f"precision={name}").precision
+    recipes.apply(model, precision, torch.device("cpu"))
+    expected = estimate(model, compute_bytes=compute_bytes, fp8=Fp8Kept.by(precision.fp8))
+    kept = expected["activations"] + expected["head_gradients"]
+    assert kept == pytest.approx(kept_bytes(model, compute_bytes), rel=0.05)
+
+
+def test_fp8_forms_of_weights_are_made_for_both_products_at_once(
+    small_model: SmallModel, compose_run: Callable[..., RunConfig]
+) -> None:
+    model = small_model("attention=gqa_4x32", dtype=torch.float32)
+    recipes.apply(model, compose_run("precision=fp8_deepseek").precision, torch.device("cpu"))
+    with holding_weights():
+        model(*batch())
+        forms = [form for layer in recipes.fp8_layers(model).values() for form in layer._weights if form is not None]
+        held = sum(form.values.nbytes + form.scales.nbytes for form in forms)
+    tape = Tape()
+    given = Circumstances(4, False, False, SINGLE, Fp8Kept())
+    StepTape(tape, model.config, VOCAB, SEQUENCES, LENGTH, given, False).forward()
+    assert tape.held()[COPIES] == held
 
 
 def test_fp8_forms_of_weights_take_a_byte_a_value_and_a_scale_for_128_twice(small_model: SmallModel) -> None:
@@ -143,7 +179,9 @@ def test_fp8_forms_of_weights_take_a_byte_a_value_and_a_scale_for_128_twice(smal
             rows, columns = weight.shape
             expected += 2 * weight.numel() + 4 * (rows * -(-columns // 128) + columns * -(-rows // 128))
     for checkpointing in (False, True):
-        copies = estimate(model, compute_bytes=2, activation_checkpointing=checkpointing, fp8=True)["weight_copies"]
+        copies = estimate(model, compute_bytes=2, activation_checkpointing=checkpointing, fp8=Fp8Kept())[
+            "weight_copies"
+        ]
         assert copies == expected
 
 

@@ -129,6 +129,33 @@ def test_a_price_of_zero_costs_nothing() -> None:
     assert (run.usd_total, run.usd_per_million_tokens) == (0, 0)
 
 
+def test_utilization_is_that_of_every_attempt_in_its_own_formats_and_on_its_own_devices() -> None:
+    clock = Clock()
+    first = meter(clock)  # two devices
+    step(first, clock, 2.0, 1000)
+    narrow = dataclasses.replace(WORK, peak_tflops=2.0, ideal_seconds=0.25e-3)
+    second = meter(clock, num_devices=1, work=narrow)
+    second.load_state_dict(first.state_dict())
+    assert second.model_flops_utilization == first.model_flops_utilization
+    assert second.mixed_precision_utilization == first.mixed_precision_utilization
+    step(second, clock, 3.0, 500)
+    attainable = 2.0 * 2 * 0.5e12 + 3.0 * 2e12
+    assert second.model_flops_utilization == pytest.approx(1500 * 1e9 / attainable)
+    assert second.hardware_flops_utilization == pytest.approx(1.25 * 1500 * 1e9 / attainable)
+    assert second.mixed_precision_utilization == pytest.approx((1000 * 1e-3 + 500 * 0.25e-3) / (2.0 * 2 + 3.0))
+
+
+def test_an_ideal_time_that_was_not_known_once_is_not_known_later() -> None:
+    clock = Clock()
+    first = meter(clock, work=dataclasses.replace(WORK, ideal_seconds=None))
+    step(first, clock, 2.0, 1000)
+    second = meter(clock)
+    second.load_state_dict(first.state_dict())
+    step(second, clock, 2.0, 1000)
+    assert second.mixed_precision_utilization is None
+    assert second.model_flops_utilization == pytest.approx(2000 * 1e9 / (4.0 * 2 * 0.5e12))
+
+
 def test_without_a_peak_utilization_is_absent() -> None:
     clock = Clock()
     run = meter(clock, work=dataclasses.replace(WORK, peak_tflops=None, ideal_seconds=None))

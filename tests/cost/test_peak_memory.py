@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_train.config import AdamWConfig, ModelConfig, MuonConfig, OptimizerConfig
 from moe_train.cost.flops import main_parameters, mtp_parameters
+from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.layer_tape import Circumstances
 from moe_train.cost.layout import SINGLE, Layout
 from moe_train.cost.memory import PeakMemory, peak_training_memory
@@ -94,7 +95,7 @@ def predicted(
     optimizer: OptimizerConfig = ADAMW,
     micro_batches: int = 1,
     layout: Layout = SINGLE,
-    fp8: bool = False,
+    fp8: Fp8Kept | None = None,
 ) -> PeakMemory:
     return peak_training_memory(
         config,
@@ -134,8 +135,8 @@ def test_every_tensor_that_is_made_is_let_go_again(name: str, more: list[str], m
     config = model_config(*kinds[name], *more)
     parts = (main_parameters(config, VOCAB), mtp_parameters(config))
     matrices = sum(size for of in parts for part, size in of.items() if part != "norms")
-    either = (False, True)
-    for compute_bytes, on_cuda, checkpointing, fp8 in itertools.product((2, 4), either, either, either):
+    either, kept = (False, True), (None, Fp8Kept(), Fp8Kept(swiglu_input=False))
+    for compute_bytes, on_cuda, checkpointing, fp8 in itertools.product((2, 4), either, either, kept):
         circumstances = Circumstances(compute_bytes, False, on_cuda, SINGLE, fp8)
         step = StepTape(Tape(), config, VOCAB, 3, 40, circumstances, checkpointing)
         step.forward()
@@ -215,7 +216,7 @@ def test_layouts_share_out_what_they_say(model_config: MakeConfig) -> None:
 def test_sharded_weights_have_their_fp8_forms_in_two_blocks_at_a_time(model_config: MakeConfig) -> None:
     config = model_config("base")
     wide, fp8 = (
-        predicted(config, (1, 512), 2, layout=Layout.named("fsdp2", 8), fp8=each).parts for each in (False, True)
+        predicted(config, (1, 512), 2, layout=Layout.named("fsdp2", 8), fp8=each).parts for each in (None, Fp8Kept())
     )
     outside = 2 * VOCAB * config.hidden_size
     blocks = (wide["gathered_weights"] - outside) / 2  # parameters of two, in BF16

@@ -96,6 +96,18 @@ def test_bytes_of_a_parameter_and_a_token_stand_beside_those_of_bf16_with_fp32_m
     assert narrow["activations_per_token"] < 0.9 * plain["activations_per_token"]
     assert f"{narrow['activations_per_token']:,.0f}" in result.stdout
 
+    rowwise = written(describe("model=nano", "precision=fp8_rowwise", "json=a.json"), tmp_path / "a.json")
+    tiles = written(describe("model=nano", "precision=fp8_deepseek", "json=b.json"), tmp_path / "b.json")
+    # It keeps the inputs of SwiGLUs in BF16.
+    one, other = (each["bytes_each"][0]["activations_per_token"] for each in (rowwise, tiles))
+    assert one > other
+
+    wide = written(describe("model=nano", "precision=fp32", "json=wide.json"), tmp_path / "wide.json")
+    assert wide["memory"]["compute_dtype"] == "float32"
+    assert wide["bytes_each"][0]["settings"] == "float32; muon, moments float32"
+    assert wide["bytes_each"][0]["per_parameter"]["weight_copies"] == 0
+    assert any(row.get("all") == "float32" for row in wide["precision"]["rows"] if row["layer"] == "head")
+
     default = describe("model=nano", "json=nano.json")
     same = written(default, tmp_path / "nano.json")["bytes_each"]
     assert same[0] == same[1]
@@ -123,6 +135,10 @@ def test_a_new_architecture_is_one_yaml_file(describe: Describe, tmp_path: Path)
         (["model=nano", "sequence=9"], "error: unknown argument sequence=9: did you mean sequence_length=?"),
         (["model=nano", "vocab_size=0"], "error: vocab_size=0: "),
         (["model=nano", "model/mtp=depth_2", "sequence_length=2"], "needs sequences longer than sequence_length=2"),
+        (
+            ["model=nano", "precision=fp32", "compute_dtype=bfloat16"],
+            "contradicts precision=fp32, whose products are",
+        ),
         (["model=nano", "--config-dir", "nowhere"], "error: --config-dir nowhere: there is no such folder"),
         (["model=nano", "--config-dir"], "error: --config-dir needs a folder"),
         (["model=nano", "json=nowhere/a.json"], "error: json=nowhere/a.json: there is no folder "),

@@ -53,6 +53,14 @@ def test_more_fits_where_a_swiglus_input_is_kept_in_fp8(commands: Commands) -> N
     (commands.folder / "answer.json").unlink()
     (wide,) = asked(commands, "fit=true", "hardware=rtx_4090", "model=base", "precision=bf16")["rows"]
     assert row["largest_micro_batch"] > wide["largest_micro_batch"]
+    (commands.folder / "answer.json").unlink()
+    rowwise = ["fit=true", "hardware=rtx_4090", "model=base", "precision=fp8_rowwise"]  # keeps that input in BF16
+    assert asked(commands, *rowwise)["rows"][0]["largest_micro_batch"] < row["largest_micro_batch"]
+
+
+def test_what_is_kept_in_fp8_fits_a_card_that_multiplies_it_in_another_format(commands: Commands) -> None:
+    (row,) = asked(commands, "fit=true", "hardware=rtx_3090", "model=base", "precision=fp8_deepseek")["rows"]
+    assert row["largest_micro_batch"] > 0
 
 
 def test_a_probe_forecasts_a_run_here_and_says_how_near_it_came(commands: Commands) -> None:
@@ -97,7 +105,7 @@ def test_deepseek_v3s_table_and_its_picture(commands: Commands) -> None:
         (["published=true", "fit=true"], "different questions"),
         (["published=true", "tokns=5"], "did you mean tokens=?"),
         (["fit=true"], "hardware= is missing"),
-        (["fit=true", "hardware=a100_80", "precision=fp8_deepseek"], "multiplies no FP8"),
+        (["fit=true", "hardware=t4", "precision=fp8_deepseek"], "runs no kernel that keeps FP8"),
         (["fit=true", "hardware=h100", "num_gpus=8"], "num_gpus= does nothing with fit=true"),
         (["published=true", "model=nano"], "model=nano does nothing with published=true"),
         (["model=nano", "tokens=1e9", "hardware=h100", "against=x"], "against= goes with probe=true"),

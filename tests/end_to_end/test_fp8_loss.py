@@ -1,4 +1,4 @@
-"""What FP8 costs a run: 300 steps of a tiny model against the same steps in FP32."""
+"""What FP8 costs a run: 300 steps of a tiny model against the same steps in the compute format."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ def smoothed_loss(commands: Commands, run_dir: str, *overrides: str) -> float:
     return sum(row["train/loss"] for row in commands.metrics(run_dir)[-10:]) / 10
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_deepseeks_recipe_ends_within_a_quarter_percent(seed: int, commands: Commands) -> None:
-    wide = smoothed_loss(commands, "wide", "precision=fp32", f"seed={seed}")
-    recipe = ["precision=fp8_deepseek", "precision.compute_dtype=float32", f"seed={seed}"]
+@pytest.mark.parametrize(
+    ("compute", "dtype", "seed"), [("bf16", "bfloat16", 0), ("bf16", "bfloat16", 1), ("fp32", "float32", 0)]
+)
+def test_deepseeks_recipe_ends_within_a_quarter_percent(
+    compute: str, dtype: str, seed: int, commands: Commands
+) -> None:
+    wide = smoothed_loss(commands, "wide", f"precision={compute}", f"seed={seed}")
+    recipe = ["precision=fp8_deepseek", f"precision.compute_dtype={dtype}", f"seed={seed}"]
     narrow = smoothed_loss(commands, "narrow", *recipe)
     assert narrow != wide
     assert narrow == pytest.approx(wide, rel=ALLOWED)

@@ -50,6 +50,7 @@ def test_describe_shows_what_runs_in_what(commands: Commands) -> None:
     script = str(ROOT / "scripts/describe.py")
     result = commands.run("python", script, "model=nano", "precision=fp8_deepseek", "json=nano.json")
     assert "precision=fp8_deepseek" in result.stdout
+    assert "FP8 products are summed in float32, on this machine by the backend emulated" in result.stdout
     rows = json.loads((commands.folder / "nano.json").read_text())["precision"]["rows"]
     assert sum("forward" in row for row in rows) >= 6
     result = commands.run("python", script, "model=nano", "precision=fp9", check=False)

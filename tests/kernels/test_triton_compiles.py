@@ -17,19 +17,26 @@ from moe_train.kernels.capability import of_capability
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
-@pytest.mark.parametrize(("major", "minor", "product"), [(8, 6, "mma.sync"), (9, 0, "wgmma.mma_async")])
-def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, product: str, tmp_path: Path) -> None:
+MULTIPLIES_WITH = {
+    **dict.fromkeys([(8, 0), (8, 6), (8, 9), (12, 0)], "mma.sync"),
+    (9, 0): "wgmma.mma_async",
+    (10, 0): "tcgen05.mma",
+}
+
+
+@pytest.mark.parametrize(("major", "minor"), MULTIPLIES_WITH)
+def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(SCRIPT), str(major), str(minor)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    card = of_capability((major, minor))
+    card, product = of_capability((major, minor)), MULTIPLIES_WITH[major, minor]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 5
+    assert len(kernels) == 7
     for kernel in kernels:
         assert kernel["shared"] <= card.shared_bytes, kernel
-        multiplies = kernel["kernel"] != "_quantize_kernel"
+        multiplies = not kernel["kernel"].endswith("_quantize_kernel")
         assert (product in kernel["instructions"]) == multiplies
         assert card.multiplies_fp8 or "e4m3" not in kernel["instructions"]
         if not multiplies:

@@ -72,6 +72,16 @@ def test_what_the_device_lacks_is_an_error_that_names_what_it_has(
     assert str(error.value).startswith(f"precision.backend={asked} cannot do precision={recipe} here")
 
 
+def test_e5m2_is_not_handed_to_torchs_scaled_matmul_on_a_gpu() -> None:
+    operand = {"format": "e5m2", "scale_of": "row", "power_of_two": False}
+    weight = operand | {"format": "e4m3"}
+    gradients = {"input_gradient": {"gradient": operand, "weight": weight}}
+    with pytest.raises(UserError, match=r"takes E4M3 alone for experts; the nearest recipe .* precision=fp8_rowwise"):
+        choose(precision("fp8_rowwise", "cublas", **gradients), gpu(9, 0), SIZES)
+    assert choose(precision("fp8_rowwise", **gradients), gpu(9, 0), SIZES).backend.name == "triton"
+    assert choose(precision("fp8_rowwise", "cublas", **gradients), CPU, SIZES).backend.name == "cublas"
+
+
 def test_sizes_torch_refuses_are_named() -> None:
     with pytest.raises(UserError, match="multiples of 16, and a layer has 100"):
         choose(precision("fp8_rowwise", "cublas"), gpu(9, 0), {100, 128})
@@ -89,3 +99,5 @@ def test_a_backend_without_fp8_to_multiply_is_refused() -> None:
     content = yaml.safe_load((CONFIGS / "precision/bf16.yaml").read_text())
     with pytest.raises(UserError, match=r"backend=cublas says what multiplies in FP8, and precision=bf16 has no FP8"):
         validated(PrecisionConfig, content | {"backend": "cublas"}, "bf16")
+    with pytest.raises(UserError, match="evaluate_in_fp8=true has nothing to evaluate in, as precision=bf16"):
+        validated(PrecisionConfig, content | {"evaluate_in_fp8": True}, "bf16")

@@ -252,16 +252,55 @@ def test_blocks_are_in_fp8_and_router_head_and_embedding_are_not(model: Transfor
         if isinstance(m, Linear | Experts) and name.startswith(("blocks.", "mtp."))
     }
     assert any(name.startswith("mtp.") for name in in_fp8)
-    powers = {
-        name.rpartition(".")[2]
-        for name, m in model.named_modules()
-        if isinstance(m, Linear) and m.fp8 is not None and m.fp8.power_of_two_input
-    }
-    assert powers == {"o_proj"}
     rows = {row["layer"]: row for row in recipes.table(model, precision("fp8_deepseek"), "bfloat16")}
     assert rows["attention.o_proj"]["forward"] == "e4m3 a tile, 2ⁿ · e4m3 a block"
-    assert rows["ffn.experts.down_proj"]["weight_gradient"] == "e4m3 a tile · e4m3 a tile"
+    assert rows["ffn.experts.down_proj"]["weight_gradient"] == "e4m3 a tile, 2ⁿ · e4m3 a tile"
     assert (rows["head"]["all"], rows["router"]["all"]) == ("bfloat16", "float32")
+
+
+TILES, POWERS = "e4m3 a tile", "e4m3 a tile, 2ⁿ"
+
+
+def test_scales_are_powers_of_two_where_deepseeks_report_has_them(model: Transformer) -> None:
+    """The input of the projection after attention, and what goes between devices: to routed experts and back."""
+    recipes.apply(model, precision("fp8_deepseek"), CPU)
+    rows = {row["layer"]: row for row in recipes.table(model, precision("fp8_deepseek"), "bfloat16")}
+    found = {
+        name: (row["forward"].split(" · ")[0], *row["weight_gradient"].split(" · "))
+        for name, row in rows.items()
+        if "forward" in row
+    }
+    expected = dict.fromkeys(found, (TILES, TILES, TILES))
+    for name in ("attention.o_proj", "ffn.experts.gate_up_proj"):
+        expected |= {name: (POWERS, TILES, POWERS)}
+    expected |= {"ffn.experts.down_proj": (TILES, POWERS, TILES)}
+    of_mtp = {f"block.{name}": row for name, row in expected.items() if f"block.{name}" in found}
+    assert found == expected | of_mtp
+    for name, row in rows.items():
+        if "forward" in row:
+            assert (POWERS in row["input_gradient"]) == name.endswith(".experts.down_proj")
+
+
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj", "q_proj"])
+@pytest.mark.parametrize("key", ["inputs", "gradients"])
+def test_scales_of_any_layer_can_be_powers_of_two(model: Transformer, key: str, part: str) -> None:
+    """It is what the layer rounds with: products and gradients are those of such operands throughout."""
+    content = yaml.safe_load((CONFIGS / "precision/fp8_deepseek.yaml").read_text())
+    content["fp8"] |= {"power_of_two_inputs_of": [], "power_of_two_gradients_of": []}
+    content["fp8"][f"power_of_two_{key}_of"] = [part]
+    recipes.apply(model, validated(PrecisionConfig, content, "recipe"), CPU)
+    for name, layer in recipes.fp8_layers(model).items():
+        own, at = layer.recipe, name.endswith(f".{part}")
+        inputs, gradients = at and key == "inputs", at and key == "gradients"
+        assert own.forward.activation.power_of_two == own.weight_gradient.activation.power_of_two == inputs
+        assert own.input_gradient.gradient.power_of_two == own.weight_gradient.gradient.power_of_two == gradients
+        assert not own.forward.weight.power_of_two
+
+
+def test_a_recipe_for_experts_is_one_for_dense_models_too(small_model: Callable[..., Transformer]) -> None:
+    dense = small_model("moe=null", dtype=torch.float32)
+    recipes.apply(dense, precision("fp8_deepseek"), CPU)
+    assert not any(layer.recipe.input_gradient.gradient.power_of_two for layer in recipes.fp8_layers(dense).values())
 
 
 def test_evaluation_is_in_fp8_only_where_asked_for(model: Transformer) -> None:

@@ -13,11 +13,12 @@ import torch
 from accelerate.state import AcceleratorState
 from command_line import TINY
 
-from moe_train.config import RunConfig
+from moe_train.config import RunConfig, to_dict
 from moe_train.errors import UserError
 from moe_train.evaluation.losses import evaluate_run
 from moe_train.precision.health import Counts
 from moe_train.training import run as module
+from moe_train.training.fp8_health import modules_in_compute_format
 
 FP8 = ["precision=fp8_tensorwise", "precision.compute_dtype=float32"]
 NONE_MAY = "precision.health.max_underflow_rate=0.0"
@@ -163,10 +164,43 @@ def test_modules_that_go_back_stay_there_and_a_resumed_run_ends_with_the_same_bi
     )
     assert any("went back to float32 earlier and stay there" in line for line in capsys.readouterr().err.splitlines())
 
-    # Another recipe begins with all its layers.
-    runs("cut", "precision=fp8_rowwise", "stop.steps=7", "schedule=constant")
+    # Another recipe begins with all its layers, and says so; what ran in what before is kept.
+    formats = runs.formats("cut")
+    runs("cut", "precision=fp8_rowwise", "precision.compute_dtype=float32", "stop.steps=7", "schedule=constant")
     assert runs.summary("cut")["fp8_modules_in_compute_format"] == []
     assert '"but"' not in runs.formats("cut")
+    said = capsys.readouterr().err
+    assert "note: from here on another precision: precision=fp8_rowwise, before precision=fp8_tensorwise\n" in said
+    assert f"and multiply in FP8 again: {', '.join(sorted(modules))}\n" in said
+    assert formats in [path.read_text() for path in (runs.folder / "cut").glob("precision.*.json")]
+    # Nor is the ideal time of its tokens known, as it is not of those before.
+    assert runs.summary("cut")["mixed_precision_utilization"] is None
+
+
+def test_a_checkpoint_from_before_a_setting_existed_has_the_same_recipe(compose_run: Callable[..., RunConfig]) -> None:
+    precision = compose_run("precision=fp8_rowwise").precision
+    assert precision.fp8 is not None
+    recipe = to_dict(precision.fp8)
+    del recipe["power_of_two_gradients_of"]
+    state = {"fp8": {"recipe": recipe, "modules_in_compute_format": ["blocks.0.ffn"]}}
+    assert modules_in_compute_format(state, precision) == ["blocks.0.ffn"]
+
+
+def test_a_precision_that_cannot_be_had_leaves_the_run_as_it_was(runs: Runs) -> None:
+    runs("run", "stop.steps=1")
+    config = (runs.folder / "run/config.yaml").read_text()
+    refused = runs.failure("run", "precision=fp8_deepseek", "precision.backend=cublas", "stop.steps=2")
+    assert "precision.backend=cublas cannot do precision=fp8_deepseek here" in refused
+    assert (runs.folder / "run/config.yaml").read_text() == config
+    assert not list((runs.folder / "run").glob("config.*.yaml"))
+
+
+def test_a_change_within_a_recipe_is_said_by_its_keys(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs("run", "stop.steps=1")
+    assert "another precision" not in capsys.readouterr().err
+    runs("run", "stop.steps=2", "precision.fp8.accumulation=hopper", "precision.evaluate_in_fp8=true")
+    changed = "precision.fp8.accumulation, precision.evaluate_in_fp8"
+    assert f"note: from here on another precision: {changed}\n" in capsys.readouterr().err
 
 
 def test_an_evaluation_in_fp8_leaves_out_what_went_back(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +216,27 @@ def test_an_evaluation_in_fp8_leaves_out_what_went_back(runs: Runs, monkeypatch:
     assert evaluated() == expected
     monkeypatch.setattr("moe_train.evaluation.losses.modules_in_compute_format", lambda *_: [])
     assert evaluated() != expected
+
+
+def test_a_run_is_evaluated_in_fp8_or_not_whatever_multiplied_in_training(runs: Runs) -> None:
+    runs("run", "precision=fp8_deepseek", "precision.compute_dtype=float32", "stop.steps=2")
+    config = runs.folder / "run/config.yaml"
+    config.write_text(config.read_text().replace("backend: auto", "backend: triton"))  # as trained on a GPU
+
+    def evaluated(in_fp8: bool | None) -> dict[str, Any]:
+        AcceleratorState._reset_state(True)
+        return evaluate_run(runs.folder / "run", in_fp8=in_fp8)
+
+    wide, narrow = evaluated(None), evaluated(True)
+    assert wide["fp8"] is None
+    assert wide["loss"] == pytest.approx(runs.summary("run")["val_loss"], rel=1e-6)
+    assert narrow["fp8"] == "fp8_deepseek, emulated"
+    assert narrow["loss"] != wide["loss"]
+    assert narrow["loss"] == pytest.approx(wide["loss"], rel=0.01)
+    runs("plain", "precision=fp32", "precision.compute_dtype=float32", "stop.steps=1")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match="has no recipe of FP8, its precision is fp32"):
+        evaluate_run(runs.folder / "plain", in_fp8=True)
 
 
 def test_a_loss_that_is_not_finite_says_in_which_layer_it_began(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
