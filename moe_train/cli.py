@@ -188,5 +188,12 @@ def check_plot_target(path: Path | None) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """What a script prints, for programs."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    """What a script prints, for programs: whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that a kill leaves as it was or as it should be."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    temporary.replace(path)

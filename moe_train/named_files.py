@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -32,12 +32,23 @@ def file_named(kind: str, name: str, files: dict[str, Path], others: str = "") -
     return files[name]
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's loader keeps the last of several values of a key and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_named(kind: str, file: Path, schema: type[T]) -> T:
     """The file's content, checked. Raises UserError with the file, the key and the remedy."""
     if not re.fullmatch(r"[\w-]+", file.stem):
         raise UserError(f"{file}: a {kind} is called by its file's name: use letters, digits, _ and -")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no YAML ({one_line(error)}): correct the file") from None
     except OSError as error:

@@ -1,18 +1,20 @@
 """What an arm saves on each of four axes: tokens, FLOPs, seconds, dollars.
 
-With several budgets: how many times as much the other arm takes for the loss at which it ends. With one: what the same
-tokens take, and the loss they reach. Seconds and dollars are those of training steps alone; what starting, evaluating
-and saving cost is a matter of the length of runs, not of the technique.
+With several budgets: how many times as much the other arm takes for the loss at which it ends. With one: what both took
+in all, beside the losses they reached; an arm that started from another's run has taken what that took as well. Seconds
+and dollars are those of training steps alone; what starting, evaluating and saving cost is a matter of the length of
+runs, not of the technique.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from moe_train.claims.curves import saving
+from moe_train.claims.curves import fit, saving
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Result
 from moe_train.claims.statistics import Array, Mean
@@ -36,29 +38,36 @@ class Saved:
 class SavedOnAxes:
     arm: str
     against: str
-    at: str  # "equal loss" or "equal tokens"
+    at: str  # "equal loss" or "the end of both"
     loss_difference: float  # arm − against, nats a token, at the largest budget
     axes: dict[str, Saved | None] = field(default_factory=dict)
 
 
-def unit_cost(axis: str, result: Result) -> float:
-    """Of one token of the run."""
+def cost(axis: str, result: Result) -> float:
+    """Of the training steps of a run, with those of the run it started from."""
     summary = result.summary
-    if axis == "flops":
-        return float(summary["flops_per_token"])
-    if axis == "tokens":
-        return 1.0
-    amount = {"seconds": summary["train_seconds"], "usd": summary["usd_train"]}[axis]
-    return float(amount) / float(summary["tokens"])
+    own: float = {
+        "tokens": float(summary["tokens"]),
+        "flops": summary["tokens"] * float(summary["flops_per_token"]),
+        "seconds": float(summary["train_seconds"]),
+        "usd": float(summary["usd_train"] or 0.0),  # without a price the axis is not asked for
+    }[axis]
+    return own + (0.0 if result.start is None else cost(axis, result.start))
 
 
-def price_ratio(axis: str, plan: Plan, results: Sequence[Result], arm: str, against: str) -> Array:
-    """(seeds,) log of what a token costs `against` over what it costs `arm`, in the runs with the largest budget."""
+def price_ratio(
+    axis: str, plan: Plan, results: Sequence[Result], arm: str, against: str, per_token: bool = True
+) -> Array:
+    """(seeds,) log of what runs of `against` cost over what those of `arm` do, in the largest budget.
+
+    per_token: a token that the run itself was trained on; else the whole run.
+    """
     last = len(plan.scale.tokens) - 1
 
     def logs(name: str) -> Array:
         runs = [r for r in results if r.run.arm == name and r.run.budget == last]
-        return np.log([unit_cost(axis, r) for r in sorted(runs, key=lambda r: r.run.seed)])
+        ordered = sorted(runs, key=lambda r: r.run.seed)
+        return np.log([cost(axis, r) / (r.summary["tokens"] if per_token else 1.0) for r in ordered])
 
     return logs(against) - logs(arm)
 
@@ -74,10 +83,10 @@ def saved_on_axes(plan: Plan, results: Sequence[Result], with_costs: bool) -> li
             if axis in ("seconds", "usd") and not with_costs:
                 axes[axis] = None
                 continue
-            prices = price_ratio(axis, plan, results, arm, against)
-            axes[axis] = _to_target(ours, theirs, prices) if curves else _at_equal_tokens(prices)
+            prices = price_ratio(axis, plan, results, arm, against, per_token=curves)
+            axes[axis] = _to_target(ours, theirs, prices) if curves else _at_the_end(prices)
         difference = float((ours[1][:, -1] - theirs[1][:, -1]).mean())
-        found.append(SavedOnAxes(arm, against, "equal loss" if curves else "equal tokens", difference, axes))
+        found.append(SavedOnAxes(arm, against, "equal loss" if curves else "the end of both", difference, axes))
     return found
 
 
@@ -91,12 +100,25 @@ def losses_by_budget(plan: Plan, results: Sequence[Result], arm: str) -> tuple[A
     return tokens, np.array([[r.summary["val_loss"] for r in column] for column in columns], float).T
 
 
+def fits(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Of every arm with enough budgets: its mean losses, the curve through them (over its own tokens), what is left."""
+    found: list[dict[str, Any]] = []
+    for arm in plan.arms if len(plan.scale.tokens) >= MIN_BUDGETS else ():
+        tokens, losses = losses_by_budget(plan, results, arm)
+        mean = losses.mean(0)
+        curve = fit(tokens, mean[None])
+        limit, exponent = float(curve.limit[0]), float(curve.exponent[0])
+        residual = float(np.abs(mean - limit - curve.factor[0] * tokens**-exponent).max())
+        found.append({"arm": arm, "losses": mean.tolist(), "limit": limit, "exponent": exponent, "residual": residual})
+    return found
+
+
 def _to_target(ours: tuple[Array, Array], theirs: tuple[Array, Array], prices: Array) -> Saved:
     found = saving(*ours, *theirs, prices)
     return Saved(found.ratio, *found.interval(LEVEL), found.bound)
 
 
-def _at_equal_tokens(prices: Array) -> Saved:
+def _at_the_end(prices: Array) -> Saved:
     mean = Mean.of(prices)
     low, high = mean.interval(LEVEL)
     return Saved(float(np.exp(mean.value)), float(np.exp(low)), float(np.exp(high)))

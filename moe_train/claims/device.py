@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder, Result
 from moe_train.compose import CONFIGS
-from moe_train.config.claim import TO_TARGET
+from moe_train.config.claim import TIMED
 from moe_train.cost.hardware import detect
 from moe_train.errors import UserError
 from moe_train.sweeps.devices import devices_here
@@ -40,11 +40,13 @@ def device_here(plan: Plan) -> Device:
 
 
 def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:
-    """Refuse to add runs to a claim about seconds or dollars that has some of another device or price. UserError."""
-    timed = [c.name for c in plan.claim.config.at(plan.scale_name) if c.measure in TO_TARGET[2:]]
+    """Refuse what cannot be read of the runs that are there, and, for a claim about seconds or dollars, those of$
+    another device or price. Raises UserError."""
+    there = _there(plan, folder)
+    timed = [c.name for c in plan.claim.config.at(plan.scale_name) if c.measure in TIMED]
     if not timed:
         return
-    for result in _there(plan, folder):
+    for result in there:
         summary = result.summary
         cores = 1 if device.on_gpu else summary["num_threads"]
         price = None if summary["price_usd_per_hour"] is None else summary["price_usd_per_hour"] / cores

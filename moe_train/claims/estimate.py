@@ -8,6 +8,7 @@ runs, whose models are a hundred times larger, so roughly.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from moe_train.claims.plan import Arm, Plan, PlannedRun
 from moe_train.claims.results import Folder
+from moe_train.cli import write_json
 from moe_train.config import HardwareConfig
 from moe_train.cost.layout import Layout
 from moe_train.forecast import probe as probes
@@ -152,9 +154,10 @@ def _speed(plan: Plan, arm: Arm, folder: Folder, probe: Probe, settings: Sequenc
     if content is None:
         longest = max(plan.scale.tokens)
         folders = [] if plan.config_dir is None else ["--config-dir", str(plan.config_dir.absolute())]
+        sys.stderr.write(f"probing arm {arm.name} of {plan.claim.name}: twenty steps\n")
         content = {**probe([*folders, *arm.overrides, *settings], longest), "arm": arm.name, "hash": _probed_as(arm)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(file, content)
     flops = content["flops_per_token"]
     rate = content["tokens_per_second"]
     per_flop = Interval(*(1 / rate[key] / flops for key in ("value", "high", "low")))

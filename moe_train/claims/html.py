@@ -76,6 +76,6 @@ def _table(lines: list[str]) -> str:
 
 def _inline(text: str) -> str:
     text = escape(text, quote=False)
-    text = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>', text)
+    text = re.sub(r"\[([^\]]+)\]\(((?:runs|registered)/[\w.-]+)\)", r'<a href="\2">\1</a>', text)  # no links of others
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)

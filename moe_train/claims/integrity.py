@@ -7,11 +7,14 @@ conditions of their own: one device, one price, no neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from moe_train.claims import starts
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Result
+from moe_train.errors import UserError
 
 _ALIKE = {
     "corpus_fingerprint": "trained on other text",
@@ -29,9 +32,9 @@ _TIMED_ALIKE = {
 }
 
 
-def problems(plan: Plan, results: Sequence[Result]) -> list[str]:
-    """Why the runs cannot be compared at all, a line each; none if they can."""
-    found = [line for result in results for line in _as_planned(result)]
+def problems(plan: Plan, results: Sequence[Result], tuning: Sequence[Result] = ()) -> list[str]:
+    """Why the runs cannot be compared at all, a line each; none if they can. Rates rest on `tuning`."""
+    found = [line for result in [*tuning, *results] for line in _as_planned(result)]
     for key, what in _ALIKE.items():
         found += _odd_ones_out(results, [result.summary.get(key) for result in results], what)
     versions = [{name: result.summary["versions"].get(name) for name in _VERSIONS} for result in results]
@@ -60,7 +63,10 @@ def _as_planned(result: Result) -> list[str]:
     from moe_train.training.run_folder import load_run_config  # brings torch along
 
     # The folder's own configuration, hashed anew: neither a summary nor a folder's name is taken at its word.
-    actual = load_run_config(result.folder).config_hash()
+    try:
+        actual = load_run_config(result.folder).config_hash()
+    except UserError as error:
+        return [f"{where}: the configuration of arm {run.arm} is not there to be checked ({error})"]
     if not run.hash == actual == summary["config_hash"]:
         found.append(f"{where}: arm {run.arm} was trained with another configuration ({actual}, not {run.hash})")
     step = run.config.batch_size * run.config.data.sequence_length
@@ -70,7 +76,13 @@ def _as_planned(result: Result) -> list[str]:
         found.append(f"{where}: arm {run.arm} has seed {summary['seed']}, not {run.seed}")
     if summary["val_loss"] is None or not summary["val_complete"]:
         found.append(f"{where}: arm {run.arm} was not evaluated to the end")
-    return found
+    curve = [row["val/loss"] for row in result.rows if row.get("val/loss") is not None][-1:]
+    if curve and not math.isclose(curve[0], summary["val_loss"] or 0.0, rel_tol=1e-4):  # evaluated twice after a kill
+        found.append(
+            f"{where}: arm {run.arm} ended at {curve[0]:.6g} by its curve and at {summary['val_loss']} by its summary"
+        )
+    started = starts.problem(result)
+    return [*found, started] if started else found
 
 
 def _odd_ones_out(results: Sequence[Result], values: Sequence[Any], what: str) -> list[str]:

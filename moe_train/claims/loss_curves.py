@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_train.claims.axes import AXES, cost
 from moe_train.claims.results import Result, Row
 
 POINTS = 120  # of a curve, at most
@@ -18,10 +19,19 @@ def curves_of(results: Sequence[Result], budget: int) -> dict[str, Any]:
     """By arm: x on each axis, and of `loss` (and `load` where there are experts) the mean, low and high, rounded."""
     curves = {}
     for arm in dict.fromkeys(result.run.arm for result in results):
-        runs = [r.rows for r in results if r.run.arm == arm and r.run.budget == budget]
-        if curve := _of_arm(runs):
-            curves[arm] = curve
+        runs = [r for r in results if r.run.arm == arm and r.run.budget == budget]
+        if curve := _of_arm([r.rows for r in runs]):
+            curves[arm] = _shifted(curve, [r.start for r in runs if r.start is not None])
     return curves
+
+
+def _shifted(curve: dict[str, Any], starts: Sequence[Result]) -> dict[str, Any]:
+    """A curve begins at the cost of the runs that its own started from."""
+    for axis in AXES if starts else ():
+        if curve[axis] is not None:
+            before = float(np.mean([cost(axis, start) for start in starts]))
+            curve[axis] = [_rounded(before + at) for at in curve[axis]]
+    return curve
 
 
 def _of_arm(runs: Sequence[list[Row]]) -> dict[str, Any]:

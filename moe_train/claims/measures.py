@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from moe_train.claims.results import Folder, Result
+from moe_train.cli import write_json
 from moe_train.compose import CONFIGS
 from moe_train.config.claim import Measure
 from moe_train.errors import UserError
+from moe_train.forecast import probe as probes
 
 GENERATE = CONFIGS.parent / "scripts" / "generate.py"
 GENERATED_TOKENS = 200
@@ -26,6 +28,7 @@ UNITS: dict[Measure, str] = {
     "optimizer_bytes_per_param": "bytes a parameter",
     "cache_elements": "elements a token",
     "generation_speed_up": "times as fast",
+    "forecast_error": "of what they took",
     "tokens_to_target": "times the tokens",
     "flops_to_target": "times the FLOPs",
     "seconds_to_target": "times the seconds",
@@ -33,8 +36,10 @@ UNITS: dict[Measure, str] = {
 }
 
 
-def value(measure: Measure, result: Result, folder: Folder) -> float:
-    """Of one run. Raises UserError, in one line, where it has none."""
+def value(measure: Measure, result: Result, folder: Folder, config_dir: Path | None = None) -> float:
+    """Of one run; `config_dir`: where its claim is from. Raises UserError, in one line, where it has none."""
+    if measure == "forecast_error":
+        return _forecast_error(result, folder, config_dir)
     return _OF[measure](result, folder)
 
 
@@ -85,6 +90,24 @@ def _speed_up(result: Result, folder: Folder) -> float:
     return float(figures["speed_up"])
 
 
+def _forecast_error(result: Result, folder: Folder, config_dir: Path | None) -> float:
+    """Of twenty steps made for it alone, which are no part of the run: |forecast / took − 1| of training seconds."""
+    file = folder.runs.beside(result.run.hash, ".forecast.json")
+    forecast = _kept(file)
+    if forecast is None:
+        folders = [] if config_dir is None else ["--config-dir", str(config_dir.absolute())]
+        threads = [f"num_threads={result.summary['num_threads']}"]
+        sys.stderr.write(f"forecasting {result.place}, arm {result.run.arm}, from twenty steps\n")
+        forecast = probes.probe([*folders, *result.run.overrides, *threads], result.summary["tokens"])
+        write_json(file, forecast)
+    if forecast["device"] != result.summary["device_name"]:
+        raise UserError(
+            f"{result.place} was made on {result.summary['device_name']} and forecast on {forecast['device']}: remove "
+            f"{file.name}, and judge it where it was made"
+        )
+    return abs(float(forecast["train_seconds"]["value"]) / float(result.summary["train_seconds"]) - 1)
+
+
 _OF: dict[Measure, Callable[[Result, Folder], float]] = {
     "val_loss": _val_loss,
     "max_violation": _max_violation,
@@ -97,15 +120,28 @@ _OF: dict[Measure, Callable[[Result, Folder], float]] = {
 def generation(result: Result, folder: Folder, speculative: bool) -> dict[str, Any]:
     """What scripts/generate.py measured with the run, kept beside it."""
     target = folder.runs.beside(result.run.hash, ".generation.json")
-    if not target.exists():
+    kept = _kept(target)
+    if kept is None:
         extra = ["speculative=true", "compare=true"] if speculative else []
         command: Sequence[str] = [
             *(sys.executable, str(GENERATE), f"run={result.folder}", "prompt=def ", "temperature=0"),
             *(f"max_new_tokens={GENERATED_TOKENS}", *extra, f"json={target}"),
         ]
         made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if made.returncode or not target.exists():
+        kept = _kept(target)
+        if made.returncode or kept is None:
             last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
             raise UserError(f"{result.place}: generating with arm {result.run.arm} failed: {last}")
-    content: dict[str, Any] = json.loads(Path(target).read_text())
+    return kept
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """None where it was not measured yet, or what is there is damaged, which is put away to be measured again."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        file.unlink()
+        return None
     return content

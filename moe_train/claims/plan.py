@@ -2,25 +2,28 @@
 
 A run is what `train.py OVERRIDES seed=S stop.tokens=T optimizer.lr=R` makes. Its hash names its folder, so arms that
 several claims share are trained once. An arm is composed once by hydra; seed, budget and rate are then set in the
-checked configuration, which gives the same hash as the command line.
+checked configuration, which gives the same hash as the command line. An arm that starts from another has that arm's run
+of the same seed and budget to begin with (starts.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from moe_train.claims.library import Claim
-from moe_train.compose import compose_run
-from moe_train.config import Purpose, RunConfig, differences
+from moe_train.compose import compose_run, quoted
+from moe_train.config import Purpose, RunConfig, differences, model_digest
 from moe_train.config.claim import ScaleConfig, ScaleName
 from moe_train.cost.flops import parameter_counts, training_flops_per_token
 from moe_train.errors import UserError
 
 TUNING_SEED = 1_000_000  # a rate is not chosen on the runs it is then judged by
+RUNS, STARTS, DEFAULT_OUT = "runs", "starts", Path("outputs/claims")  # in a suite's folder, and that one
 MIN_STEPS = 10  # with fewer a schedule cannot warm up, hold and anneal
 ALLOWED = ("tracking", "hardware", "cost", "data", "num_threads")  # settings a user may give for all arms
 
@@ -34,6 +37,10 @@ class Arm:
     config: RunConfig
     seed_offset: int
     vocab_size: int
+
+    @property
+    def is_dense(self) -> bool:
+        return self.config.model.resolved().moe is None
 
     @cached_property
     def flops_per_token(self) -> float:
@@ -62,8 +69,9 @@ class PlannedRun:
     purpose: Purpose
     overrides: tuple[str, ...]
     config: RunConfig
-    flops: float
+    flops: float  # its own, without those of its start
     budget: int  # which of the scale's budgets, from 0; of tuning −1
+    start: PlannedRun | None = None  # whose weights it begins with
 
     @cached_property
     def hash(self) -> str:
@@ -84,18 +92,24 @@ class Plan:
     arms: dict[str, Arm]
     given: tuple[str, ...]
     config_dir: Path | None
+    out: Path  # the suite's folder
 
     @property
     def scale(self) -> ScaleConfig:
         return self.claim.config.scales[self.scale_name]
 
     def tuning_runs(self) -> list[PlannedRun]:
-        """Every arm at every multiple of its rate: an equal allowance. Arms take turns."""
+        """Every arm at every multiple of its rate: an equal allowance. Arms take turns.
+
+        An arm that starts from another has that one's tuning run at the multiple nearest to 1 to begin with.
+        """
         tuning = self.scale.tuning
         if tuning is None:
             return []
+        usual = min(tuning.factors, key=lambda factor: abs(math.log(factor)))
+        rates = {name: arm.rate * usual for name, arm in self.arms.items()}
         return [
-            self._run(arm, TUNING_SEED + seed, tuning.tokens, arm.rate * factor, "tuning", -1)
+            self._run(arm, TUNING_SEED + seed, tuning.tokens, rates | {arm.name: arm.rate * factor}, "tuning", -1)
             for seed in range(tuning.seeds)
             for factor in tuning.factors
             for arm in self.arms.values()
@@ -104,7 +118,7 @@ class Plan:
     def runs(self, rates: dict[str, float]) -> list[PlannedRun]:
         """What the statistics are of: by seed, then budget, then arm, so that a drifting machine favours none."""
         return [
-            self._run(arm, seed + arm.seed_offset, tokens, rates[arm.name], "seed", budget)
+            self._run(arm, seed, tokens, rates, "seed", budget)
             for seed in range(self.scale.seeds)
             for budget, tokens in enumerate(self.scale.tokens)
             for arm in self.arms.values()
@@ -113,23 +127,60 @@ class Plan:
     def untuned(self) -> dict[str, float]:
         return {name: arm.rate for name, arm in self.arms.items()}
 
-    def _run(self, arm: Arm, seed: int, tokens: int, rate: float, purpose: Purpose, budget: int) -> PlannedRun:
-        reference = self.claim.config.arms[arm.name].flops_of
-        if reference is not None:
-            tokens = round(tokens * self.arms[reference].flops_per_token / arm.flops_per_token)
-        rate = float(f"{rate:.6g}")
+    def _run(
+        self, arm: Arm, seed: int, tokens: int, rates: dict[str, float], purpose: Purpose, budget: int
+    ) -> PlannedRun:
+        """`seed` and `tokens`: those of the scale, before what the arm makes of them."""
+        settings = self.claim.config.arms[arm.name]
+        start = None
+        if settings.starts_from is not None:
+            start = self._run(self.arms[settings.starts_from], seed, tokens, rates, purpose, budget)
+        if purpose == "seed":
+            seed += arm.seed_offset
+        if settings.flops_of is not None:
+            tokens = round(tokens * self._flops_per_token(settings.flops_of) / arm.flops_per_token)
+        rate = float(f"{rates[arm.name]:.6g}")
         config = dataclasses.replace(
             arm.config,
             seed=seed,
             stop=dataclasses.replace(arm.config.stop, tokens=tokens),
             optimizer=dataclasses.replace(arm.config.optimizer, lr=rate),
         )
-        own = (f"seed={seed}", f"stop.tokens={tokens}", f"optimizer.lr={rate!r}")
+        own = [f"seed={seed}", f"stop.tokens={tokens}", f"optimizer.lr={rate!r}"]
+        if start is not None:
+            place = self._weights_of(start, arm, seed)
+            config = dataclasses.replace(config, init_from=place)
+            own.append(f"init_from={quoted(place)}")
         flops = tokens * arm.flops_per_token
-        return PlannedRun(arm.name, seed, tokens, rate, purpose, (*arm.overrides, *own), config, flops, budget)
+        overrides = (*arm.overrides, *own)
+        return PlannedRun(arm.name, seed, tokens, rate, purpose, overrides, config, flops, budget, start)
+
+    def _flops_per_token(self, name: str) -> float:
+        """Of an arm's own tokens, with those of the run it starts from, which has as many."""
+        before = self.claim.config.arms[name].starts_from
+        return self.arms[name].flops_per_token + (0.0 if before is None else self.arms[before].flops_per_token)
+
+    def _weights_of(self, start: PlannedRun, arm: Arm, seed: int) -> str:
+        """Where they are, as seen from where the suite runs: the run itself, or what upcycling makes of a dense one.
+
+        Part of the run's hash, so that its command line makes the same run.
+        """
+        if self.upcycles(arm):
+            place = self.out / STARTS / f"{start.hash}-{model_digest(arm.config.model)}-{seed}"
+        else:
+            place = self.out / RUNS / start.hash
+        place = place.absolute()
+        return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
+
+    def upcycles(self, arm: Arm) -> bool:
+        """Whether it is a mixture that starts from a dense arm."""
+        before = self.claim.config.arms[arm.name].starts_from
+        return before is not None and self.arms[before].is_dense and not arm.is_dense
 
 
-def make_plan(claim: Claim, scale_name: ScaleName, given: Sequence[str], config_dir: Path | None) -> Plan:
+def make_plan(
+    claim: Claim, scale_name: ScaleName, given: Sequence[str], config_dir: Path | None, out: Path = DEFAULT_OUT
+) -> Plan:
     """Compose every arm and refuse what would not be a fair test. Raises UserError with claim, arm and remedy."""
     scale = claim.config.scales[scale_name]
     where = f"claim={claim.name} scale={scale_name}"
@@ -147,7 +198,7 @@ def make_plan(claim: Claim, scale_name: ScaleName, given: Sequence[str], config_
         except UserError as error:
             raise UserError(f"{where}, arm {name}: {error}") from None
         arms[name] = Arm(name, overrides, config, settings.seed_offset, _vocabulary(config))
-    plan = Plan(claim, scale_name, arms, tuple(given), config_dir)
+    plan = Plan(claim, scale_name, arms, tuple(given), config_dir, out)
     for first, second in claim.config.pairs_at(scale_name):
         _check_pair(plan, arms[first], arms[second], where)
     for run in [*plan.tuning_runs(), *plan.runs(plan.untuned())]:
@@ -163,6 +214,13 @@ def make_plan(claim: Claim, scale_name: ScaleName, given: Sequence[str], config_
 def _check_pair(plan: Plan, first: Arm, second: Arm, where: str) -> None:
     """They may differ in what the claim says, and must be equal where it says so."""
     varies = plan.claim.config.varies
+    same = first.config.config_hash() == second.config.config_hash() and first.seed_offset == second.seed_offset
+    settings = plan.claim.config.arms
+    if same and settings[first.name].rests_on == settings[second.name].rests_on:
+        raise UserError(
+            f"{where}: arms {first.name} and {second.name} are the same runs, and would differ in nothing: give them "
+            "other settings, or one of them a seed_offset"
+        )
     for key, one, other in differences(first.config.identity(), second.config.identity()):
         if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in varies):
             raise UserError(

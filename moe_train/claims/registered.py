@@ -7,13 +7,16 @@ since, the suite is refused: a margin moved after the losses are known is no mar
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from moe_train.claims.plan import Plan
-from moe_train.claims.results import Folder
+from moe_train.claims.results import Folder, Result
+from moe_train.cli import write_json
 from moe_train.config import differences, to_dict
+from moe_train.cost.ledger import read_account
 from moe_train.errors import UserError
 
 # What may be worded better at any time.
@@ -53,6 +56,16 @@ def check(plan: Plan, folder: Folder) -> str | None:
     return date
 
 
+def older(plan: Plan, folder: Folder, results: Sequence[Result]) -> int:
+    """How many runs began before the protocol was written: their losses may have been known."""
+    file = file_of(plan, folder)
+    if not file.exists():
+        return 0
+    date = datetime.fromisoformat(json.loads(file.read_text())["date"])
+    first = {r.run.hash: read_account(r.folder / "ledger.json")[:1] for r in results}
+    return sum(datetime.fromisoformat(each.started_at) < date for attempts in first.values() for each in attempts)
+
+
 def register(plan: Plan, folder: Folder) -> str:
     """Write it down before training; returns the date, of the first time if there was one."""
     if date := check(plan, folder):
@@ -60,7 +73,5 @@ def register(plan: Plan, folder: Folder) -> str:
     file = file_of(plan, folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"date": date, "protocol": protocol(plan)}, indent=1) + "\n")
-    temporary.replace(file)
+    write_json(file, {"date": date, "protocol": protocol(plan)})
     return date

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.claims import html, markdown
+from moe_train.claims.axes import fits
 from moe_train.claims.loss_curves import curves_of
+from moe_train.claims.plan import Plan
 from moe_train.claims.registered import file_of
 from moe_train.claims.results import Folder, Result
 from moe_train.claims.statistics import holm
 from moe_train.claims.verdict import Judged
-from moe_train.cli import write_json
+from moe_train.cli import write_json, write_whole
 from moe_train.errors import UserError
 
 Content = dict[str, Any]
@@ -31,16 +33,22 @@ _OF_DATA = ("price_source", "price_date", "corpus", "corpus_fingerprint", "versi
 def write(judged: Sequence[Judged], folder: Folder) -> Content:
     """The JSON and the Markdown in the suite's folder; returns what the JSON holds."""
     path = folder.path / JSON
-    content = merged(read(path) if path.exists() else None, [entry(each, folder) for each in judged])
+    content = merged(read_if_there(folder), [entry(each, folder) for each in judged])
     write_json(path, content)
-    (folder.path / MARKDOWN).write_text(markdown.report(content))
+    write_whole(folder.path / MARKDOWN, markdown.report(content))
     return content
+
+
+def read_if_there(folder: Folder) -> Content | None:
+    """The report so far. Raises UserError where something else is in its place."""
+    path = folder.path / JSON
+    return read(path) if path.exists() else None
 
 
 def write_page(folder: Folder) -> None:
     """report.html from the JSON, once: drawing takes a second a claim."""
     if (folder.path / JSON).exists():
-        (folder.path / HTML).write_text(html.report(read(folder.path / JSON)))
+        write_whole(folder.path / HTML, html.report(read(folder.path / JSON)))
 
 
 def read(path: Path) -> Content:
@@ -88,7 +96,7 @@ def entry(judged: Judged, folder: Folder) -> dict[str, Any]:
         "level": main.level,
         "bound": main.bound,
         "p_supported": judged.p_supported,
-        "runs": len({result.run.hash for result in results}),
+        "runs": judged.made,
         "planned_runs": judged.planned,
         "usd": judged.usd,
         "usd_tuning": judged.usd_tuning,
@@ -106,12 +114,23 @@ def entry(judged: Judged, folder: Folder) -> dict[str, Any]:
         "notes": judged.notes,
         "comparisons": [asdict(compared) for compared in judged.comparisons],
         "axes": [asdict(saved) for saved in judged.axes],
-        "arms": {
-            name: {"overrides": list(config.arms[name].overrides), **arm.figures} for name, arm in plan.arms.items()
-        },
+        "arms": {name: _arm(plan, name) for name in plan.arms},
+        "common": [*config.base, *plan.scale.overrides, *plan.given],
+        "tuning": None if plan.scale.tuning is None else asdict(plan.scale.tuning),
+        "fits": fits(plan, judged.results) if not judged.reasons else [],
         "device": _common(results),
         "run_list": [_run(result, folder) for result in results],
         "curves": curves_of(judged.results, len(plan.scale.tokens) - 1),
+    }
+
+
+def _arm(plan: Plan, name: str) -> dict[str, Any]:
+    settings = plan.claim.config.arms[name]
+    return {
+        "overrides": [*settings.overrides, *(plan.scale.arms or {}).get(name, ())],
+        "starts_from": settings.starts_from,
+        "flops_of": settings.flops_of,
+        **plan.arms[name].figures,
     }
 
 

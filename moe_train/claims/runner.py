@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from moe_train.claims import starts
 from moe_train.claims.plan import PlannedRun
 from moe_train.claims.results import Folder
 from moe_train.compose import quoted
@@ -18,6 +19,26 @@ from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, once
 from moe_train.sweeps.pool import Pool
 from moe_train.sweeps.running import Start
+
+
+class _Ready:
+    """Jobs in their order, but those whose start is not finished after the others. May have more when asked again."""
+
+    def __init__(self, jobs: Sequence[Job], runs: Mapping[str, PlannedRun], folder: Folder) -> None:
+        self.waiting = list(jobs)
+        self._runs, self._folder = runs, folder
+
+    def __iter__(self) -> Iterator[Job]:
+        return self
+
+    def __next__(self) -> Job:
+        for job in self.waiting:
+            run = self._runs[job.hash]
+            if run.start is None or self._folder.is_finished(run.start):
+                starts.ensure(run, self._folder)
+                self.waiting.remove(job)
+                return job
+        raise StopIteration
 
 
 @dataclass
@@ -36,9 +57,14 @@ class Runner:
     def make(self, runs: Sequence[PlannedRun], claim: str, arms_of: Mapping[str, Sequence[str]]) -> list[str]:
         """Make those of `runs` that are not finished, in their order; returns why some are missing, a line each.
 
+        A run that starts from another waits for it. One that diverged is not made again: it would diverge again.
         arms_of: the names under which each hash is known, for its tags in wandb. Raises Interrupted.
         """
-        jobs = once(self._job(run, claim, arms_of.get(run.hash, (run.arm,))) for run in runs)
+        by_hash = {run.hash: run for run in runs}
+        diverged = {run.hash: says for run in runs if (says := self.folder.diverged(run)) is not None}
+        wanted = [run for run in runs if run.hash not in diverged]
+        jobs = once(self._job(run, claim, arms_of.get(run.hash, (run.arm,))) for run in wanted)
+        ready = _Ready(jobs, by_hash, self.folder)
         pool = Pool(
             *(self.folder.runs, self.budget, self.jobs, self.devices),
             settings=self.settings,
@@ -46,17 +72,24 @@ class Runner:
             start=self.start,
             board=Board(len(jobs), self.console),
         )
-        made = pool.make(jobs)
+        made = pool.make(ready)
         made.raise_if_interrupted()
-        labels = {run.hash: run.label for run in runs}
         missing = [
-            f"{labels[each.job.hash]} ended with exit status {each.exit_status}: {each.says} (runs/{each.job.hash}.log)"
+            f"{by_hash[each].label} diverged ({says}): it is kept as a result, and made again only once "
+            f"runs/{each}.log is removed"
+            for each, says in diverged.items()
+        ]
+        missing += [
+            f"{by_hash[each.job.hash].label} ended with exit status {each.exit_status}: {each.says} "
+            f"(runs/{each.job.hash}.log)"
             for each in made.outcomes
             if not each.has_result
         ]
         if made.stopped is not None:
             left = len(jobs) - len(made.outcomes)
             missing.append(f"{made.stopped}: {left} of {len(jobs)} runs were not started")
+        elif ready.waiting:
+            missing += [f"{by_hash[job.hash].label} has nothing to start from" for job in ready.waiting]
         return missing
 
     def _job(self, run: PlannedRun, claim: str, tags: Sequence[str]) -> Job:

@@ -142,6 +142,20 @@ def detectable(sigma: float, seeds: int, alpha: float, wanted: float = 0.8) -> f
     return high
 
 
+MOST_SEEDS = 1000
+
+
+def seeds_needed(kind: Kind, margin: float, sigma: float, alpha: float, wanted: float = 0.8) -> int | None:
+    """The fewest that show the statement in `wanted` of all suites where there is no difference; None: over 1,000."""
+    low, high = 1, MOST_SEEDS
+    if power(kind, margin, 0.0, sigma, high, alpha) < wanted:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(kind, margin, 0.0, sigma, middle, alpha) >= wanted else (middle, high)
+    return high
+
+
 def binomial_interval(successes: int, trials: int, level: float) -> tuple[float, float]:
     """Of a share, exact (Clopper and Pearson, Biometrika 26, 1934)."""
     interval: Any = stats.binomtest(successes, trials).proportion_ci(level, method="exact")

@@ -6,6 +6,8 @@ report is written again after each, so that an interrupted suite has said what i
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import filelock
 from rich.console import Console
 
 from moe_train.claims import estimate as estimates
-from moe_train.claims import registered, report, tables, wandb_report
+from moe_train.claims import registered, report, starts, tables, wandb_report
 from moe_train.claims.device import Device, check_same_device, device_here
 from moe_train.claims.library import load_claims
 from moe_train.claims.plan import Plan, PlannedRun, make_plan
@@ -49,8 +51,9 @@ class Asked:
     def plans(self) -> list[Plan]:
         """Raises UserError for the first thing that is wrong with any of the claims."""
         claims = load_claims(self.claims, self.scale, self.config_dir)
-        plans = [make_plan(claim, self.scale, self.given, self.config_dir) for claim in claims]
+        plans = [make_plan(claim, self.scale, self.given, self.config_dir, self.out) for claim in claims]
         for plan in plans:
+            starts.check(plan)
             registered.check(plan, Folder(self.out))
         return plans
 
@@ -62,9 +65,20 @@ class Asked:
 def foretell(asked: Asked, hardware: HardwareConfig | None, probe: estimates.Probe) -> list[dict[str, object]]:
     """`dry_run=true`: what would be done, shown and returned for the JSON. Nothing is trained but the probes."""
     plans, folder = asked.plans(), Folder(asked.out.absolute())
+    _check_out(asked.out)
     rows = _estimates(plans, folder, hardware, probe)
     tables.show_estimates(rows, asked.scale)
     return [tables.as_dict(plan, row) for plan, row in rows]
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that cannot be written, before anything is made. Raises UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def _estimates(
@@ -89,12 +103,13 @@ def reproduce(
     for plan in plans:
         check_same_device(plan, folder, device)
     budget = asked.budget(plans)
+    report.read_if_there(folder)
+    _check_out(asked.out)
     if asked.usd is not None:
         _refuse_what_cannot_be_paid(plans, folder, asked.usd, budget, probe)
     devices = Devices.gpus(device.count) if device.on_gpu else Devices()
     threads = next(iter(plans[0].arms.values())).config.num_threads
     jobs = asked.jobs or devices.count
-    folder.path.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.path / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -106,11 +121,13 @@ def reproduce(
         judged: list[Judged] = []
         for plan in plans:
             registered.register(plan, folder)
+        for plan in plans:
             judged.append(_one(plan, folder, runner))
             report.write(judged, folder)
             wandb_report.write(plan, report.entry(judged[-1], folder), folder)
     finally:
-        report.write_page(folder)
+        with contextlib.suppress(UserError):  # of a report that was damaged meanwhile: what ended the suite is said
+            report.write_page(folder)
         lock.release()
     tables.show_verdicts(judged)
     return judged
@@ -122,8 +139,8 @@ def _one(plan: Plan, folder: Folder, runner: Runner) -> Judged:
     tags = _tags(tuning)
     failed = runner.make(tuning, plan.claim.name, tags) if tuning else []
     rates = best_rates(plan, tuning, folder)
-    if rates is None or any("budget.usd" in line for line in failed):
-        return judge(plan, folder, tuning, [], plan.untuned(), failed or ["no learning rate of an arm ended its run"])
+    if rates is None:
+        return judge(plan, folder, tuning, [], plan.untuned(), failed)
     runs = plan.runs(rates)
     missing = runner.make(runs, plan.claim.name, _tags(runs))
     return judge(plan, folder, tuning, runs, rates, missing)

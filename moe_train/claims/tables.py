@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train.claims.estimate import Estimate
-from moe_train.claims.markdown import dollars, effect, interval
 from moe_train.claims.plan import Plan
+from moe_train.claims.statements import power_statements
+from moe_train.claims.words import dollars, effect, interval
 from moe_train.forecast.interval import Interval
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
     console.print(table)
     for source in dict.fromkeys(row.source for _, row in rows):
         console.print(Text(f"reckoned from {source}"), soft_wrap=True)
+    for plan, _ in rows:
+        for statement, sees in power_statements(plan):
+            console.print(Text(f"{plan.claim.name}: {statement}: {sees}"), soft_wrap=True)
 
 
 def _total(rows: Sequence[tuple[Plan, Estimate]]) -> tuple[Interval, Interval | None]:
@@ -74,19 +78,24 @@ def as_dict(plan: Plan, row: Estimate) -> dict[str, Any]:
         "usd_interval": None if row.usd is None else [row.usd.low, row.usd.high],
         "at_least": row.at_least,
         "source": row.source,
+        "power": [{"comparison": statement, "power": sees} for statement, sees in power_statements(plan)],
     }
 
 
 def show_verdicts(judged: Sequence[Judged]) -> None:
     table = Table(title="verdicts", title_justify="left")
-    for column in ("claim", "verdict", "effect", "interval"):
-        table.add_column(column, overflow="fold")
+    for column in ("claim", "effect", "interval", "verdict"):
+        table.add_column(column, overflow="fold", no_wrap=column == "verdict")
     for column in ("runs", "dollars"):
         table.add_column(column, justify="right")
     for each in judged:
-        main = asdict(each.main)
-        runs = f"{len(each.results) + len(each.tuning)} of {each.planned}"
-        table.add_row(each.plan.claim.name, each.verdict, effect(main), interval(main), runs, dollars(each.usd))
+        runs = f"{each.made} of {each.planned}"
+        table.add_section()
+        table.add_row(each.plan.claim.name, "", "", each.verdict, runs, dollars(each.usd), style="bold")
+        for compared in each.comparisons:
+            if compared.decides:
+                shown = asdict(compared)
+                table.add_row(compared.statement, effect(shown), interval(shown), compared.verdict)
     console = Console()
     console.print(table)
     for each in judged:

@@ -10,7 +10,7 @@ from moe_train.claims.results import Folder
 
 
 def best_rates(plan: Plan, tuning: Sequence[PlannedRun], folder: Folder) -> dict[str, float] | None:
-    """By arm; an arm's rate that diverged, whose run never finishes, has lost. None where an arm has no run at all.
+    """By arm; a rate at which a run diverged has lost. None where a run is missing, or all of an arm have diverged.
 
     Without tuning: the configuration's own rates.
     """
@@ -19,6 +19,8 @@ def best_rates(plan: Plan, tuning: Sequence[PlannedRun], folder: Folder) -> dict
     losses: dict[str, dict[float, list[float]]] = {name: {} for name in plan.arms}
     for run in tuning:
         result = folder.result(run)
+        if result is None and folder.diverged(run) is None:
+            return None  # a rate that had no chance is no rate that lost
         loss = math.inf if result is None or result.summary["val_loss"] is None else result.summary["val_loss"]
         losses[run.arm].setdefault(run.rate, []).append(loss)
     rates = {}

@@ -16,15 +16,16 @@ import numpy as np
 from moe_train.claims import integrity, measures
 from moe_train.claims.axes import SavedOnAxes, losses_by_budget, price_ratio, saved_on_axes
 from moe_train.claims.curves import saving
+from moe_train.claims.notes import notes_on
 from moe_train.claims.plan import Plan, PlannedRun
 from moe_train.claims.results import Folder, Result
-from moe_train.claims.statistics import Array, Mean, binomial_interval, detectable, holm, p_values, power
-from moe_train.config.claim import TO_TARGET, ComparisonConfig
+from moe_train.claims.statements import power_statement, statement
+from moe_train.claims.statistics import Array, Mean, holm, p_values
+from moe_train.config.claim import TIMED, TO_TARGET, ComparisonConfig
 from moe_train.errors import UserError
 
 Verdict = Literal["supported", "refuted", "inconclusive"]
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
-COSTLY = ("seconds_to_target", "usd_to_target")  # what neighbours and devices change
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Compared:
     name: str
     arm: str
     against: str | None
+    paired: bool
     measure: str
     unit: str
     statement: str
@@ -64,7 +66,8 @@ class Judged:
     axes: list[SavedOnAxes]
     tuning: list[Result]
     results: list[Result]
-    planned: int  # runs, tuning included
+    planned: int  # runs, tuning included, each once
+    made: int  # of them; those that diverged while tuning count
     rates: dict[str, float]
     usd: float | None
     usd_tuning: float | None
@@ -87,20 +90,21 @@ def judge(
     """`missing`: what the runner says of runs that did not finish."""
     tuned = [result for run in tuning if (result := folder.result(run)) is not None]
     results = [result for run in runs if (result := folder.result(run)) is not None]
-    reasons = list(dict.fromkeys(missing))
-    lacking = len(runs) - len(results)
-    if not runs or lacking:
-        all_runs = len(tuning) + (len(runs) or len(plan.runs(plan.untuned())))
-        there = len(tuned) + len(results)
-        reasons.insert(0, f"{there} of {all_runs} planned runs are there: nothing is computed before all are")
-    reasons += integrity.problems(plan, results)
+    reasons = list(dict.fromkeys(missing)) if not runs or len(results) < len(runs) else []
+    diverged = [run for run in tuning if folder.diverged(run) is not None]
+    planned = len({run.hash for run in [*tuning, *(runs or plan.runs(plan.untuned()))]})
+    made = len({run.hash for run in [*(result.run for result in [*tuned, *results]), *diverged]})
+    if not runs or len(results) < len(runs):
+        reasons.insert(0, f"{made} of {planned} planned runs are there: nothing is computed before all are")
+    reasons += integrity.problems(plan, results, tuned)
     timing = integrity.timing_problems(results)
     notes = list(timing[:1] and [f"seconds and dollars are not compared: {timing[0]}"])
+    notes += [f"{run.label} diverged, and so that rate has lost" for run in diverged]
     comparisons = [_blank(plan, config) for config in plan.claim.config.at(plan.scale_name)]
     axes: list[SavedOnAxes] = []
     if not reasons:
         for compared, config in zip(comparisons, plan.claim.config.at(plan.scale_name)):
-            if config.measure in COSTLY and timing:
+            if config.measure in TIMED and timing:
                 compared.reason = timing[0]
                 continue
             try:
@@ -109,7 +113,7 @@ def judge(
                 compared.reason = str(error)
         _decide(comparisons, plan)
         axes = saved_on_axes(plan, results, with_costs=not timing)
-        notes += _notes(plan, results, rates, folder)
+        notes += notes_on(plan, results, rates, folder)
     deciding = [compared for compared in comparisons if compared.decides]
     verdicts = [compared.verdict for compared in deciding]
     verdict: Verdict = "inconclusive"
@@ -129,7 +133,8 @@ def judge(
         axes=axes,
         tuning=tuned,
         results=results,
-        planned=len(tuning) + (len(runs) or len(plan.runs(plan.untuned()))),
+        planned=planned,
+        made=made,
         rates=rates,
         usd=_dollars(folder, [*tuning, *runs]),
         usd_tuning=_dollars(folder, tuning),
@@ -142,11 +147,12 @@ def _blank(plan: Plan, config: ComparisonConfig) -> Compared:
     if config.test.relative:
         unit = "log ratio"
     elif config.test.kind == "ratio_above" and config.measure not in TO_TARGET:
-        unit = "ratio"
+        unit = "times"
     return Compared(
         name=config.name,
         arm=config.arm,
         against=config.against,
+        paired=config.paired,
         measure=config.measure,
         unit=unit,
         statement=statement(config),
@@ -154,37 +160,6 @@ def _blank(plan: Plan, config: ComparisonConfig) -> Compared:
         verdict="inconclusive",
         power=power_statement(plan, config),
     )
-
-
-def statement(config: ComparisonConfig) -> str:
-    """What would be supported, in words."""
-    test, measure = config.test, config.measure
-    margin = f"{test.margin:.3%}" if test.relative else f"{test.margin:g}"
-    if test.kind == "ratio_above":
-        return f"{measure} of {config.against} over that of {config.arm} is above {margin}"
-    if test.kind in ("below", "above"):
-        return f"{measure} of {config.arm} is {test.kind} {margin}"
-    words = {
-        "superiority": f"lower by more than {margin}" if test.margin else "lower",
-        "non_inferiority": f"higher by less than {margin}",
-        "tost": f"within ±{margin}",
-    }
-    return f"{measure} of {config.arm} is {words[test.kind]} against {config.against}"
-
-
-def power_statement(plan: Plan, config: ComparisonConfig) -> str:
-    """What the comparison can see at this scale, reckoned with the scatter that the claim's file expects."""
-    seeds, test = plan.scale.seeds, config.test
-    if config.measure in TO_TARGET or config.measure != "val_loss":
-        return ""
-    family = sum(c.decides == config.decides for c in plan.claim.config.at(plan.scale_name))
-    alpha = test.alpha / family  # the first step of Holm
-    sigma = plan.claim.config.sigma
-    if test.kind in ("tost", "non_inferiority"):
-        share = power(test.kind, test.margin, 0.0, sigma, seeds, alpha)
-        return f"{seeds} seeds scattering by {sigma:g} show it in {share:.0%} of suites where there is no difference"
-    beyond = detectable(sigma, seeds, alpha)
-    return f"{seeds} seeds scattering by {sigma:g} see an effect {beyond:.2g} beyond its bound in 80% of suites"
 
 
 # ------------------------------------------------------------------------------------------------- one comparison
@@ -214,10 +189,13 @@ def _compute(
         return
     for arm in config.arms:
         compared.values[arm] = [
-            measures.value(config.measure, result, folder) for result in _of_arm(results, plan, arm, last)
+            measures.value(config.measure, result, folder, plan.config_dir)
+            for result in _of_arm(results, plan, arm, last)
         ]
     own = np.array(compared.values[config.arm])
     logs = test.relative or test.kind == "ratio_above"
+    if logs and min(itertools.chain(*compared.values.values())) <= 0:
+        raise UserError(f"{config.measure} is not above 0 in every run: a ratio of it says nothing")
     if config.against is None:
         mean, scatter = Mean.of(own), own.std(ddof=1)
     else:
@@ -239,6 +217,7 @@ def _compute(
     if config.against is not None:
         compared.p_difference = float(mean.p_difference())
     compared.sigma = float(scatter)
+    compared.power += f"; as measured, {power_statement(plan, config, compared.sigma)}"
 
 
 def _decide(comparisons: Sequence[Compared], plan: Plan) -> None:
@@ -265,36 +244,3 @@ def _decide(comparisons: Sequence[Compared], plan: Plan) -> None:
 def _dollars(folder: Folder, runs: Sequence[PlannedRun]) -> float | None:
     known = [folder.runs.spent(run.hash) for run in {run.hash: run for run in runs}.values()]
     return None if any(usd is None for usd in known) else sum(usd or 0.0 for usd in known)
-
-
-def _notes(plan: Plan, results: Sequence[Result], rates: dict[str, float], folder: Folder) -> list[str]:
-    notes = []
-    tuning = plan.scale.tuning
-    if tuning is None:
-        notes.append("learning rates are those of the configuration: not tuned at this scale")
-    else:
-        for name, rate in rates.items():
-            factor = rate / plan.arms[name].rate
-            if min(abs(factor / edge - 1) for edge in (min(tuning.factors), max(tuning.factors))) < 1e-3:
-                notes.append(f"the best learning rate of arm {name} is the {rate:.4g} at the edge of its grid")
-    if plan.scale_name == "smoke":
-        notes.insert(0, "scale=smoke shows that the protocol runs; it proves nothing, and decides nothing")
-    deciding = {arm for c in plan.claim.config.at(plan.scale_name) if c.decides for arm in c.arms}
-    ratio = plan.scale.tokens[-1] / max(plan.arms[arm].figures["active_params"] for arm in deciding)
-    if ratio < 20 and plan.scale_name != "smoke":
-        notes.append(f"{ratio:.0f} tokens an active parameter, fewer than 20: too short for capacity to bind")
-    loads = [folder.runs.noted(result.run.hash).get("load_average") for result in results]
-    known = [load for load in loads if load is not None]
-    if known and next(iter(results)).summary["hardware"] == "cpu":
-        notes.append(f"the machine's load average when runs began was {min(known):.1f} to {max(known):.1f}")
-    for result in results:
-        file = folder.runs.beside(result.run.hash, ".generation.json")
-        if file.exists() and result.run.config.model.mtp is not None:
-            figures = measures.generation(result, folder, speculative=True)
-            if figures.get("drafted"):
-                low, high = binomial_interval(figures["accepted"], figures["drafted"], 0.95)
-                notes.append(
-                    f"arm {result.run.arm}, seed {result.run.seed}: {figures['accepted']} of {figures['drafted']} "
-                    f"drafts accepted, {figures['acceptance']:.0%} (95% interval {low:.0%} to {high:.0%})"
-                )
-    return notes

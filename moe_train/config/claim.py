@@ -21,12 +21,14 @@ Measure = Literal[
     "max_violation",  # the fullest expert's load over the mean, less one, over the last third of the run
     "optimizer_bytes_per_param",  # of the states in the last checkpoint
     "cache_elements",  # kept a token and sequence while generating, counted in the cache itself
+    "forecast_error",  # of a probe's twenty steps about the seconds of all steps, a share of what they took
     "generation_speed_up",  # of speculative over plain greedy decoding, tokens a second
     "tokens_to_target",  # what the arm needs for the loss at which `against` ends
     "flops_to_target",
     "seconds_to_target",
     "usd_to_target",
 ]
+TIMED = (*TO_TARGET[2:], "forecast_error")  # what neighbours, devices and prices change
 Kind = Literal["superiority", "non_inferiority", "tost", "ratio_above", "below", "above"]
 
 MIN_BUDGETS = 4  # of a curve L = E + a C^-b: three unknowns and a degree of freedom
@@ -77,6 +79,15 @@ class ComparisonConfig:
             f"kind={kind} of arm {self.arm} "
             + ("needs against=ARM" if alone else "looks at one arm: leave out against"),
         )
+        require(self.arm != self.against, f"arm {self.arm} is held against itself: name another under against")
+        require(
+            not self.test.relative or kind in ("superiority", "non_inferiority", "tost"),
+            f"relative: true of arm {self.arm} is for differences: kind={kind} takes its margin as it is",
+        )
+        require(
+            self.paired or self.measure not in TO_TARGET,
+            f"measure={self.measure} of arm {self.arm} draws seeds in pairs: leave out paired",
+        )
         require(
             (kind == "ratio_above") or self.measure not in TO_TARGET,
             f"measure={self.measure} is a ratio of costs: take kind=ratio_above",
@@ -97,6 +108,12 @@ class ArmConfig:
     overrides: tuple[str, ...]  # of the ordinary configuration
     seed_offset: Count = 0  # added to every seed
     flops_of: str | None = None  # trained for as many FLOPs as that arm, not as many tokens
+    starts_from: str | None = None  # each run begins with the weights of that arm's, whose cost is counted with it
+
+    @property
+    def rests_on(self) -> tuple[str, ...]:
+        """Arms that have to be there for this one."""
+        return tuple(other for other in (self.flops_of, self.starts_from) if other is not None)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -112,7 +129,7 @@ class TuningConfig:
 class ScaleConfig:
     overrides: tuple[str, ...]
     tokens: Annotated[tuple[Positive, ...], Field(min_length=1)]  # budgets, ascending
-    seeds: Positive
+    seeds: Annotated[Positive, Field(le=1000)]
     tuning: TuningConfig | None = None
     arms: dict[str, tuple[str, ...]] | None = None  # overrides of an arm at this scale, after its own
     without: tuple[str, ...] = ()  # arms left out at this scale, and what is said of them
@@ -143,12 +160,20 @@ class ClaimConfig:
         for arm in self.arms:
             plain = re.fullmatch(r"[A-Za-z0-9_]+", arm) is not None
             require(plain, f"arm {arm}: use letters, digits and _ in its name")
+        for key in ("statement", "source", "published", "carries_over", "does_not_carry_over"):
+            text: str = getattr(self, key)
+            require(bool(text.strip()), f"{key} is empty: say it in a sentence")
+            require("\n" not in text.strip(), f"{key} has several lines: write it on one, or fold it with >-")
+        asked = [(c.arm, c.against, c.measure, c.test.kind, c.test.margin) for c in self.comparisons]
+        for each in asked:
+            require(asked.count(each) == 1, f"the comparison {each[0]} against {each[1]} in {each[2]} is there twice")
         named = [arm for comparison in self.comparisons for arm in comparison.arms]
-        named += [arm.flops_of for arm in self.arms.values() if arm.flops_of is not None]
+        named += [other for arm in self.arms.values() for other in arm.rests_on]
         for scale in self.scales.values():
             named += [*(scale.arms or {}), *scale.without]
         for arm in named:
             require(arm in self.arms, f"there is no arm {arm}: there are {', '.join(self.arms)}")
+        self._check_what_arms_rest_on()
         require(any(c.decides for c in self.comparisons), "no comparison decides: give one decides: true")
         for key in self.equal:
             known = ("total_params", "active_params", "flops_per_token")
@@ -174,6 +199,26 @@ class ClaimConfig:
                 not comparison.paired or len(offsets) == 1,
                 f"{comparison.name}: the arms have other seeds, and so other data: say paired: false",
             )
+
+    def _check_what_arms_rest_on(self) -> None:
+        order = list(self.arms)
+        for name, arm in self.arms.items():
+            for other in arm.rests_on:
+                key = "starts_from" if other == arm.starts_from else "flops_of"
+                require(
+                    self.arms[other].flops_of is None and (key == "flops_of" or self.arms[other].starts_from is None),
+                    f"arm {name}: {key}={other} rests on another arm itself: name one that does not",
+                )
+                require(
+                    key == "flops_of" or order.index(other) < order.index(name),
+                    f"arm {name}: {key}={other} is made after it: write arm {other} above arm {name}",
+                )
+                for scale, settings in self.scales.items():
+                    require(
+                        other not in settings.without or name in settings.without,
+                        f"scales.{scale}.without leaves out arm {other}, which arm {name} needs ({key}): leave out "
+                        "both, or neither",
+                    )
 
     def arms_at(self, scale: ScaleName) -> list[str]:
         """The arms trained at a scale, in the file's order."""

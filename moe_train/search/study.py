@@ -24,6 +24,7 @@ from moe_train.search import space
 from moe_train.search.storage import Worker
 from moe_train.sweeps.job import Job
 from moe_train.sweeps.metrics import Row, progress
+from moe_train.sweeps.runs import is_divergence
 
 MISTAKES_IN_A_ROW = 20  # of settings that cannot go together, after which the space itself is taken to be wrong
 _METRIC = {"val_bits_per_byte": "val/bits_per_byte", "val_loss": "val/loss"}
@@ -183,7 +184,7 @@ class Study:
         """A run that diverged is a lesson to the sampler where there is one objective; other failures are none."""
         assert job.trial is not None
         job.trial.set_user_attr("says", says)
-        lesson = says.startswith("the loss is") and len(self.definition.config.objectives) == 1
+        lesson = is_divergence(says) and len(self.definition.config.objectives) == 1
         self._study.tell(job.trial, state=TrialState.PRUNED if lesson else TrialState.FAIL)
         return says
 

@@ -14,6 +14,11 @@ import psutil
 from moe_train.cost.ledger import read_account
 
 
+def is_divergence(says: str) -> bool:
+    """Whether the last words of a run are those of one whose loss or gradient is not finite (training/run.py)."""
+    return says.startswith("the loss is ")
+
+
 @dataclass(frozen=True)
 class RunsByHash:
     """`PATH/HASH` is a run's folder; `HASH.log`, beside it, what its processes said, `HASH.json` how it was started."""
@@ -37,6 +42,13 @@ class RunsByHash:
             said = ""
         lines = [line for line in said.splitlines() if line.strip()]
         return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+
+    def diverged(self, run_hash: str) -> str | None:
+        """What the run said when its loss was no longer finite, if that is how it ended: made again it would again."""
+        if self.is_finished(run_hash) or self.is_at_work(run_hash):
+            return None
+        says = self.last_words(run_hash)
+        return says if is_divergence(says) else None
 
     def summary(self, run_hash: str) -> dict[str, Any] | None:
         """Of a run that ended as planned. Whether it is of this configuration is not looked at."""

@@ -41,7 +41,7 @@ def claim_dir(tmp_path: Path, text_corpus: Path) -> Callable[..., Path]:
         folder = tmp_path / "own"
         (folder / "claim").mkdir(parents=True, exist_ok=True)
         content = TWO_ARMS | {"base": [*SETTINGS, f"data.files=[{text_corpus}/*.jsonl]"]} | changes
-        (folder / "claim" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        (folder / "claim" / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         return folder
 
     return write

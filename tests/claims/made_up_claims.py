@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +44,7 @@ class MadeUpJob:
 
 
 class MadeUpRuns:
-    """Starts no process: writes what a run would leave. `loss` gives a run's; None: it fails."""
+    """Starts no process: writes what a run would leave. `loss` gives a run's; None: it fails, NaN: it diverges."""
 
     def __init__(self, plans: Sequence[Plan], loss: Callable[[PlannedRun], float | None]) -> None:
         self.runs: dict[str, tuple[Plan, PlannedRun]] = {}
@@ -64,7 +65,10 @@ class MadeUpRuns:
         self.settings.append(overrides)
         loss = self.loss(run)
         if loss is None:
-            output.write("error: the loss is nan: lower optimizer.lr\n")
+            output.write("error: the disk is full: free some space\n")
+            return MadeUpJob(1)
+        if math.isnan(loss):
+            output.write("error: the loss is nan at step 3: lower optimizer.lr\n")
             return MadeUpJob(1)
         write_run(plan.arms[run.arm], run, Folder(path.parent.parent), loss)
         return MadeUpJob()

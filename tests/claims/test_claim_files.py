@@ -11,6 +11,8 @@ import pytest
 
 from moe_train.claims.library import load_claims
 from moe_train.claims.plan import TUNING_SEED, Plan, make_plan
+from moe_train.claims.statements import power_statements
+from moe_train.claims.statistics import detectable
 from moe_train.compose import CONFIGS
 from moe_train.config.claim import MIN_BUDGETS, ScaleName
 from moe_train.errors import UserError
@@ -82,6 +84,16 @@ def test_an_arm_matched_by_flops_trains_longer_for_as_many(plan_of: Callable[...
     assert plain.flops == pytest.approx(mtp.flops, rel=1e-3)
 
 
+def test_the_power_of_an_unpaired_comparison_is_that_of_two_arms_that_scatter(plan_of: Callable[..., Plan]) -> None:
+    """Of a difference of two means both scatter: as a pair would that scatters by the root of two more."""
+    arms = {"one": {"overrides": ["model.moe.top_k=1"]}, "two": {"overrides": [], "seed_offset": 100}}
+    test = {"kind": "superiority", "margin": 0.0}
+    comparison = {"arm": "two", "against": "one", "measure": "val_loss", "paired": False, "test": test}
+    made = plan_of(arms=arms, comparisons=[comparison], sigma=0.01)
+    ((_, sees),) = power_statements(made)
+    assert f"see an effect {detectable(0.01 * 2**0.5, 3, 0.05):.2g} beyond its bound" in sees
+
+
 COMPARISON: dict[str, Any] = {
     "arm": "two",
     "against": "one",
@@ -134,6 +146,35 @@ SMOKE: dict[str, Any] = {"overrides": [], "tokens": [2560], "seeds": 3}
             {"scales": {"smoke": SMOKE | {"tuning": {"factors": [1.0], "tokens": 2560}}}},
             "factors",
         ),
+        ({"sigma": -0.01}, "sigma=-0.01"),
+        ({"sigma": 0.0}, "sigma=0"),
+        ({"comparisons": [COMPARISON | {"measure": "loss"}]}, 'measure="loss": input should be'),
+        ({"comparisons": [COMPARISON | {"test": {"kind": "ttest", "margin": 0.0}}]}, 'kind="ttest": input should be'),
+        ({"comparisons": [COMPARISON | {"test": {"kind": "tost", "margin": 0.01, "alpha": 0.9}}]}, "alpha=0.9"),
+        ({"comparisons": [COMPARISON | {"against": "two"}]}, "arm two is held against itself"),
+        ({"comparisons": [COMPARISON, COMPARISON]}, "two against one in val_loss is there twice"),
+        (
+            {"comparisons": [COMPARISON | {"test": {"kind": "ratio_above", "margin": 1.0, "relative": True}}]},
+            "relative: true of arm two is for differences",
+        ),
+        (
+            {
+                "comparisons": [
+                    COMPARISON
+                    | {"measure": "usd_to_target", "paired": False, "test": {"kind": "ratio_above", "margin": 1.0}}
+                ]
+            },
+            "draws seeds in pairs: leave out paired",
+        ),
+        (
+            {"arms": {"one": {"overrides": []}, "two": {"overrides": []}}},
+            "are the same runs, and would differ in nothing",
+        ),
+        ({"scales": {"smoke": SMOKE | {"seeds": 10**6}}}, "seeds=1000000"),
+        ({"scales": {"smoke": SMOKE | {"without": ["three"]}}}, "there is no arm three"),
+        ({"scales": {"huge": SMOKE}}, "huge"),
+        ({"statement": "  "}, "statement is empty"),
+        ({"published": "one\ntwo"}, "published has several lines"),
     ],
     ids=str,
 )
@@ -152,7 +193,7 @@ def test_what_is_wrong_with_a_claim_is_one_line(
     [
         ("sparse_saves_flop", "smoke", "there is no claim=sparse_saves_flop: did you mean sparse_saves_flops?"),
         ("xyz", "smoke", "choose from batch_balancing, bf16_moments"),
-        ("mine", "gpu", "claim=mine has no scale=gpu: choose from cpu, smoke"),
+        ("mine", "gpu", "claim=mine has no scale=gpu: choose from smoke, cpu"),
     ],
 )
 def test_a_claim_or_scale_that_is_not_there(names: str, scale: Any, says: str, claim_dir: Callable[..., Path]) -> None:

@@ -17,6 +17,7 @@ from moe_train.claims.made_up import write_run
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder, Result
 from moe_train.errors import UserError
+from moe_train.forecast import probe as probes
 
 
 @pytest.fixture
@@ -60,6 +61,38 @@ def test_what_generating_measured_is_kept_beside_the_run(made: tuple[Result, Fol
     assert measures.value("cache_elements", result, folder) == 48
     with pytest.raises(UserError, match="has no MTP module"):
         measures.value("generation_speed_up", result, folder)
+
+
+def test_twenty_steps_are_held_against_what_the_run_took(
+    made: tuple[Result, Folder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result, folder = made
+    asked: list[tuple[list[str], int]] = []
+    took = result.summary["train_seconds"]
+
+    def probe(overrides: list[str], tokens: int) -> dict[str, Any]:
+        asked.append((overrides, tokens))
+        return {"device": result.summary["device_name"], "train_seconds": {"value": 0.8 * took}}
+
+    monkeypatch.setattr(probes, "probe", probe)
+    for _ in range(2):
+        assert measures.value("forecast_error", result, folder, tmp_path) == pytest.approx(0.2)
+    ((overrides, tokens),) = asked  # what it said is kept
+    assert overrides[:2] == ["--config-dir", str(tmp_path)]
+    assert set(result.run.overrides) < set(overrides)
+    assert tokens == result.summary["tokens"]
+    elsewhere = dataclasses.replace(result, summary=result.summary | {"device_name": "another"})
+    with pytest.raises(UserError, match=r"was made on another and forecast on made up: remove .*forecast\.json"):
+        measures.value("forecast_error", elsewhere, folder)
+
+
+def test_what_a_kill_left_half_written_is_measured_again(made: tuple[Result, Folder]) -> None:
+    result, folder = made
+    half = folder.runs.beside(result.run.hash, ".generation.json")
+    half.write_text('{"cache_elem')
+    with pytest.raises(UserError, match=r"generating with arm one failed"):  # it is tried: there is no checkpoint
+        measures.value("cache_elements", result, folder)
+    assert not half.exists()
 
 
 def test_curves_keep_their_end_and_no_more_points_than_can_be_seen(made: tuple[Result, Folder]) -> None:

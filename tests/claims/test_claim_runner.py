@@ -26,6 +26,6 @@ def test_runs_that_failed_are_named_with_what_they_said(tmp_path: Path, plan_of:
     assert len(made.started) == len(runs)  # each once
     assert len(missing) == len(runs) // 2
     failed = runs[1]
-    expected: Any = f"{failed.label} ended with exit status 1: the loss is nan: lower optimizer.lr"
+    expected: Any = f"{failed.label} ended with exit status 1: the disk is full: free some space"
     assert missing[0] == f"{expected} (runs/{failed.hash}.log)"
     assert {"tracking.tags=[one,also one,seed]", "cost.sweep='claims'"} <= set(made.settings[0])

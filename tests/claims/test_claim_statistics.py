@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moe_train.claims import self_check
-from moe_train.claims.statistics import Mean, binomial_interval, detectable, holm, p_values, power
+from moe_train.claims.statistics import Mean, binomial_interval, detectable, holm, p_values, power, seeds_needed
 
 RANDOM = np.random.default_rng(5)
 A, B = RANDOM.normal(2.0, 0.02, 6), RANDOM.normal(1.99, 0.01, 6)
@@ -61,6 +61,16 @@ def test_power_of_one_test_is_that_of_its_noncentral_t() -> None:
     assert power("above", 0.0, 0.5, 1.0, 27, 0.05) == pytest.approx(0.8118, abs=1e-4)
     assert power("above", 0.0, detectable(0.3, 4, 0.05), 0.3, 4, 0.05) == pytest.approx(0.8, abs=1e-6)
     assert power("tost", 0.01, 0.0, 0.1, 3, 0.05) < 0.01
+
+
+def test_seeds_needed_are_the_fewest_that_show_it() -> None:
+    needed = seeds_needed("tost", 0.01, 0.015, 0.05)
+    assert needed is not None
+    assert power("tost", 0.01, 0.0, 0.015, needed, 0.05) >= 0.8
+    assert power("tost", 0.01, 0.0, 0.015, needed - 1, 0.05) < 0.8
+    assert seeds_needed("tost", 0.01, 1.0, 0.05) is None  # more than a thousand
+    # The rule of thumb of the protocol, 16 (sigma / margin)^2, is of one side and a normal distribution.
+    assert needed == pytest.approx(16 * (0.015 / 0.01) ** 2, rel=0.5)
 
 
 def test_the_binomial_interval_is_exact() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_an_incomplete_suite_is_not_looked_at_and_goes_on(asked: Make, claim_dir
     assert found.verdict == "inconclusive"
     assert found.main.effect is None
     assert "4 of 6 planned runs are there" in found.reasons[0]
-    assert any("the loss is nan" in reason for reason in found.reasons)
+    assert any("the disk is full" in reason for reason in found.reasons)
     made.loss = better(0.05)
     (found,) = judged(asked(), made)
     assert found.verdict == "supported"
@@ -115,7 +116,7 @@ def test_rates_are_tuned_alike_on_other_seeds_and_paid_for(asked: Make, claim_di
     def loss(run: PlannedRun) -> float | None:
         factor = run.rate / plan.arms[run.arm].rate
         if run.purpose == "tuning" and factor == 2.0 and run.arm == "two":
-            return None  # diverged: it has lost
+            return math.nan  # diverged: it has lost
         return better(0.05)(run) + abs(factor - best[run.arm])
 
     made = MadeUpRuns([plan], loss)
@@ -127,6 +128,39 @@ def test_rates_are_tuned_alike_on_other_seeds_and_paid_for(asked: Make, claim_di
     assert found.usd is not None
     assert 0 < found.usd_tuning < found.usd
     assert any("edge of its grid" in note for note in found.notes)
+    assert any("two (tuning, seed 1000000" in note and "that rate has lost" in note for note in found.notes)
+    count = len(made.started)
+    (found,) = judged(asked(), made)
+    assert len(made.started) == count  # a run that diverged is a result as well
+    assert found.made == found.planned == 12
+
+
+def test_a_rate_whose_run_failed_has_not_lost(asked: Make, claim_dir: Make) -> None:
+    tuning = {"factors": [0.5, 1.0], "tokens": 1280}
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
+    (plan,) = plans(asked())
+    made = MadeUpRuns([plan], lambda run: None if run.rate < plan.arms[run.arm].rate else better(0.05)(run))
+    (found,) = judged(asked(), made)
+    assert len(made.started) == 4  # nothing is trained at rates that are not known to be the best
+    assert found.verdict == "inconclusive"
+    assert any("the disk is full" in reason for reason in found.reasons)
+
+
+def test_an_arm_that_diverges_is_said_and_kept(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    made = MadeUpRuns(plans(asked()), lambda run: math.nan if (run.arm, run.seed) == ("two", 1) else better(0.05)(run))
+    for _ in range(2):
+        (found,) = judged(asked(), made)
+        assert found.verdict == "inconclusive"
+        assert found.main.effect is None
+    assert len(made.started) == 6
+    diverged = made.started[3]
+    said = "two (seed 1, 2,560 tokens, lr 0.003) diverged (the loss is nan at step 3: lower optimizer.lr)"
+    assert any(reason.startswith(said) and f"runs/{diverged.hash}.log is removed" in reason for reason in found.reasons)
+    (asked().out / f"runs/{diverged.hash}.log").unlink()
+    made.loss = better(0.05)
+    (found,) = judged(asked(), made)
+    assert found.verdict == "supported"
 
 
 def test_a_margin_that_is_moved_after_the_runs_is_refused(asked: Make, claim_dir: Make) -> None:
@@ -222,6 +256,8 @@ def test_a_dry_run_says_what_is_to_come_and_trains_nothing(asked: Make, claim_di
     flops = sum(run.flops for run in plan.runs(plan.untuned()))
     assert row["flops"] == pytest.approx(flops)
     assert row["seconds"]["value"] == pytest.approx(6 * 10 + flops / 1e4 / 1000)  # type: ignore[index]
+    (sees,) = row["power"]  # type: ignore[misc]
+    assert "3 seeds scattering by 0.01 see an effect" in sees["power"]
     low, high = row["usd_interval"]  # type: ignore[misc]
     assert low < row["usd"] < high  # type: ignore[operator]
     judged(asked(), MadeUpRuns([plan], better(0.05)))
@@ -282,6 +318,48 @@ def test_every_figure_of_the_report_leads_to_run_folders(asked: Make, claim_dir:
         assert (out / link).exists(), link
     assert "proves nothing" not in text
     assert f"**{found.verdict}**" in text
+
+
+def test_the_report_says_why_and_what_it_rests_on(asked: Make, claim_dir: Make) -> None:
+    """What a referee asks: which comparison decided, what the arms were, how rates were chosen, what was left out."""
+    curve = curve_claim("flops_to_target")
+    side = {"arm": "four", "against": "one", "measure": "val_loss", "test": {"kind": "tost", "margin": 0.01}}
+    also = {"arm": "two", "against": "one", "measure": "val_loss", "test": {"kind": "superiority", "margin": 9.0}}
+    scale = curve["scales"]["cpu"] | {"without": ["four"], "tuning": {"factors": [0.5, 1.0], "tokens": 1280}}
+    claim_dir(
+        arms=TWO_ARMS["arms"] | {"four": {"overrides": ["model.moe.top_k=4"]}},
+        comparisons=[*curve["comparisons"], also, side],
+        scales={"cpu": scale},
+    )
+    (plan,) = plans(asked())
+    made = MadeUpRuns([plan], lambda run: learns(2.0)(run) + abs(run.rate / plan.arms[run.arm].rate - 1))
+    (found,) = judged(asked(), made)
+    assert found.verdict == "refuted"
+    (claim,) = report.read(asked().out / "report.json")["claims"]
+    text = (asked().out / "REPORT.md").read_text()
+    assert "Verdict: refuted, since of 2 comparisons that decide `val_loss of two is lower by more than 9" in text
+    assert "of every arm's rate ×0.5, ×1 the best after 1,280 tokens on other text" in text
+    assert "left out at this scale: arms four, and with them 1 of 3 comparisons" in text
+    assert "| one | `model.moe.top_k=1` |" in text
+    assert "All arms: `data=text_files`" in text
+    assert "power not reckoned: it hangs on the slopes of the curves" in text
+    assert re.search(r"3 seeds scattering by 0.01 see an effect .* beyond its bound in 80% of suites", text)
+    one, _ = claim["fits"]
+    assert one["exponent"] == pytest.approx(0.5, abs=0.05)
+    assert one["residual"] < 0.01
+    # Both comparisons that decide stand in the table, not the first alone.
+    assert re.search(r"\*\*refuted\*\* \| .*times the FLOPs; .*nats a token \|", text)
+
+
+def test_an_early_look_computes_nothing(asked: Make, claim_dir: Make) -> None:
+    """With one run of six missing, and again when it is there: one look alone has a statistic."""
+    claim_dir()
+    made = MadeUpRuns(plans(asked()), lambda run: None if (run.arm, run.seed) == ("two", 2) else better(0.05)(run))
+    (early,) = judged(asked(), made)
+    (entry,) = report.read(asked().out / "report.json")["claims"]
+    assert all(each["p_supported"] is None and not each["values"] for each in entry["comparisons"])
+    assert not early.axes
+    assert entry["p_supported_over_all_claims"] is None
 
 
 def test_the_page_needs_nothing_else(asked: Make, claim_dir: Make) -> None:

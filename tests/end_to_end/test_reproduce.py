@@ -34,9 +34,34 @@ def own(commands: Commands) -> Commands:
         "carries_over": "Nothing.",
         "does_not_carry_over": "All of it.",
     }
+    whole = "model.moe.moe_intermediate_size=48"  # experts as wide as the dense FFN
+    upcycling = claim | {
+        "arms": {
+            "dense": {"overrides": ["model.moe=null"], "seed_offset": 10},
+            "upcycled": {"overrides": [whole], "starts_from": "dense"},
+        },
+        "comparisons": [
+            {"arm": "upcycled", "against": None, "measure": "val_loss", "test": {"kind": "below", "margin": 3.0}}
+        ],
+    }
     (commands.folder / "own/claim").mkdir(parents=True)
-    (commands.folder / "own/claim/tiny.yaml").write_text(yaml.safe_dump(claim))
+    for name, content in {"tiny": claim, "up": upcycling}.items():
+        (commands.folder / f"own/claim/{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return commands
+
+
+def test_an_arm_goes_on_from_another_arms_run(own: Commands) -> None:
+    own.run(*SCRIPT, "claim=up", "scale=smoke", "--config-dir", "own", "tracking=none", "num_threads=1", "json=up.json")
+    (claim,) = json.loads((own.folder / "up.json").read_text())["claims"]
+    assert (claim["runs"], claim["reasons"]) == (4, [])
+    first = {}
+    for run in claim["run_list"]:
+        rows = (own.folder / "outputs/claims" / run["folder"] / "metrics.jsonl").read_text().splitlines()
+        first[run["arm"], run["seed"]] = json.loads(rows[0])["train/loss"]
+        last = json.loads(rows[-1])["train/loss"]
+        if run["arm"] == "upcycled":  # it begins where the dense model ended, not where that began
+            assert first["upcycled", run["seed"]] < first["dense", run["seed"] + 10] - 0.3
+        assert last < first[run["arm"], run["seed"]] + 0.1
 
 
 def test_a_killed_suite_goes_on_and_is_judged(own: Commands) -> None:

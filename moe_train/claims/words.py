@@ -1,0 +1,44 @@
+"""Figures of a report in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DIFFERENCE, RELATIVE = "nats a token", "log ratio"
+
+
+def effect(figure: dict[str, Any]) -> str:
+    if figure["effect"] is None:
+        return "–"
+    bound = f"{figure['bound']} " if figure["bound"] else ""
+    unit = "" if figure["unit"] == RELATIVE else f" {figure['unit']}"
+    return f"{bound}{number(figure['effect'], figure['unit'])}{unit}"
+
+
+def interval(figure: dict[str, Any]) -> str:
+    if figure["interval"] is None:
+        return "–"
+    low, high = (None if end is None else number(end, figure["unit"]) for end in figure["interval"])
+    return f"over {low}" if high is None else f"{low} to {high}"
+
+
+def number(value: float, unit: str) -> str:
+    """Differences of losses with their sign, relative ones in percent."""
+    if unit == RELATIVE:
+        return f"{100 * value:+.3g}%"
+    return f"{value:+.3g}" if unit == DIFFERENCE else f"{value:.3g}"
+
+
+def deciding(claim: dict[str, Any]) -> list[dict[str, Any]]:
+    """The comparisons a verdict rests on."""
+    return [each for each in claim["comparisons"] if each["decides"]]
+
+
+def dollars(usd: float | None) -> str:
+    return "no price" if usd is None else f"${usd:.2g}" if usd < 1 else f"${usd:,.2f}"
+
+
+def device_of(device: dict[str, Any]) -> str:
+    threads = device["num_threads"]
+    cores = f", {threads} thread{'' if threads == 1 else 's'}" if device["hardware"] == "cpu" else ""
+    return f"{device['device_name']}{cores}, {device['compute_dtype']}"

@@ -1,0 +1,224 @@
+"""Suites that are tampered with, cut short or asked for nonsense: said in one line, and no verdict rests on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from made_up_claims import HERE, PRICE, TWO_ARMS, MadeUpRuns
+from rich.console import Console
+
+from moe_train.claims import html, report, suite
+from moe_train.claims.plan import PlannedRun
+from moe_train.claims.suite import Asked
+from moe_train.claims.verdict import Judged
+from moe_train.cost.ledger import read_account
+from moe_train.errors import UserError
+
+Make = Callable[..., Any]
+
+
+def better(run: PlannedRun) -> float:
+    return 2.0 + 0.1 * run.seed - (0.05 if run.arm == "two" else 0.0)
+
+
+def judged(asked: Asked, made: MadeUpRuns, **changes: Any) -> Judged:
+    settings: dict[str, Any] = {"device": HERE, "console": Console(quiet=True)} | changes
+    (found,) = suite.reproduce(asked, start=made, **settings)
+    return found
+
+
+@pytest.fixture
+def finished(asked: Make, claim_dir: Make) -> tuple[Asked, MadeUpRuns]:
+    """A suite that was made and judged."""
+    claim_dir()
+    made = MadeUpRuns(asked().plans(), better)
+    assert judged(asked(), made).verdict == "supported"
+    return asked(), made
+
+
+def edit(made: MadeUpRuns, asked: Asked, file: str = "summary.json", index: int = -1, **changes: Any) -> Path:
+    path = asked.out / "runs" / made.started[index].hash / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"val_loss": 1.0}, "arm two ended at 2.15 by its curve and at 1.0 by its summary"),
+        ({"tokens": 25600}, "arm two trained on 25,600 tokens, not 2,560"),
+        ({"seed": 7}, "arm two has seed 7, not 2"),
+        ({"config_hash": "0" * 12}, "arm two was trained with another configuration"),
+        ({"corpus_fingerprint": "f"}, "was trained on other text"),
+        ({"val_complete": False}, "arm two was not evaluated to the end"),
+        ({"compute_dtype": "bfloat16"}, "was computed in another format"),
+        ({"versions": {"moe_train": "1", "torch": "0"}}, "was made with another version"),
+        ({"cost_basis": "owned"}, "was charged in another way"),
+    ],
+    ids=str,
+)
+def test_a_summary_that_was_edited_is_no_result(
+    changes: dict[str, Any], says: str, finished: tuple[Asked, MadeUpRuns]
+) -> None:
+    asked, made = finished
+    edit(made, asked, **changes)
+    found = judged(asked, made)
+    assert (found.verdict, found.main.effect) == ("inconclusive", None)
+    assert any(says in reason for reason in found.reasons), found.reasons
+    assert "Not looked at" in (asked.out / report.MARKDOWN).read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"val_loss": float("nan")}, "has val_loss=nan"),
+        ({"val_loss": "low"}, "has val_loss='low'"),
+        ({"versions": None}, "has versions=None"),
+        ({"tokens": 2560.5}, "has tokens=2560.5"),
+    ],
+    ids=str,
+)
+def test_a_summary_no_run_would_write_is_refused_before_training(
+    changes: dict[str, Any], says: str, finished: tuple[Asked, MadeUpRuns]
+) -> None:
+    asked, made = finished
+    path = edit(made, asked, **changes)
+    with pytest.raises(UserError) as error:
+        judged(asked, made)
+    assert str(error.value) == f"{path} {says}: remove the folder, and the run is made again"
+
+
+@pytest.mark.parametrize("content", ["", "[1]\n", '{"step": 1}\n', "\x00", '{"throughput/step_seconds": 1}\n'])
+def test_a_curve_no_run_would_write_is_refused(content: str, finished: tuple[Asked, MadeUpRuns]) -> None:
+    asked, made = finished
+    (asked.out / "runs" / made.started[0].hash / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl .*: remove the folder, and the run is made again"):
+        judged(asked, made)
+
+
+def test_a_run_without_its_configuration_is_not_taken_at_its_word(finished: tuple[Asked, MadeUpRuns]) -> None:
+    asked, made = finished
+    (asked.out / "runs" / made.started[0].hash / "config.yaml").unlink()
+    assert any("is not there to be checked" in reason for reason in judged(asked, made).reasons)
+
+
+def test_a_tuning_run_that_was_not_as_planned_spoils_the_rates(asked: Make, claim_dir: Make) -> None:
+    tuning = {"factors": [0.5, 1.0], "tokens": 1280}
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
+    (plan,) = asked().plans()
+    made = MadeUpRuns([plan], lambda run: better(run) + 0.1 * abs(run.rate / plan.arms[run.arm].rate - 1))
+    assert judged(asked(), made).verdict == "supported"
+    edit(made, asked(), index=0, tokens=640)
+    found = judged(asked(), made)
+    assert found.verdict == "inconclusive"
+    assert any("arm one trained on 640 tokens, not 1,280" in reason for reason in found.reasons)
+
+
+def test_a_run_that_was_removed_is_made_again(finished: tuple[Asked, MadeUpRuns]) -> None:
+    asked, made = finished
+    (asked.out / "runs" / made.started[2].hash / "summary.json").write_text('{"status": "fini')  # cut short by a kill
+    assert judged(asked, made).verdict == "supported"
+    assert made.started[-1].hash == made.started[2].hash
+
+
+def test_a_price_that_changed_between_runs_leaves_losses_alone(finished: tuple[Asked, MadeUpRuns]) -> None:
+    asked, made = finished
+    edit(made, asked, price_usd_per_hour=2 * PRICE, device_name="another")
+    found = judged(asked, made)
+    assert found.verdict == "supported"
+    assert found.axes[0].axes["usd"] is None
+    assert any("seconds and dollars are not compared" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("content", ["", '{"claims": [', "[]"])
+def test_a_damaged_report_is_said_before_anything_is_trained(content: str, asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    asked().out.mkdir()
+    (asked().out / "report.json").write_text(content)
+    made = MadeUpRuns(asked().plans(), better)
+    with pytest.raises(UserError, match="is no report of claims: move it away"):
+        judged(asked(), made)
+    assert not made.started
+
+
+def test_a_kill_while_the_report_is_written_leaves_the_one_before(
+    finished: tuple[Asked, MadeUpRuns], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, made = finished
+    before = {name: (asked.out / name).read_text() for name in (report.JSON, report.MARKDOWN, report.HTML)}
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        judged(asked, made)
+    assert {name: (asked.out / name).read_text() for name in before} == before
+
+
+def test_an_out_folder_that_cannot_be_written_is_refused_before_training(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    made = MadeUpRuns(asked().plans(), better)
+    asked().out.write_text("a file")
+    for attempt in (lambda: judged(asked(), made), lambda: suite.foretell(asked(), None, lambda *_: {})):
+        with pytest.raises(UserError, match=r"out=.*out cannot be written \(.*\): choose another folder"):
+            attempt()
+    assert not made.started
+
+
+def test_runs_older_than_the_protocol_are_said(finished: tuple[Asked, MadeUpRuns]) -> None:
+    asked, made = finished
+    assert not any("older than the protocol" in note for note in judged(asked, made).notes)
+    (asked.out / "registered/mine-cpu.json").unlink()  # and a margin chosen by what came out
+    moment = read_account(asked.out / "runs" / made.started[0].hash / "ledger.json")[0].started_at
+    found = judged(asked, made)
+    assert moment < report.read(asked.out / report.JSON)["claims"][0]["registered"]
+    assert any("6 of the runs are older than the protocol" in note for note in found.notes)
+
+
+def test_a_protocol_that_was_damaged_is_refused(finished: tuple[Asked, MadeUpRuns]) -> None:
+    asked, _ = finished
+    (asked.out / "registered/mine-cpu.json").write_text("{")
+    with pytest.raises(UserError, match=r"mine-cpu\.json cannot be read: put it back"):
+        asked.plans()
+
+
+def test_markup_in_a_claim_stays_text(asked: Make, claim_dir: Make) -> None:
+    nasty = "# <script>alert(1)</script> | [x](javascript:alert(1)) **bold"
+    claim_dir(statement=nasty, published=nasty, carries_over="- " + nasty)
+    judged(asked(), MadeUpRuns(asked().plans(), better))
+    page = (asked().out / report.HTML).read_text()
+    assert "<script" not in page
+    assert 'href="javascript' not in page
+    assert page.count("<h1>") == 1
+    assert page.count("<h2>") == 1
+    table = (asked().out / report.MARKDOWN).read_text().split("\n## ")[0]
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {9}
+
+
+def test_a_report_of_an_earlier_version_is_shown_with_what_it_has(finished: tuple[Asked, MadeUpRuns]) -> None:
+    asked, _ = finished
+    content = report.read(asked.out / report.JSON)
+    for claim in content["claims"]:
+        del claim["fits"], claim["common"], claim["tuning"]
+        for arm in claim["arms"].values():
+            del arm["starts_from"], arm["flops_of"]
+        for comparison in claim["comparisons"]:
+            del comparison["paired"]
+    assert "mine (cpu): supported" in html.report(content)
+
+
+def test_a_key_that_is_there_twice_is_refused(asked: Make, claim_dir: Make) -> None:
+    """YAML would keep the last margin and say nothing."""
+    path = claim_dir() / "claim/mine.yaml"
+    path.write_text(path.read_text() + "sigma: 0.1\n")
+    with pytest.raises(UserError, match=r"mine\.yaml is no YAML \(sigma is there twice"):
+        asked().plans()
+    path.write_text(yaml.safe_dump(TWO_ARMS).replace("  two:", "  one:"))
+    with pytest.raises(UserError, match=r"one is there twice"):
+        asked().plans()
