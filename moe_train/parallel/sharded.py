@@ -47,13 +47,15 @@ class Sharded:
 
     loss_scale = 1.0
 
-    def __init__(self, model: Transformer, layout: Layout, meshes: Meshes, accelerator: Accelerator) -> None:
+    def __init__(
+        self, model: Transformer, layout: Layout, meshes: Meshes, accelerator: Accelerator, fp8_dispatch: bool
+    ) -> None:
         # An expert's output is one, and nothing adds to it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._accelerator, self._meshes = accelerator, meshes
         whole = {name: parameter.shape for name, parameter in model.named_parameters()}
         if layout.expert_parallel > 1:
-            share_out_experts(model, meshes.experts.get_group("expert"))
+            share_out_experts(model, meshes.experts.get_group("expert"), fp8_dispatch)
         self._modules = _cut(model, meshes)
         self._model = model
         expert_weights = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}

@@ -50,11 +50,22 @@ def holding_weights() -> Iterator[None]:
 
 
 class Fp8Layer:
-    """The products of one layer. `power_of_two_input`: the scales of its input are powers of two, whatever else is."""
+    """The products of one layer.
 
-    def __init__(self, recipe: Fp8Config, backend: Backend, power_of_two_input: bool = False) -> None:
+    `power_of_two_input`: the scales of its input are powers of two, whatever else is; `power_of_two_gradient`: those of
+    its output's gradient.
+    """
+
+    def __init__(
+        self,
+        recipe: Fp8Config,
+        backend: Backend,
+        power_of_two_input: bool = False,
+        power_of_two_gradient: bool = False,
+    ) -> None:
         self.recipe = recipe
         self.power_of_two_input = power_of_two_input
+        self.power_of_two_gradient = power_of_two_gradient
         self.backend = backend
         self.counts: Tensor | None = None  # where what is rounded is counted now, see precision/health.py
         self._weights: tuple[Weights | None, Weights | None] = (None, None)
@@ -63,7 +74,7 @@ class Fp8Layer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp8Layer:
         """A copied model's layer is another layer: its weights will differ."""
-        return Fp8Layer(self.recipe, self.backend, self.power_of_two_input)
+        return Fp8Layer(self.recipe, self.backend, self.power_of_two_input, self.power_of_two_gradient)
 
     def input(self, x_ni: Tensor, ends_e: Tensor | None) -> Rows:
         """x in the compute format as the forward product takes it, and as it is kept, unless x itself is made again."""
@@ -130,6 +141,7 @@ class Fp8Layer:
             ends_e,
             rows=self.recipe.input_gradient.gradient if rows else None,
             columns=self.recipe.weight_gradient.gradient if columns else None,
+            power_of_two=True if self.power_of_two_gradient else None,
         )
         self._count_gradient(grad_no, straight, turned, ends_e)
         return straight, turned

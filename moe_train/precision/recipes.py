@@ -126,19 +126,21 @@ def table(model: Transformer, precision: PrecisionConfig, compute_format: str) -
 def _row(name: str, layer: Fp8Layer | None, compute_format: str) -> dict[str, Any]:
     if layer is None:
         return {"layer": name, "all": compute_format}
-    recipe = layer.recipe
+    recipe, powers_in, powers_out = layer.recipe, layer.power_of_two_input, layer.power_of_two_gradient
     return {
         "layer": name,
-        "forward": f"{_said(recipe.forward.activation, layer)} · {_said(recipe.forward.weight)}",
-        "input_gradient": f"{_said(recipe.input_gradient.gradient)} · {_said(recipe.input_gradient.weight)}",
+        "forward": f"{_said(recipe.forward.activation, powers_in)} · {_said(recipe.forward.weight)}",
+        "input_gradient": (
+            f"{_said(recipe.input_gradient.gradient, powers_out)} · {_said(recipe.input_gradient.weight)}"
+        ),
         "weight_gradient": (
-            f"{_said(recipe.weight_gradient.gradient)} · {_said(recipe.weight_gradient.activation, layer)}"
+            f"{_said(recipe.weight_gradient.gradient, powers_out)} · "
+            f"{_said(recipe.weight_gradient.activation, powers_in)}"
         ),
         "accumulation": recipe.accumulation,
         "backend": layer.backend.name,
     }
 
 
-def _said(operand: OperandConfig, layer: Fp8Layer | None = None) -> str:
-    powers = operand.power_of_two or (layer is not None and layer.power_of_two_input)
-    return f"{operand.format} a {operand.scale_of}" + (", 2ⁿ" if powers else "")
+def _said(operand: OperandConfig, power_of_two: bool = False) -> str:
+    return f"{operand.format} a {operand.scale_of}" + (", 2ⁿ" if operand.power_of_two or power_of_two else "")
