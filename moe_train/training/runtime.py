@@ -102,7 +102,14 @@ class Runtime:
         if self.layout.name in ("single", "ddp"):
             return Replicated(model, self.accelerator), 0
         meshes = build_meshes(self.layout, self.device_type)
-        sharded = Sharded(model, self.layout, meshes, self.accelerator, self.fp8_dispatch)
+        sharded = Sharded(
+            model,
+            self.layout,
+            meshes,
+            self.accelerator,
+            fp8_dispatch=self.fp8_dispatch,
+            gathers_bf16=self.dtype is torch.bfloat16,
+        )
         return sharded, meshes.rest.get_local_rank("shard")
 
 

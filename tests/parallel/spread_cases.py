@@ -126,6 +126,7 @@ def run_all(folder: Path) -> Results:
     four += (
         cases(("fsdp2", "ep_fsdp2"), FP8, BF16_MOMENTS, FEW)
         + cases(("ddp", "ep_fsdp2"), BF16)
+        + cases(("ep_fsdp2",), ("bf16 wide", BF16[1], {"wide": True}))
         + cases(("ddp", "ep", "ep_fsdp2"), capacity)
     )
     four += cases(("ep",), *rounded(TO_FP8)[:2]) + cases(("ep_fsdp2",), *rounded(TO_FP8)[1:])

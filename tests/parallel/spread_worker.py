@@ -4,10 +4,11 @@
 
 A case: {"name", "overrides", "steps"}, and what it may have: "double" (precision), "crowded" (all tokens to the first
 experts), "rounded" (alone, what would travel to experts rounded as on its way), "uncounted" (nothing watches what is
-exchanged), "load" (a folder whose newest checkpoint it goes on from), "save" (a folder, with a checkpoint after
-"save_at" steps). OUT.pt: by name, losses and gradient norms of the steps, expert counts, all weights, whole, and how
-many rows of each rank 0 holds; what was loaded and saved; what was exchanged a step, the mean over the processes. Under
-"collectives", bytes of collective operations with tensors of known size.
+exchanged), "wide" (weights are gathered in FP32 whatever reads them), "load" (a folder whose newest checkpoint it goes
+on from), "save" (a folder, with a checkpoint after "save_at" steps). OUT.pt: by name, losses and gradient norms of the
+steps, expert counts, all weights, whole, and how many rows of each rank 0 holds; what was loaded and saved; what was
+exchanged a step, the mean over the processes. Under "collectives", bytes of collective operations with tensors of known
+size.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from moe_train.data.batches import Batches
 from moe_train.model.experts import Experts, Products
 from moe_train.model.transformer import Transformer
 from moe_train.parallel import communication
+from moe_train.parallel.narrow_gather import NarrowGather
 from moe_train.parallel.packed_rows import packed, rounded_once, unpacked
 from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.whole_matrices import WholeMatrices
@@ -72,7 +75,11 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
                 rounded_once(module)
     if case.get("uncounted"):
         communication._current = None
-    spread, part = runtime.spread_out(model)
+    if case.get("wide"):
+        with mock.patch.object(NarrowGather, "of_group", return_value=None):
+            spread, part = runtime.spread_out(model)
+    else:
+        spread, part = runtime.spread_out(model)
     optimizers = build_optimizers(
         model, config.optimizer, config.seed, local=spread.local, whole=spread.whole_matrices, part=part
     )

@@ -102,3 +102,12 @@ def test_every_other_step_was_timed(spread_results: Results, layout: str) -> Non
         assert all((timed.exposed[kind] + timed.hidden[kind] > 0) == (count > 0) for kind, count in timed.sent.items())
     assert second.exposed_fraction is None
     assert second.sent["gradients"] == first.sent["gradients"]
+
+
+def test_weights_that_are_read_in_bf16_are_gathered_in_it_and_nothing_changes(spread_results: Results) -> None:
+    narrow, wide = spread_results["bf16/ep_fsdp2"], spread_results["bf16 wide/ep_fsdp2"]
+    assert narrow["losses"] == wide["losses"]
+    assert all(torch.equal(wide["weights"][name], weight) for name, weight in narrow["weights"].items())
+    weights = [sent(spread_results, f"{case}/ep_fsdp2")["weights"] for case in ("bf16", "bf16 wide", "muon")]
+    assert weights[1] == weights[2]
+    assert 0.5 < weights[0] / weights[1] < 0.6  # norms, routers and the embedding are read in FP32
