@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from moe_train.config.fields import STRICT, PositiveFloat, Size, require
 
 LayoutName = Literal["auto", "single", "ddp", "fsdp2", "hybrid", "ep", "ep_fsdp2"]
+DispatchFormat = Literal["compute", "fp8"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -22,6 +23,7 @@ class ParallelConfig:
     processes: Size | None = None  # refused where there are more or fewer; None: as many as there are
     shard: Size | None = None  # hybrid: processes that share out a replica; None: those of a machine
     expert_parallel: Size | None = None  # ep, ep_fsdp2: processes that share out the experts; None: all
+    dispatch_format: DispatchFormat = "compute"  # of tokens on their way to experts: fp8, or as they are
     timeout_seconds: PositiveFloat = 600.0  # that a process waits for the others before the run ends
 
     def __post_init__(self) -> None:
@@ -33,4 +35,9 @@ class ParallelConfig:
             self.expert_parallel is None or self.layout in ("ep", "ep_fsdp2"),
             f"parallel.expert_parallel={self.expert_parallel} does nothing with parallel.layout={self.layout}: "
             "choose parallel=ep or ep_fsdp2",
+        )
+        require(
+            self.dispatch_format == "compute" or self.layout in ("ep", "ep_fsdp2"),
+            f"parallel.dispatch_format={self.dispatch_format} does nothing with parallel.layout={self.layout}, where "
+            "no token travels: choose parallel=ep or ep_fsdp2",
         )

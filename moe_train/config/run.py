@@ -92,6 +92,8 @@ class RunConfig:
         for key in self._NOT_IDENTITY:
             del settings[key]
         del settings["data"]["cache_dir"]
+        if self.parallel.dispatch_format != "compute":  # all else there is to rounding the same
+            settings["parallel.dispatch_format"] = self.parallel.dispatch_format
         return settings
 
     def config_hash(self, without: tuple[str, ...] = ()) -> str:

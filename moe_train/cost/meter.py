@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from moe_train.cost.communication import Exchanged
 from moe_train.cost.price import Price
 
 
@@ -74,6 +75,8 @@ class Meter:
         self.attempt_train_seconds = 0.0  # of this process
         self.steps_of_attempt = 0
         self.work = work or Work(0.0, 0.0, None, None)
+        self.exchanged: Exchanged | None = None  # of this process's attempt, by several; None: there is one
+        self.exposed_seconds = 0.0  # of the train clock: what steps waited for exchanges, as the timed ones did
         self._flops_before = 0.0  # taken up from a checkpoint
         self._tokens_before = 0
         # Of its steps, which may have run on other devices, as many or not, and in another precision; None: not known.
@@ -100,6 +103,7 @@ class Meter:
         self._window_tokens = 0
         self._window_seconds = 0.0
         self._window_data_wait = 0.0
+        self._window_exchanged: Exchanged | None = None
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -141,6 +145,23 @@ class Meter:
     def data_wait(self, seconds: float) -> None:
         """Seconds of the train clock that a step spent waiting for its batch."""
         self._window_data_wait += seconds
+
+    def exchange(self, exchanged: Exchanged) -> None:
+        """What processes exchanged since the last window was opened. A window whose steps were not timed waited as
+        those before it did."""
+        self._window_exchanged = exchanged
+        self.exchanged = exchanged if self.exchanged is None else self.exchanged + exchanged
+        fraction = exchanged.exposed_fraction
+        if fraction is None:
+            fraction = self.exchanged.exposed_fraction
+        self.exposed_seconds += (fraction or 0.0) * self._window_seconds
+
+    @property
+    def usd_communication(self) -> float | None:
+        """The part of `usd_train` for which steps waited for exchanges; None where there were none."""
+        fraction = _ratio(self.exposed_seconds, self.train_seconds)
+        usd = self.usd_train
+        return None if self.exchanged is None or fraction is None or usd is None else usd * fraction
 
     def stopped(self) -> Meter:
         """A copy whose clock stands still, so that all figures read from it are of one moment."""
@@ -275,6 +296,8 @@ class Meter:
             "progress/tokens": self.tokens,
             "progress/flops": self.flops,
         }
+        if self._window_exchanged is not None:
+            metrics |= self._window_exchanged.metrics() | {"cost/usd_communication": self.usd_communication}
         self._open_window()
         return metrics
 
@@ -284,6 +307,7 @@ class Meter:
             "tokens": self.tokens,
             "flops": self.flops,
             "train_seconds": self.train_seconds,
+            "exposed_seconds": self.exposed_seconds,
             "usd_train": self.usd_train,
             "recomputed_flops": self._recomputed,
             "attainable_flops": self._attainable,
@@ -296,6 +320,7 @@ class Meter:
         self.tokens = self._tokens_before = int(state["tokens"] or 0)
         self._flops_before = float(state["flops"] or 0.0)
         self.train_seconds = float(state["train_seconds"] or 0.0)
+        self.exposed_seconds = float(state.get("exposed_seconds") or 0.0)
         self._usd_train_before = state.get("usd_train")
         self._recomputed_before = state.get("recomputed_flops")
         self._attainable_before = state.get("attainable_flops")

@@ -36,6 +36,7 @@ _FIGURES = {
     "usd_per_million_tokens_all_in": ("usd_per_million_tokens_all_in", None),
     "tokens_per_second": ("tokens_per_second", "throughput/tokens_per_second"),
     "mfu": ("model_flops_utilization", "throughput/model_flops_utilization"),
+    "exposed_communication": ("communication_exposed_fraction", "comm/exposed_fraction"),
     "energy_kwh": ("energy_kwh", "cost/energy_kwh"),
     "total_params": ("total_params", None),
     "active_params": ("active_params", None),

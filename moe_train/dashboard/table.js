@@ -12,6 +12,7 @@ const COLUMNS = [
   { label: "… all in", key: "usd_per_million_tokens_all_in", text: asUsd },
   { label: "tokens/s", key: "tokens_per_second", text: asDigits, down: true },
   { label: "MFU", key: "mfu", text: asShare, down: true },
+  { label: "waits", key: "exposed_communication", text: asShare },
   { label: "tokens", key: "tokens", text: asCount, down: true },
   { label: "FLOPs", key: "flops", text: withPrefix, down: true },
   { label: "time", key: "seconds", text: asSeconds, down: true },

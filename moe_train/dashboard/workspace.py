@@ -29,6 +29,11 @@ _LOADS = {
     "evenness (entropy, 1 is even)": "load_entropy",
     "experts without a token": "dead_experts",
 }
+_EXCHANGED = {
+    "bytes sent a step and process, by kind": r"comm/\w+/bytes",
+    "seconds a step that it waited for, by kind": r"comm/\w+/exposed_seconds",
+    "share of a step waited for": "comm/exposed_fraction",
+}
 _SORTED_BY = "cost/bits_per_byte_per_usd"
 _COLUMNS = [
     f"summary:{_SORTED_BY}",
@@ -80,10 +85,15 @@ def sections() -> list[ws.Section]:
         panels.LinePlot(title=title, x=_AXES["tokens"], metric_regex=rf"moe/layer_\d+/{name}", title_x="tokens")
         for title, name in _LOADS.items()
     ]
+    exchanged = [
+        panels.LinePlot(title=title, x=_AXES["tokens"], metric_regex=metric, title_x="tokens")
+        for title, metric in _EXCHANGED.items()
+    ]
     return [
         _section("Loss", over, columns=2),
         _section("Cost and speed", by, columns=2),
         _section("Spending", spent, columns=2),
+        _section("Communication of several processes", exchanged, columns=3),
         _section("Expert load by layer", loads, columns=3),
     ]
 

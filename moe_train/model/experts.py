@@ -38,7 +38,8 @@ class Products(Protocol):
 class Exchange(Protocol):
     """Products with experts that other processes hold too: parallel/expert_exchange.py."""
 
-    def __call__(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, products: Products, /) -> Tensor: ...
+    def __call__(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, products: Products, may_round: bool, /) -> Tensor:
+        """`may_round`: this pass may be in FP8, as in training."""
 
 
 class Experts(nn.Module):
@@ -57,11 +58,15 @@ class Experts(nn.Module):
     def forward(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor) -> Tensor:
         """Rows sorted by expert, and the gate value of each → their gated outputs (n, d)."""
         if self.exchange is not None:
-            return self.exchange(x_nd, gate_n1, ends_e, self._products)
+            return self.exchange(x_nd, gate_n1, ends_e, self._products, self._may_round)
         return self._products(x_nd, gate_n1, ends_e)
 
+    @property
+    def _may_round(self) -> bool:
+        return self.training or self.evaluates_in_fp8
+
     def _products(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor) -> Tensor:
-        fp8 = self.fp8 if self.training or self.evaluates_in_fp8 else None
+        fp8 = self.fp8 if self._may_round else None
         return swiglu_linear(x_nd, self.gate_up_proj, self.down_proj, row_weight=gate_n1, ends_e=ends_e, fp8=fp8)
 
 

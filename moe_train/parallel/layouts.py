@@ -52,6 +52,11 @@ def layout_of(config: ParallelConfig, model: ModelConfig, processes: int, on_a_m
         )
     if name in ("ep", "ep_fsdp2"):
         _check_experts(name, experts, model)
+    if config.dispatch_format == "fp8" and experts == 1:
+        raise UserError(
+            "parallel.dispatch_format=fp8 does nothing where every process has all experts: choose an "
+            "expert_parallel above 1, or dispatch_format=compute"
+        )
     return Layout(name, processes, shard, experts)
 
 

@@ -2,7 +2,8 @@
 
 Every weight is cut by rows over the mesh dimension that shards it (one process where nothing does) and replicated over
 the other (FSDP2, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO-3, arXiv 1910.02054; on
-one process a shard, it is what DDP does). A block's weights are gathered before it is computed and let go after.
+one process a shard, it is what DDP does). A block's weights are gathered before it is computed and let go after, in
+BF16 where they are read in nothing else (narrow_gather.py).
 Gradients are summed, not averaged: of an expert over the processes that hold it, since tokens of the others have
 travelled to it, of all else over everyone. After every micro-batch they are reduced to the process's own part, over the
 replicas after the last one alone.
@@ -28,6 +29,7 @@ from moe_train.model.experts import Experts
 from moe_train.model.transformer import Losses, Transformer
 from moe_train.parallel.expert_exchange import share_out_experts
 from moe_train.parallel.meshes import Meshes
+from moe_train.parallel.narrow_gather import NarrowGather
 from moe_train.parallel.spread import Part
 from moe_train.parallel.whole_matrices import WholeMatrices
 
@@ -47,20 +49,31 @@ class Sharded:
 
     loss_scale = 1.0
 
-    def __init__(self, model: Transformer, layout: Layout, meshes: Meshes, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        layout: Layout,
+        meshes: Meshes,
+        accelerator: Accelerator,
+        *,
+        fp8_dispatch: bool,
+        gathers_bf16: bool,
+    ) -> None:
         # An expert's output is one, and nothing adds to it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._accelerator, self._meshes = accelerator, meshes
         whole = {name: parameter.shape for name, parameter in model.named_parameters()}
         if layout.expert_parallel > 1:
-            share_out_experts(model, meshes.experts.get_group("expert"))
-        self._modules = _cut(model, meshes)
+            share_out_experts(model, meshes.experts.get_group("expert"), fp8_dispatch)
+        self._modules, gathers = _cut(model, meshes, gathers_bf16)
         self._model = model
         expert_weights = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
         # By name: between a forward pass and what follows it the model has gathered weights in their place.
         self._held = {
             name: _hold(p, whole[name], meshes, id(p) in expert_weights) for name, p in model.named_parameters()
         }
+        for gather in gathers:
+            gather.held = [self._held[name].local for name in gather.names]
         cut = [held for held in self._held.values() if not held.of_experts and held.local.ndim == 2]
         self.whole_matrices = None
         if layout.shard > 1:
@@ -116,19 +129,27 @@ class Sharded:
             held.sharded.grad = None
 
 
-def _cut(model: Transformer, meshes: Meshes) -> list[FSDPModule]:
-    """Give every weight to fully_shard, experts over their own mesh; the innermost modules first."""
+def _cut(model: Transformer, meshes: Meshes, gathers_bf16: bool) -> tuple[list[FSDPModule], list[NarrowGather]]:
+    """Give every weight to fully_shard, experts over their own mesh; the innermost modules first.
+
+    Returns them, and what gathers in BF16, where that is wanted.
+    """
     experts = meshes.experts["replicate", "expert_shard"]
     over: list[tuple[nn.Module, DeviceMesh]] = [(m, experts) for m in model.modules() if isinstance(m, Experts)]
     over += [(block, meshes.rest) for block in [*model.blocks, *model.mtp]]
     modules: list[FSDPModule] = []
+    gathers: list[NarrowGather] = []
     for module, mesh in [*over, (model, meshes.rest)]:
+        gather = NarrowGather.of_group(module, model, mesh.size(1)) if gathers_bf16 else None
         cut = fully_shard(module, mesh=mesh)
         assert isinstance(cut, FSDPModule)
         cut.set_force_sum_reduction_for_comms(True)
         cut.set_gradient_divide_factor(1.0)
+        if gather is not None:
+            cut.set_custom_all_gather(gather)
+            gathers.append(gather)
         modules.append(cut)
-    return modules
+    return modules, gathers
 
 
 def _hold(parameter: nn.Parameter, whole: torch.Size, meshes: Meshes, of_experts: bool) -> _Held:

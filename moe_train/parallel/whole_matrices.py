@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_train.parallel.communication import labelled
+
 
 class WholeMatrices:
     """`shapes`: the (rows, columns) of each matrix that `group` has cut, by what this process holds of it."""
@@ -40,12 +42,14 @@ class WholeMatrices:
         order_n = torch.tensor(order, device=pieces.device)
 
         received = pieces.new_empty(sum(arriving))
-        dist.all_to_all_single(received, pieces[order_n].flatten(), arriving, sizes, group=self.group)
+        with labelled("whole_matrices"):
+            dist.all_to_all_single(received, pieces[order_n].flatten(), arriving, sizes, group=self.group)
         parts = [part.view(mine, number, columns) for part, number in zip(received.split(arriving), own, strict=True)]
         whole = function(torch.cat(parts, dim=1))
         back = torch.cat([part.flatten() for part in whole.split(own, dim=1)])
         returned = torch.empty_like(pieces)
         out = pieces.new_empty(pieces.numel())
-        dist.all_to_all_single(out, back, sizes, arriving, group=self.group)
+        with labelled("whole_matrices"):
+            dist.all_to_all_single(out, back, sizes, arriving, group=self.group)
         returned[order_n] = out.view_as(pieces)
         return returned

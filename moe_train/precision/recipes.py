@@ -70,10 +70,15 @@ def _of_layer(recipe: Fp8Config, layer: str) -> Fp8Config:
     def named(names: tuple[str, ...]) -> bool:
         return any(f".{layer}".endswith(f".{name}") for name in names)
 
-    def rounded(operand: OperandConfig, names: tuple[str, ...]) -> OperandConfig:
-        return dataclasses.replace(operand, power_of_two=operand.power_of_two or named(names))
+    return with_powers_of_two(recipe, named(recipe.power_of_two_inputs_of), named(recipe.power_of_two_gradients_of))
 
-    inputs, gradients = recipe.power_of_two_inputs_of, recipe.power_of_two_gradients_of
+
+def with_powers_of_two(recipe: Fp8Config, inputs: bool, gradients: bool) -> Fp8Config:
+    """The recipe with the scales of a layer's input, or of its result's gradient, made powers of two."""
+
+    def rounded(operand: OperandConfig, too: bool) -> OperandConfig:
+        return dataclasses.replace(operand, power_of_two=operand.power_of_two or too)
+
     forward, backward, of_weights = recipe.forward, recipe.input_gradient, recipe.weight_gradient
     return dataclasses.replace(
         recipe,

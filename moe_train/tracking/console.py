@@ -81,9 +81,28 @@ def closing_table(summary: dict[str, Any]) -> Table:
             f"{_known_usd(summary['usd_per_million_tokens'])} training, "
             f"{_known_usd(summary['usd_per_million_tokens_all_in'])} all-in",
         )
+    if summary.get("communication_bytes_per_step") is not None:  # older runs have none
+        row("communication", _communication(summary))
     energy = _known(summary["energy_kwh"], "{:.4g} kWh", "not known: no energy counter could be read")
     row("energy", energy + (f" ({summary['energy_source']})" if summary["energy_kwh"] is not None else ""))
     return table
+
+
+def _communication(summary: dict[str, Any]) -> str:
+    """Of several processes: how much, what for, and the price of waiting for it."""
+    by_kind = summary["communication_by_kind"] or {}
+    kinds = sorted(by_kind, key=lambda kind: -by_kind[kind]["bytes"])
+    parts = ", ".join(f"{kind.replace('_', ' ')} {as_bytes(by_kind[kind]['bytes'])}" for kind in kinds)
+    waited = _known(summary["communication_exposed_fraction"], "{:.1%}", "an unknown part")
+    text = f"{as_bytes(summary['communication_bytes_per_step'])} sent a step and process ({parts}), waited for {waited}"
+    usd = summary["usd_communication"]
+    return f"{text} of a step" + ("" if usd is None else f": {as_usd(usd)}")
+
+
+def as_bytes(value: float) -> str:
+    """Three significant digits, in powers of a thousand."""
+    power = next((n for n in range(4) if value < 999.5 * 1000**n), 4)
+    return f"{value / 1000**power:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
 
 
 def where_to_look(run_folder: Path, wandb_location: str | None) -> list[str]:

@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moe_train.tracking.console import as_duration, as_usd, stderr_console
+from moe_train.tracking.console import as_bytes, as_duration, as_usd, stderr_console
 from moe_train.tracking.progress import Progress, Row, Standing
 
 _SECONDS_BETWEEN_DRAWINGS = 0.5
@@ -127,6 +127,10 @@ def _figures(standing: Standing, latest: Row, losses: Sequence[float]) -> list[t
     at_end = standing.usd_at_end
     cost = "not known" if standing.usd is None else f"{as_usd(standing.usd)} so far"
     rows.append(("cost", cost if at_end is None else f"{cost}, {as_usd(at_end)} at the end"))
+    if (sent := latest.get("comm/bytes")) is not None:
+        rows.append(
+            ("exchanged", f"{as_bytes(sent)} a step, {known('comm/exposed_fraction', '{:.1%}')} of the time waited for")
+        )
     if (load := _expert_load(latest)) is not None:
         rows.append(("expert load", load))
     return rows

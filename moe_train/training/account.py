@@ -19,6 +19,7 @@ from moe_train.compose import CONFIGS
 from moe_train.config import PeakConfig, RunConfig
 from moe_train.cost.attempt import RUNNING, Attempt
 from moe_train.cost.budget import spent_by_others
+from moe_train.cost.communication import Exchanged
 from moe_train.cost.energy import EnergyMeter
 from moe_train.cost.flops import recomputed_flops_per_token, training_flops_per_token
 from moe_train.cost.hardware import detect
@@ -213,6 +214,15 @@ class Account:
         known = torch.tensor([*(joules or 0.0 for joules in mine), unknown], dtype=torch.float64)
         total, training, missing = self.runtime.summed(known.to(self.runtime.device)).tolist()
         self.meter.read_energy(None if missing else total, None if missing else training)
+
+    def read_communication(self) -> None:
+        """What processes exchanged since the last call, on the meter. The device has been waited for; all ranks call
+        it."""
+        communication = self.runtime.communication
+        if communication is not None:
+            mine = torch.tensor(communication.take().numbers(), dtype=torch.float64)
+            means = self.runtime.summed(mine.to(self.runtime.device)).tolist()
+            self.meter.exchange(Exchanged.of(means, self.runtime.world_size))
 
     def joules(self) -> float | None:
         """Energy of all devices and attempts until now; None if one of them was not measured."""

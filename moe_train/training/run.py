@@ -266,9 +266,11 @@ class Run:
             inputs, targets = self.stepper.load(self.steps_done)
             meter.data_wait(time.monotonic() - began)
             counts = self._will_log(progress + fraction)
-            meter.add_tokens(self.stepper.step(self.steps_done, inputs, targets, factor, progress, counts_fp8=counts))
+            with self.runtime.exchanges_counted(timed=counts):
+                tokens = self.stepper.step(self.steps_done, inputs, targets, factor, progress, counts_fp8=counts)
+                self.interruption.agree(self.runtime.hosts)
+            meter.add_tokens(tokens)
             self.steps_done += 1
-            self.interruption.agree(self.runtime.hosts)
             progress = self._progress()
             self.stopped_by = self._limit_reached()  # now: the reserve changes once the evaluation is timed
             ends = progress >= 1 or self.interrupted is not None
@@ -368,6 +370,7 @@ class Run:
         """Everything that is logged of the steps since the last log."""
         in_compute_format = float(len(self.fp8_health.in_compute_format))
         joules = self.account.joules()  # read when training paused
+        self.account.read_communication()
         window = self.account.meter.window()
         return {
             **metrics.of_steps(figures, self.model_config.moe),

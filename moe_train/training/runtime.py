@@ -14,6 +14,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from moe_train.cost.layout import Layout
 from moe_train.errors import UserError, one_line
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.agreement import check_agreement
+from moe_train.parallel.communication import Communication
 from moe_train.parallel.layouts import layout_of, note_on_experts
 from moe_train.parallel.meshes import build_meshes
 from moe_train.parallel.sharded import Sharded
@@ -43,8 +45,10 @@ class Runtime:
     num_threads: int
     dtype: torch.dtype  # of matrix products
     layout: Layout  # over the processes
+    fp8_dispatch: bool  # tokens travel to experts in FP8
     timeout_seconds: float  # that a process waits for the others
     hosts: torch.distributed.ProcessGroup | None  # all processes over their hosts' network; None: there is one
+    communication: Communication | None  # what is exchanged; None: there is one process
     notes: tuple[str, ...]
 
     @property
@@ -79,16 +83,34 @@ class Runtime:
         total: torch.Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return total
 
+    def exchanges_counted(self, timed: bool) -> AbstractContextManager[None]:
+        """A training step, for what it exchanges with other processes."""
+        return nullcontext() if self.communication is None else self.communication.step(timed)
+
     def new_host_group(self) -> torch.distributed.ProcessGroup:
-        """All processes over their hosts' network, whatever their devices use. A collective call."""
-        return _host_group(self.timeout_seconds)
+        """All processes over their hosts' network, whatever their devices use, for what is no part of a step.
+
+        A collective call.
+        """
+        group = _host_group(self.timeout_seconds)
+        if self.communication is not None:
+            self.communication.apart(group)
+        return group
 
     def spread_out(self, model: Transformer) -> tuple[Spread, int]:
         """`model`, still on the host, on the devices of the layout; and which part of what is cut this process has."""
         if self.layout.name in ("single", "ddp"):
             return Replicated(model, self.accelerator), 0
         meshes = build_meshes(self.layout, self.device_type)
-        return Sharded(model, self.layout, meshes, self.accelerator), meshes.rest.get_local_rank("shard")
+        sharded = Sharded(
+            model,
+            self.layout,
+            meshes,
+            self.accelerator,
+            fp8_dispatch=self.fp8_dispatch,
+            gathers_bf16=self.dtype is torch.bfloat16,
+        )
+        return sharded, meshes.rest.get_local_rank("shard")
 
 
 def start_runtime(config: RunConfig) -> Runtime:
@@ -125,7 +147,9 @@ def start_runtime(config: RunConfig) -> Runtime:
             f"{expected} processes were asked for and accelerate runs {accelerator.num_processes}: "
             "start them with torchrun --standalone --nproc-per-node N train.py"
         )
+    communication = None
     if expected > 1:
+        communication = Communication(accelerator.device.type)
         check_agreement(config)
     on_a_machine = _count_from_environment("LOCAL_WORLD_SIZE")
     layout = layout_of(config.parallel, config.model.resolved(), expected, on_a_machine)
@@ -150,8 +174,10 @@ def start_runtime(config: RunConfig) -> Runtime:
         num_threads=num_threads,
         dtype=dtype,
         layout=layout,
+        fp8_dispatch=config.parallel.dispatch_format == "fp8",
         timeout_seconds=timeout,
         hosts=_host_group(timeout) if expected > 1 else None,
+        communication=communication,
         notes=tuple(each for each in (note, experts_note) if each),
     )
 

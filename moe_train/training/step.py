@@ -22,6 +22,7 @@ from moe_train.config import RunConfig
 from moe_train.data.batches import Batches
 from moe_train.model.balancing import update_selection_bias
 from moe_train.model.transformer import Losses, Transformer
+from moe_train.parallel import communication
 from moe_train.parallel.spread import Spread
 from moe_train.precision.fp8 import holding_weights
 from moe_train.precision.health import Counts, LayerRates
@@ -144,7 +145,8 @@ class Stepper:
                 self._seed_dropout(step, micro)
                 with self.spread.micro_batch(last=micro == len(pieces) - 1):
                     losses = self.spread.wrapped(inputs, targets, mtp_weight)
-                    (losses.objective * (self.spread.loss_scale / num_targets)).backward()
+                    with communication.backward():
+                        (losses.objective * (self.spread.loss_scale / num_targets)).backward()
                 self.totals.add(losses)
                 counts_le += losses.counts_le
         counts_le = self.runtime.summed(counts_le)

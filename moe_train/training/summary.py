@@ -24,6 +24,7 @@ from moe_train.tracking.console import closing_table, where_to_look
 from moe_train.training.run_folder import SUMMARY
 
 if TYPE_CHECKING:
+    from moe_train.cost.meter import Meter
     from moe_train.training.run import Run
     from moe_train.training.runtime import Runtime
 
@@ -140,6 +141,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "price_date": price.date,
         "price_notes": account.price_notes,  # e.g. that it is more than a year old
         "usd_per_kwh": price.usd_per_kwh,
+        **_communication(meter),
         "energy_kwh": None if joules is None else joules / JOULES_PER_KWH,
         "energy_source": account.energy.source,
         "hardware": hardware.name,
@@ -157,6 +159,18 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "config_hash": run.config.config_hash(),
         "seed": run.config.seed,
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _VERSIONED},
+    }
+
+
+def _communication(meter: Meter) -> dict[str, Any]:
+    """Of a process and step of this attempt, and dollars of all; null for one process."""
+    exchanged = meter.exchanged
+    return {
+        "communication_bytes_per_step": exchanged and exchanged.bytes_a_step,
+        "communication_exposed_fraction": exchanged and exchanged.exposed_fraction,
+        "communication_by_kind": exchanged and exchanged.a_step(),
+        "communication_bytes_outside_steps": exchanged and exchanged.sent_outside,
+        "usd_communication": meter.usd_communication,
     }
 
 

@@ -48,6 +48,9 @@ FIFTY = ("fifty", [*LOSSES, "optimizer=adamw", "optimizer.lr=1e-2", "batch_size=
 MUON = ("muon", [*LOSSES, "optimizer=muon", "optimizer.lr=1e-2"], {})
 CROWDED = ("crowded", ["optimizer=adamw", "activation_checkpointing=true"], {"double": True, "crowded": True})
 FP8 = ("fp8", ["optimizer=adamw", "optimizer.lr=1e-3", "precision=fp8_deepseek", "precision.backend=emulated"], {})
+ROUNDED = ["optimizer=adamw", "optimizer.lr=1e-3"]  # on their way to experts
+TO_FP8 = "parallel.dispatch_format=fp8"
+IN_FP8 = ["precision=fp8_deepseek", "precision.backend=emulated"]
 FEW = ("few", ["optimizer=muon", "model.moe.num_experts=2", "model.moe.top_k=1"], {})  # experts, for four processes
 BF16 = ("bf16", [*LOSSES, "optimizer=adamw", "optimizer.lr=1e-3", "precision=bf16"], {})
 BF16_MOMENTS = ("moments", ["optimizer=muon", "optimizer.moments=bfloat16", "optimizer.stochastic_rounding=true"], {})
@@ -105,6 +108,16 @@ def read(folder: Path, processes: int, sources: tuple[int, ...]) -> list[dict[st
     ]
 
 
+def rounded(*overrides: str, **more: Any) -> list[tuple[str, list[str], dict[str, Any]]]:
+    """What goes towards experts in FP8; in double precision, with experts without tokens, in BF16 and in FP8."""
+    return [
+        ("rounded", [*ROUNDED, *overrides], {"double": True, **more}),
+        ("rounded crowded", [*ROUNDED, *overrides], {"double": True, "crowded": True, **more}),
+        ("rounded bf16", [*ROUNDED, "precision=bf16", *overrides], more),
+        ("rounded fp8", [*ROUNDED, *IN_FP8, *overrides], more),
+    ]
+
+
 def run_all(folder: Path) -> Results:
     """Everything the tests look at; starting processes takes longest, so each start does all it can."""
     layouts = tuple(LAYOUTS)
@@ -113,11 +126,17 @@ def run_all(folder: Path) -> Results:
     four += (
         cases(("fsdp2", "ep_fsdp2"), FP8, BF16_MOMENTS, FEW)
         + cases(("ddp", "ep_fsdp2"), BF16)
+        + cases(("ep_fsdp2",), ("bf16 wide", BF16[1], {"wide": True}))
         + cases(("ddp", "ep", "ep_fsdp2"), capacity)
     )
-    found = run(folder, four + written(folder, 4), 4)
-    found |= run(folder, cases(("ddp", "fsdp2", "ep"), FIFTY) + written(folder, 2) + read(folder, 2, (4, 2)), 2)
-    alone = cases(("single",), FIFTY, MUON, CROWDED, FP8, BF16_MOMENTS, FEW)
+    four += cases(("ep",), *rounded(TO_FP8)[:2]) + cases(("ep_fsdp2",), *rounded(TO_FP8)[1:])
+    uncounted = ("uncounted", MUON[1], {"uncounted": True})
+    four += cases(("ddp", "ep_fsdp2"), uncounted)
+    by_hand = [case(f"collectives/{n}", "ddp", collectives=True) for n in (4, 2)]
+    found = run(folder, four + written(folder, 4) + by_hand[:1], 4)
+    two = cases(("ddp", "fsdp2", "ep"), FIFTY) + by_hand[1:]
+    found |= run(folder, two + written(folder, 2) + read(folder, 2, (4, 2)), 2)
+    alone = cases(("single",), FIFTY, MUON, CROWDED, FP8, BF16_MOMENTS, FEW, *rounded(rounded=True))
     alone = [each | {"overrides": [*each["overrides"], "micro_batch_size=4"]} for each in alone]
     found |= run(folder, alone + written(folder, 1) + read(folder, 1, (4, 2, 1)), 1)
     return found | run(folder, read(folder, 4, (4, 2, 1)), 4)

@@ -3,9 +3,12 @@
     torchrun … spread_worker.py OUT.pt CASES.json
 
 A case: {"name", "overrides", "steps"}, and what it may have: "double" (precision), "crowded" (all tokens to the first
-experts), "load" (a folder whose newest checkpoint it goes on from), "save" (a folder, with a checkpoint after "save_at"
-steps). OUT.pt: by name, losses and gradient norms of the steps, expert counts, all weights, whole, and how many rows
-of each rank 0 holds; what was loaded and saved.
+experts), "rounded" (alone, what would travel to experts rounded as on its way), "uncounted" (nothing watches what is
+exchanged), "wide" (weights are gathered in FP32 whatever reads them), "load" (a folder whose newest checkpoint it goes
+on from), "save" (a folder, with a checkpoint after "save_at" steps). OUT.pt: by name, losses and gradient norms of the
+steps, expert counts, all weights, whole, and how many rows of each rank 0 holds; what was loaded and saved; what was
+exchanged a step, the mean over the processes. Under "collectives", bytes of collective operations with tensors of known
+size.
 """
 
 from __future__ import annotations
@@ -14,15 +17,23 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_train.compose import compose_run
+from moe_train.cost.communication import Exchanged
 from moe_train.data.batches import Batches
+from moe_train.model.experts import Experts, Products
 from moe_train.model.transformer import Transformer
+from moe_train.parallel import communication
+from moe_train.parallel.narrow_gather import NarrowGather
+from moe_train.parallel.packed_rows import packed, rounded_once, unpacked
 from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.whole_matrices import WholeMatrices
 from moe_train.precision import recipes
@@ -57,7 +68,18 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         for router in model.routers():
             router.selection_bias[: model_config.moe.top_k] = 100.0
     recipes.apply(model, config.precision, runtime.device)
-    spread, part = runtime.spread_out(model)
+    if case.get("rounded"):
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.exchange = rounded_on_the_spot
+                rounded_once(module)
+    if case.get("uncounted"):
+        communication._current = None
+    if case.get("wide"):
+        with mock.patch.object(NarrowGather, "of_group", return_value=None):
+            spread, part = runtime.spread_out(model)
+    else:
+        spread, part = runtime.spread_out(model)
     optimizers = build_optimizers(
         model, config.optimizer, config.seed, local=spread.local, whole=spread.whole_matrices, part=part
     )
@@ -71,9 +93,11 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         load_spread_optimizers(checkpoint, spreading)
         begin, loaded = checkpoint.step, states(spreading)
     begun = weights(model, spread)
-    losses, norms, counts, first, files = [], [], [], {}, []
+    losses, norms, counts, first, files, exchanged = [], [], [], {}, [], []
     for step in range(begin, case["steps"]):
-        stepper.step(step, *stepper.load(step), 1.0, step / case["steps"])
+        with runtime.exchanges_counted(timed=step % 2 == 0):
+            stepper.step(step, *stepper.load(step), 1.0, step / case["steps"])
+        exchanged.append(taken(runtime))
         figures = stepper.read_totals()
         losses.append([figures.loss, figures.auxiliary_loss, *figures.mtp_losses])
         norms.append(figures.grad_norm)
@@ -96,8 +120,68 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "first": first,
         "weights": weights(model, spread),
         "held": held,
+        "exchanged": exchanged,
         "layout": runtime.layout.name,
     }
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forwards: bool) -> Tensor:
+        ctx.forwards = forwards
+        return unpacked(packed(x), x.shape[1], x.dtype) if forwards else x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        return grad if ctx.forwards else unpacked(packed(grad), grad.shape[1], grad.dtype), None
+
+
+def rounded_on_the_spot(rows: Tensor, gate: Tensor, ends: Tensor, products: Products, may_round: bool) -> Tensor:
+    """What goes towards experts, in either direction of the pass, in FP8."""
+    return _Rounded.apply(products(_Rounded.apply(rows, True), gate, ends), False)
+
+
+def taken(runtime: Runtime) -> Exchanged | None:
+    """What was exchanged since the last call, the mean over the processes."""
+    if runtime.communication is None:
+        return None
+    mine = torch.tensor(runtime.communication.take().numbers(), dtype=torch.float64)
+    return Exchanged.of(runtime.summed(mine).tolist(), runtime.world_size)
+
+
+def collectives(case: dict[str, Any]) -> dict[str, float]:
+    """Bytes that rank 0 sends, by operation."""
+    AcceleratorState._reset_state()
+    runtime = start_runtime(compose_run(case["overrides"], "case"))
+    size, rank = runtime.world_size, runtime.rank
+    part, whole = torch.ones(10), torch.ones(10 * size)
+    splits = [3 * (rank + 1)] * size  # rank r sends 3(r + 1) numbers to each
+    calls = {
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, part),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "broadcast": lambda: dist.broadcast(whole, src=0),
+        "all_to_all, equal": lambda: dist.all_to_all_single(torch.empty_like(whole), whole),
+        "all_to_all, uneven": lambda: dist.all_to_all_single(
+            torch.empty(sum(3 * (other + 1) for other in range(size))),
+            torch.ones(sum(splits)),
+            [3 * (other + 1) for other in range(size)],
+            splits,
+        ),
+        "object": lambda: dist.broadcast_object_list(["x" * 1000], src=0),
+        "barrier": dist.barrier,
+    }
+    found = {}
+    for name, call in calls.items():
+        assert runtime.communication is not None
+        runtime.communication.take()
+        with runtime.exchanges_counted(timed=True):
+            call()
+        found[name] = sum(runtime.communication.take().sent.values())
+    call = calls["all_reduce"]
+    call()  # no part of a step
+    return found | {"outside": runtime.communication.take().sent_outside}
 
 
 def states(spreading: Spreading) -> dict[str, torch.Tensor]:
@@ -144,7 +228,7 @@ def weights(model: Transformer, spread: Any) -> dict[str, torch.Tensor]:
 
 
 def main(out: Path, cases: list[dict[str, Any]]) -> None:
-    results = {case["name"]: train(case) for case in cases}
+    results = {case["name"]: collectives(case) if "collectives" in case else train(case) for case in cases}
     if PartialState().process_index == 0:
         torch.save(results, out)
 

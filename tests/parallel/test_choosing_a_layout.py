@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moe_train.compose import compose_run
 from moe_train.config import ModelConfig, ParallelConfig
 from moe_train.errors import UserError
 from moe_train.parallel.layouts import layout_of, note_on_experts
@@ -46,6 +47,11 @@ def test_what_is_not_given_is_all_processes_or_those_of_a_machine(model_config: 
             3,
             {"layout": "ep"},
             "parallel.expert_parallel=3 does not divide model.moe.num_experts=16: choose one of 1, 2",
+        ),
+        (
+            2,
+            {"layout": "ep", "expert_parallel": 1, "dispatch_format": "fp8"},
+            "parallel.dispatch_format=fp8 does nothing where every process has all experts",
         ),
     ],
 )
@@ -91,3 +97,12 @@ def test_a_setting_of_another_layout_is_refused() -> None:
         ParallelConfig(layout="ddp", shard=2)
     with pytest.raises(ValueError, match=r"expert_parallel=2 does nothing with parallel\.layout=fsdp2"):
         ParallelConfig(layout="fsdp2", expert_parallel=2)
+    with pytest.raises(ValueError, match=r"dispatch_format=fp8 does nothing with parallel\.layout=ddp, where no token"):
+        ParallelConfig(layout="ddp", dispatch_format="fp8")
+
+
+def test_rounding_on_the_way_to_experts_makes_another_run() -> None:
+    plain, rounded = (
+        compose_run(["parallel=ep", f"parallel.dispatch_format={name}"], "train") for name in ("compute", "fp8")
+    )
+    assert plain.config_hash() == compose_run(["parallel=ddp"], "train").config_hash() != rounded.config_hash()

@@ -66,6 +66,28 @@ def test_the_closing_table_shows_what_an_arm_is_about_where_it_has_it():
     assert "validation loss of MTP" not in plain
 
 
+def test_the_closing_table_shows_what_several_processes_exchanged_and_the_price_of_waiting_for_it():
+    of_a_kind = {"exposed_seconds": 0.1, "hidden_seconds": 0.0}
+    exchanged = {
+        "communication_bytes_per_step": 1_234_567.0,
+        "communication_by_kind": {
+            "weights": {"bytes": 234_000.0, **of_a_kind},
+            "whole_matrices": {"bytes": 1_000_000.0, **of_a_kind},
+            "other": {"bytes": 567.0, **of_a_kind},
+        },
+        "communication_exposed_fraction": 0.125,
+        "usd_communication": 0.0015432,
+    }
+    table = closing_table(SUMMARY | exchanged)
+    out = Console(file=io.StringIO(), width=300)
+    out.print(table)
+    assert (
+        "1.23 MB sent a step and process (whole matrices 1 MB, weights 234 KB, other 567 B), waited for 12.5% of a "
+        "step: $0.00154"
+    ) in " ".join(text(out).split())
+    assert "communication" not in rendered(SUMMARY)
+
+
 def test_the_closing_table_shows_results_and_both_costs_with_the_price_they_follow_from():
     assert rendered(SUMMARY) == {
         "train loss": "3.2100",

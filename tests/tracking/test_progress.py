@@ -99,6 +99,13 @@ def test_a_panel_of_a_dense_run_without_price_and_peak_makes_nothing_up():
     assert "left" not in text
 
 
+def test_a_panel_of_several_processes_shows_what_they_exchange_and_how_long_it_is_waited_for():
+    panel = Panel("nano", console(terminal=True))
+    exchanged = {"comm/bytes": 6_692_744.0, "comm/exposed_fraction": 0.079}
+    panel.update(0.1, step=1, row=ROW | exchanged, usd=0.01, usd_ahead=lambda s: 0.0)
+    assert "exchanged    6.69 MB a step, 7.9% of the time waited for" in drawn(panel)
+
+
 def test_after_the_last_step_a_panel_foretells_nothing():
     now = [0.0]
     panel = Panel("nano", console(terminal=True), clock=lambda: now[0])
