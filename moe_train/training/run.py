@@ -13,19 +13,14 @@ import json
 import math
 import re
 import time
-from pathlib import Path
 
 import torch
 
 from moe_train.config import RunConfig, model_digest, to_dict
 from moe_train.cost.attempt import FAILED, FINISHED
-from moe_train.data.batches import Batches
-from moe_train.data.packing import PreparedData, prepare
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
-from moe_train.model.transformer import Transformer
-from moe_train.parallel.sharded import Sharded
-from moe_train.parallel.signs_of_life import LostProcesses, SignsOfLife, is_of_the_network
+from moe_train.parallel.signs_of_life import LostProcesses, is_of_the_network
 from moe_train.precision import recipes
 from moe_train.tracking.console import print_notes
 from moe_train.tracking.progress import Progress, check_console, open_progress
@@ -33,19 +28,16 @@ from moe_train.tracking.tracker import Tracker
 from moe_train.training import metrics
 from moe_train.training import summary as summaries
 from moe_train.training.account import Account
-from moe_train.training.checkpoints import Checkpoint, load_weights
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
-from moe_train.training.fp8_health import Fp8Health, precision_notes, where_not_finite
-from moe_train.training.optimizers import build_optimizers
+from moe_train.training.fp8_health import where_not_finite
+from moe_train.training.parts import put_together
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder, write_keeping
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.saving import Saving
 from moe_train.training.schedules import lr_factor
-from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
 from moe_train.training.signals import Interruption
-from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
-from moe_train.training.step import StepFigures, Stepper
+from moe_train.training.step import StepFigures
 
 
 def train(config: RunConfig) -> None:
@@ -105,99 +97,23 @@ class Run:
 
     def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account) -> None:
         self.config, self.runtime, self.account = config, runtime, account
-        self.path: Path = runtime.from_main(folder.path if folder else None)
-        self.signs = SignsOfLife(self.path, runtime.rank) if runtime.world_size > 1 else None
-        checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
-        used_otherwise: list[str] = []
-        start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
-
-        self.data = prepare(config.data, progress=runtime.is_main)
-        self.batches = Batches(
-            self.data.train, config.data.sequence_length, config.batch_size, config.seed, config.batch_ramp
-        )
-        self.model_config = config.model.resolved()
-        vocab_size = vocabulary(config, self.data)
-
-        self.model = Transformer(self.model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
-        if checkpoint is not None:
-            check_same_text(checkpoint, self.data)
-            load_weights(checkpoint, self.model)
-        elif start is not None:
-            check_same_tokenizer(start, self.data)
-            used_otherwise = check_same_shape(start, self.model_config)
-            load_weights(start, self.model)
-        else:
-            self.model.initialise(config.seed)
-        products = recipes.apply(self.model, config.precision, runtime.device)
-        account.set_work(vocab_size, None if products is None else products.backend.multiplies_in)
-        self.compute_format = str(runtime.dtype).removeprefix("torch.")
-        self.fp8_health = Fp8Health(
-            config.precision, self.model, runtime.device, self.compute_format, checkpoint.state if checkpoint else None
-        )
-        if self.fp8_health.in_compute_format:
-            account.formats_changed()
-        self.spread, part = runtime.spread_out(self.model)
-        self.optimizers = build_optimizers(
-            self.model,
-            config.optimizer,
-            config.seed,
-            local=self.spread.local,
-            whole=self.spread.whole_matrices,
-            part=part,
-        )
-        spreading = Spreading(self.model, self.spread, self.optimizers)
-        saver: Saver | None = None
-        if isinstance(self.spread, Sharded):
-            runtime.accelerator.wait_for_everyone()
-            if self.signs is not None:
-                self.signs.check_shared()
-            saver = Saver(self.path, spreading, runtime.new_host_group(), config.checkpoint.keep_last)
-        self.stepper = Stepper(
-            config, runtime, self.model, self.spread, self.optimizers, self.batches, self.fp8_health.counts
-        )
-
-        notes = [*runtime.notes, *self.account.notes]
-        if products is not None:
-            notes.append(products.note)
-        if self.fp8_health.in_compute_format:
-            wide = ", ".join(self.fp8_health.in_compute_format)
-            notes.append(f"FP8: these modules went back to {self.compute_format} earlier and stay there: {wide}")
-        self.steps_done = 0
-        self.train_loss: float | None = None
+        self.parts = parts = put_together(config, runtime, folder, account)
+        self.path, self.data, self.batches, self.signs = parts.path, parts.data, parts.batches, parts.signs
+        self.model, self.model_config, self.compute_format = parts.model, parts.model_config, parts.compute_format
+        self.fp8_health, self.stepper = parts.fp8_health, parts.stepper
+        self.steps_done, self.train_loss = parts.step or 0, parts.train_loss
         self.last_row: metrics.Metrics = {}
-        resumed = None
-        if checkpoint is not None:
-            load_spread_optimizers(checkpoint, spreading)
-            resumed = checkpoint.state
-            self.steps_done = checkpoint.step
-            self.train_loss = resumed["train_loss"]
-            notes.append(f"going on from step {self.steps_done:,} of {self.path}")
-            notes += precision_notes(folder.precision_before if folder else None, config.precision, checkpoint.state)
-        elif start is not None:
-            notes.append(f"starting from the weights of {start.path}")
-            if used_otherwise:
-                notes.append(f"not as its model had it: {', '.join(used_otherwise)}")
-        moe = self.model_config.moe
-        if moe is not None and moe.routing == "expert_choice":
-            notes.append(
-                "experts choose tokens, looking at later ones too: losses are lower than predictions would earn"
-            )
-        if folder is None:  # rank 0 has done so with its ledger
-            account.take_up(resumed)
-        if folder is not None and not folder.fresh and checkpoint is None:
-            notes.append(f"{self.path} has no checkpoint: the run starts again from its first step")
-
         self.evaluation: Evaluation | None = None
         self.closing = Closing(config, runtime, account, self.model, self.data, self.stepper.micro_batch_size)
         self.saving = Saving(
             self.path,
             runtime,
             self.model,
-            self.optimizers,
+            parts.optimizers,
             self.closing,
-            saver,
+            parts.saver,
             keep_last=config.checkpoint.keep_last,
-            step=self.steps_done if resumed else None,
+            step=parts.step,
         )
         self.startup_seconds = 0.0  # of this attempt, until its first step
         self.interruption = Interruption(alone=runtime.world_size == 1)
@@ -209,7 +125,7 @@ class Run:
             self._write_formats()
             (self.path / "tokenizer").mkdir(exist_ok=True)
             Tokenizer.load(self.data.path).save(self.path / "tokenizer")
-            print_notes([*notes, f"run folder {self.path}"])
+            print_notes([*parts.notes, f"run folder {self.path}"])
 
     def _write_formats(self) -> None:
         """Rank 0: `precision.json`, what runs in what."""
@@ -426,15 +342,3 @@ class Run:
         summary = summaries.build(self, status)  # the time wandb took is paid too
         summaries.write(self.path, summary)
         summaries.show(summary, self.path, self.tracker.wandb_location)
-
-
-def vocabulary(config: RunConfig, data: PreparedData) -> int:
-    """The model's vocabulary: the tokenizer's rounded up to a multiple of 64, which matrix units like, or as given."""
-    given = config.model.vocab_size
-    if given is None:
-        return -(-data.vocab_size // 64) * 64
-    if given < data.vocab_size:
-        raise UserError(
-            f"model.vocab_size={given} is less than the tokenizer's {data.vocab_size}: raise it or leave it null"
-        )
-    return given

@@ -17,6 +17,7 @@ from moe_train.config import RunConfig, to_dict
 from moe_train.errors import UserError
 from moe_train.evaluation.losses import evaluate_run
 from moe_train.precision.health import Counts
+from moe_train.training import parts
 from moe_train.training import run as module
 from moe_train.training.fp8_health import modules_in_compute_format
 
@@ -241,13 +242,13 @@ def test_a_run_is_evaluated_in_fp8_or_not_whatever_multiplied_in_training(runs: 
 
 def test_a_loss_that_is_not_finite_says_in_which_layer_it_began(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     runs("run", "stop.steps=1")
-    load = module.load_weights
+    load = parts.load_weights
 
     def load_spoilt(checkpoint: Any, model: torch.nn.Module) -> None:
         load(checkpoint, model)
         with torch.no_grad():
             model.get_parameter("blocks.1.attention.o_proj.weight")[0, 0] = float("inf")
 
-    monkeypatch.setattr(module, "load_weights", load_spoilt)
+    monkeypatch.setattr(parts, "load_weights", load_spoilt)
     text = runs.failure("run", "stop.steps=3")
     assert "in FP8 first the weight of blocks.1.attention.o_proj (step_1 is saved)" in text

@@ -1,0 +1,148 @@
+"""What a run is made of, put together in the order in which one needs the other.
+
+    run folder → data → model and its weights → precision → layout → optimizers and their states → stepper
+
+A run that goes on has its weights before they are spread over processes, and its optimizers' states after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from moe_train.config import ModelConfig, RunConfig
+from moe_train.data.batches import Batches
+from moe_train.data.packing import PreparedData, prepare
+from moe_train.errors import UserError
+from moe_train.model.transformer import Transformer
+from moe_train.parallel.sharded import Sharded
+from moe_train.parallel.signs_of_life import SignsOfLife
+from moe_train.precision import recipes
+from moe_train.training.account import Account
+from moe_train.training.checkpoints import Checkpoint, load_weights
+from moe_train.training.fp8_health import Fp8Health, precision_notes
+from moe_train.training.optimizers import build_optimizers
+from moe_train.training.run_folder import RunFolder
+from moe_train.training.runtime import Runtime
+from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
+from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
+from moe_train.training.step import Stepper
+
+
+@dataclass(frozen=True)
+class Parts:
+    """On every process; `path` is the same on all."""
+
+    path: Path
+    signs: SignsOfLife | None  # of other processes, where there are some
+    data: PreparedData
+    batches: Batches
+    model_config: ModelConfig
+    model: Transformer
+    compute_format: str
+    fp8_health: Fp8Health
+    optimizers: list[Optimizer]
+    saver: Saver | None  # where every process saves its part
+    stepper: Stepper
+    step: int | None  # of the checkpoint it goes on from
+    train_loss: float | None  # as last logged before that
+    notes: list[str]  # for people, before the first step
+
+
+def put_together(config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account) -> Parts:
+    """`folder` is rank 0's; the others have none. Raises UserError."""
+    path: Path = runtime.from_main(folder.path if folder else None)
+    signs = SignsOfLife(path, runtime.rank) if runtime.world_size > 1 else None
+    checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
+    start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
+    resumed: dict[str, Any] | None = checkpoint.state if checkpoint else None
+
+    data = prepare(config.data, progress=runtime.is_main)
+    batches = Batches(data.train, config.data.sequence_length, config.batch_size, config.seed, config.batch_ramp)
+    model_config, vocab_size = config.model.resolved(), vocabulary(config, data)
+    model = Transformer(model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
+    notes = _weights(model, config, data, checkpoint, start)
+
+    products = recipes.apply(model, config.precision, runtime.device)
+    account.set_work(vocab_size, None if products is None else products.backend.multiplies_in)
+    compute_format = str(runtime.dtype).removeprefix("torch.")
+    fp8_health = Fp8Health(config.precision, model, runtime.device, compute_format, resumed)
+    if fp8_health.in_compute_format:
+        account.formats_changed()
+
+    spread, part = runtime.spread_out(model)
+    optimizers = build_optimizers(
+        model, config.optimizer, config.seed, local=spread.local, whole=spread.whole_matrices, part=part
+    )
+    spreading = Spreading(model, spread, optimizers)
+    saver = None
+    if isinstance(spread, Sharded):
+        runtime.accelerator.wait_for_everyone()
+        if signs is not None:
+            signs.check_shared()
+        saver = Saver(path, spreading, runtime.new_host_group(), config.checkpoint.keep_last)
+    stepper = Stepper(config, runtime, model, spread, optimizers, batches, fp8_health.counts)
+
+    if checkpoint is not None:
+        load_spread_optimizers(checkpoint, spreading)
+        notes.append(f"going on from step {checkpoint.step:,} of {path}")
+        notes += precision_notes(folder.precision_before if folder else None, config.precision, checkpoint.state)
+    if folder is None:  # rank 0 has done so with its ledger
+        account.take_up(resumed)
+    elif not folder.fresh and checkpoint is None:
+        notes.append(f"{path} has no checkpoint: the run starts again from its first step")
+    said = [*runtime.notes, *account.notes, *([] if products is None else [products.note])]
+    if fp8_health.in_compute_format:
+        wide = ", ".join(fp8_health.in_compute_format)
+        said.append(f"FP8: these modules went back to {compute_format} earlier and stay there: {wide}")
+    if model_config.moe is not None and model_config.moe.routing == "expert_choice":
+        said.append("experts choose tokens, looking at later ones too: losses are lower than predictions would earn")
+    return Parts(
+        path,
+        signs,
+        data,
+        batches,
+        model_config,
+        model,
+        compute_format,
+        fp8_health,
+        optimizers,
+        saver,
+        stepper,
+        step=checkpoint.step if checkpoint else None,
+        train_loss=resumed["train_loss"] if resumed else None,
+        notes=[*said, *notes],
+    )
+
+
+def _weights(
+    model: Transformer, config: RunConfig, data: PreparedData, checkpoint: Checkpoint | None, start: Checkpoint | None
+) -> list[str]:
+    """The run's own where it goes on, those of another where it starts from them, else drawn; and what to say of it."""
+    if checkpoint is not None:
+        check_same_text(checkpoint, data)
+        load_weights(checkpoint, model)
+        return []
+    if start is None:
+        model.initialise(config.seed)
+        return []
+    check_same_tokenizer(start, data)
+    used_otherwise = check_same_shape(start, config.model.resolved())
+    load_weights(start, model)
+    notes = [f"starting from the weights of {start.path}"]
+    return notes + ([f"not as its model had it: {', '.join(used_otherwise)}"] if used_otherwise else [])
+
+
+def vocabulary(config: RunConfig, data: PreparedData) -> int:
+    """The model's vocabulary: the tokenizer's rounded up to a multiple of 64, which matrix units like, or as given."""
+    given = config.model.vocab_size
+    if given is None:
+        return -(-data.vocab_size // 64) * 64
+    if given < data.vocab_size:
+        raise UserError(
+            f"model.vocab_size={given} is less than the tokenizer's {data.vocab_size}: raise it or leave it null"
+        )
+    return given
