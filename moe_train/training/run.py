@@ -46,10 +46,12 @@ from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread
 from moe_train.training.signals import Interruption
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import StepFigures, Stepper
+from moe_train.training.sweep_alive import end_with_sweep
 
 
 def train(config: RunConfig) -> None:
     """Make the run `config` describes, or go on with it, and write its folder. Raises UserError."""
+    end_with_sweep()
     # Process groups are left as they are, for the process to end with (train.py): taking them apart joins threads of
     # gloo's, and once in a few dozen runs one of them did not wake up.
     runtime = start_runtime(config)
