@@ -47,7 +47,7 @@ def explain_hydra_error(error: Exception, config_dir: Path | None = None) -> Use
         choices = re.sub(r"\s+", ", ", options[1].strip()) if options else ""
         own = " (one of your own: DIR/model/NAME.yaml and --config-dir DIR)" if found[1].startswith("model/") else ""
         return UserError(
-            f"there is no {found[1].replace('/', '=', 1)}" + (f": choose one of {choices}{own}" if choices else "")
+            f"there is no {'='.join(found[1].rsplit('/', 1))}" + (f": choose one of {choices}{own}" if choices else "")
         )
     if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return UserError(f"{found[1]} has several values: give one, or with train.py -m for a run of each")
@@ -91,7 +91,7 @@ def _unreadable(file: Path) -> str | None:
 
 def _suggestion_from_files(key: str) -> str:
     """The nearest key among all that stand in configs/, since hydra's error does not say which exist."""
-    known: set[str] = set()
+    known = {f"hydra.launcher.{name}" for name in ("jobs", "processes", "runs")}  # of hydra/launcher=accelerate
     for file in CONFIGS.rglob("*.yaml"):
         groups = file.relative_to(CONFIGS).parent.parts
         if groups[:1] in (("debug",), ("experiment",), ("claim",), ("sweep",), ("wandb",)):

@@ -12,7 +12,7 @@ from pathlib import Path
 from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
 from moe_train.dashboard.comparison import compare, open_run
 from moe_train.dashboard.comparison_table import show
-from moe_train.errors import UsageError, reported
+from moe_train.errors import UsageError, UserError, reported
 
 USAGE = (__doc__ or "").strip().splitlines()[-1]
 
@@ -29,6 +29,8 @@ def main() -> None:
     folders = [Path(each) for each in others if each != "debug=traceback"]
     if len(folders) != 2:
         raise UsageError(f"{len(folders)} run folders are given: give two, {USAGE}")
+    if folders[0].resolve() == folders[1].resolve():
+        raise UserError(f"both are the same run, {folders[1]}: give another to compare it with")
     check_json_target(arguments.json)
     content = compare(open_run(folders[0]), open_run(folders[1]))
     show(content)

@@ -75,6 +75,8 @@ class IntConfig:
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, self.log)
         require(not (self.log and self.step != 1), f"step={self.step} and log=true: leave out one of them")
+        above = self.high - self.low
+        require(above % self.step == 0, f"high={self.high} is no whole number of step={self.step} above low={self.low}")
 
 
 def _check_range(low: float, high: float, log: bool) -> None:

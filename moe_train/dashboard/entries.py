@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_train.cost.value import bits_per_byte_per_usd
 from moe_train.dashboard.curves import LOAD_POINTS, evenly, short, thinned
-from moe_train.dashboard.runs import Number, Run, value
+from moe_train.dashboard.runs import Number, Run, number, value
 
 Entry = dict[str, Any]
 
@@ -53,7 +53,7 @@ def entry(run: Run, most: int) -> Entry:
     figures["flops"] = run.last("progress/flops")
     if figures["flops"] is None:
         figures["flops"] = _product(figures["tokens"], run.figure("flops_per_token"))
-    saved = bits_per_byte_per_usd(figures["val_bits_per_byte"], figures["usd"])
+    saved = number(bits_per_byte_per_usd(figures["val_bits_per_byte"], figures["usd"]))
     notes = list(run.notes)
     if not run.summary:
         notes.append("figures are those of the last logged step")
@@ -73,7 +73,7 @@ def entry(run: Run, most: int) -> Entry:
 
 
 def _product(a: Number | None, b: Number | None) -> Number | None:
-    return None if a is None or b is None else a * b
+    return None if a is None or b is None else number(a * b)
 
 
 def _hardware(run: Run) -> str | None:

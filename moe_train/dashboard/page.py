@@ -24,6 +24,7 @@ _HEAD_BYTES = 400  # in which the marker stands
 def as_json(content: dict[str, Any]) -> str:
     """JSON that can stand in a script element: no `<` or `>` of it ends the element or opens a comment."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.encode("utf-8", "replace").decode()  # half a character, as the name of a file may have
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text

@@ -7,7 +7,7 @@ its last logged step instead. Older versions left out some names: what a file do
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from moe_train.errors import UserError
 Number = int | float
 Row = dict[str, Any]  # as it was logged: `value` reads it
 UNKNOWN_STATUS = "not finished"
+MOST = sys.float_info.max
 
 # The compiled loader takes 3 ms a configuration, the other one 26.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -78,9 +79,9 @@ def number_of_experts(value: Any) -> int | None:
 
 
 def number(found: Any) -> Number | None:
-    """What was found if it is a finite number."""
+    """What was found if it is a finite number, of a size that a float can have."""
     kind = type(found)  # exact, as a bool is no number; and asked a million times
-    return found if (kind is float or kind is int) and math.isfinite(found) else None
+    return found if (kind is float or kind is int) and -MOST <= found <= MOST else None
 
 
 def value(row: Row, name: str) -> Number | None:
@@ -125,6 +126,10 @@ def _settings(path: Path) -> dict[str, Any]:
         raise Unreadable(f"{CONFIG} cannot be read") from None
     if not isinstance(content, dict):
         raise Unreadable(f"{CONFIG} is no configuration of a run")
+    try:
+        json.dumps(content, default=str, skipkeys=True)
+    except (ValueError, RecursionError):  # YAML may hold itself
+        raise Unreadable(f"{CONFIG} cannot be read") from None
     return dict(_flat(content, ""))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,17 @@ def verdicts(report: Path) -> dict[str, Any]:
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
         judged = [claim for claim in content["claims"] if claim["claim"] and claim["verdict"]]
-        claims = [{key: claim.get(key) for key in _SHOWN} for claim in judged]
+        claims = [{key: _finite(claim.get(key)) for key in _SHOWN} for claim in judged]
     except FileNotFoundError:
         return {"claims": [], "note": f"no claim was put to the test here: there is no {report.name}"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {"claims": [], "note": f"{report.name} is no report of claims and is left out"}
     left_out = len(content["claims"]) - len(claims)
     return {"claims": claims, "note": f"{left_out} claims have no verdict yet" if left_out else None}
+
+
+def _finite(value: Any) -> Any:
+    """What JSON has no word for, though Python writes and reads it, is not known."""
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -80,7 +80,8 @@ class Without:
 
 
 def without_result(study: Study) -> Without:
-    failed = study.trials(TrialState.FAIL)
+    made = [trial.params for trial in study.trials(TrialState.COMPLETE)]
+    failed = [trial for trial in study.trials(TrialState.FAIL) if trial.params not in made]  # but for another try
     reasons = dict.fromkeys(str(trial.user_attrs.get("says", "no reason is known")) for trial in failed)
     return Without(
         pruned=len(study.trials(TrialState.PRUNED)),

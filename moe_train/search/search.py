@@ -52,6 +52,9 @@ class Asked:
         config = self.config
         pruning = () if config.pruning is None else (f"eval.every_tokens={config.pruning.every_tokens}",)
         found = []
+        for key in config.for_each:
+            if any(override.lstrip("+~").partition("=")[0] == key for override in self.given):
+                raise UserError(f"{self.where} makes a study for each {key}: leave {key}= out")
         for level, own in _levels(config):
             before = [*config.base, *own]
             try:

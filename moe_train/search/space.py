@@ -63,16 +63,37 @@ def label(params: Params) -> str:
     return " ".join(f"{key}={as_text(value)}" for key, value in params.items())
 
 
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return [override.lstrip("+~").partition("=")[0] for override in overrides]
+
+
+def _keys_of(name: str, dimension: Dimension) -> list[str]:
+    """The settings that it chooses."""
+    if isinstance(dimension, NamedConfig):
+        return _keys([override for overrides in dimension.choices.values() for override in overrides])
+    return [name]
+
+
+def _is_of_the_search(key: str) -> bool:
+    return key.split(".")[0] in ("run_dir", "resume", "name", "budget")
+
+
 def check_space(
     space: Mapping[str, Dimension], before: Sequence[str], given: Sequence[str], where: str, config_dir: Path | None
 ) -> None:
     """Whether every key and every choice exists, each tried for itself. Raises UserError naming file and key."""
-    keys = [override.lstrip("+~").partition("=")[0] for override in given]
-    for key in space:
-        if key in keys:
+    chosen = [key for dimension, each in space.items() for key in _keys_of(dimension, each)]
+    for key in _keys(given):
+        if key in chosen:
             raise UserError(f"{key} is searched over by {where}: leave {key}= out, or take it out of space there")
-        if key.split(".")[0] in ("run_dir", "resume", "name", "budget"):
+        if _is_of_the_search(key):
+            raise UserError(f"{key}= is set by the search itself: leave it out (out= and runs= say where it writes)")
+    for key in chosen:
+        if _is_of_the_search(key):
             raise UserError(f"{where}: space.{key} is set by the search itself: take it out")
+    for key in _keys(before):
+        if _is_of_the_search(key):
+            raise UserError(f"{where}: {key} is set by the search itself: take it out")
     first = {key: choices_of(each)[0] for key, each in space.items()}
     for key, each in space.items():
         for value in choices_of(each):

@@ -7,13 +7,17 @@ made already cost it nothing.
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from moe_train.compose import compose_run
@@ -69,17 +73,39 @@ class Study:
             pruner=_pruner(config.pruning),
             load_if_exists=True,
         )
-        # The seed differs after a restart: else the first suggestions would be made again.
-        seed = len(self._study.get_trials(deepcopy=False))
-        random = optuna.samplers.RandomSampler(seed=seed)
-        self._study.sampler = random if config.sampler == "random" else optuna.samplers.TPESampler(seed=seed)
         self._distributions = space.distributions(config.space)
         with self._asking:
             self._check_registered(out)
             if config.sampler == "grid":
-                for params in space.grid(config.space):
-                    self._study.enqueue_trial(params, skip_if_exists=True)
+                self._enqueue_grid()
         self._to_begin = self._left()
+
+    def _enqueue_grid(self) -> None:
+        """Every combination that no trial has, and those whose run failed for another reason than what it is."""
+        known = {
+            json.dumps(trial.params or trial.system_attrs.get("fixed_params"), sort_keys=True)
+            for trial in self.trials()
+            if not _may_do_better(trial)
+        }
+        for params in space.grid(self.definition.config.space):
+            if json.dumps(params, sort_keys=True) not in known:
+                self._study.enqueue_trial(params)
+
+    def _sampler(self) -> optuna.samplers.BaseSampler:
+        """One for each trial, seeded by its number: workers that start together would suggest the same otherwise.
+
+        The first third of the trials, at most ten, is drawn at random, and trials that run are taken for bad ones, so
+        that several at a time do not crowd in one place.
+        """
+        config = self.definition.config
+        # Generators of neighbouring small seeds begin alike.
+        seed = int(np.random.SeedSequence(len(self.trials())).generate_state(1)[0])
+        if config.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        random = min(10, math.ceil((config.trials or 1) / 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return optuna.samplers.TPESampler(n_startup_trials=random, constant_liar=True, seed=seed)
 
     def _check_registered(self, out: Path) -> None:
         now = json.loads(json.dumps(self.definition.registered()))
@@ -87,10 +113,10 @@ class Study:
         if before is None:
             self._study.set_user_attr("definition", now)
         for key, old, new in differences(before, now) if before is not None else []:
-            raise UserError(
-                f"the search in {out} was begun with {key.removeprefix('settings.')}={json.dumps(old)}, not "
-                f"{json.dumps(new)}: restore it, or give another out="
-            )
+            name = key.removeprefix("settings.")
+            was = f"without {name}={json.dumps(new)}" if old is None else f"with {name}={json.dumps(old)}"
+            now_it_is = ", and now without it" if new is None else "" if old is None else f", not {json.dumps(new)}"
+            raise UserError(f"the search in {out} was begun {was}{now_it_is}: restore it, or give another out=")
 
     def trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states or None)
@@ -111,6 +137,8 @@ class Study:
                 if not self._worker.is_dead(frozen.user_attrs.get("worker")):
                     continue
                 trial = optuna.Trial(self._study, frozen._trial_id)
+                for key, distribution in self._distributions.items():  # what it has, and what it was killed before
+                    trial._suggest(key, distribution)
                 trial.set_user_attr("worker", self._worker.name)
             job = self._job(trial)
             if job is not None:
@@ -123,6 +151,7 @@ class Study:
             with self._asking:
                 if self._to_begin <= 0 or self._left() <= 0:
                     return None
+                self._study.sampler = self._sampler()
                 trial = self._study.ask(fixed_distributions=self._distributions)
                 trial.set_user_attr("worker", self._worker.name)
             job = self._job(trial)
@@ -176,7 +205,10 @@ class Study:
         unknown = [figure for figure, value in zip(self.definition.config.objectives, values) if value is None]
         job.trial.set_user_attr("figures", {k: v for k, v in summary.items() if isinstance(v, int | float)})
         if unknown:
-            return self.tell_failure(job, f"{unknown[0]} is not known of it")
+            why = self.tell_failure(job, f"{unknown[0]} is not known of it")
+            if not self.trials(TrialState.COMPLETE):  # and of no other
+                raise UserError(f"{job.hash}: {why}, so it cannot be what runs are judged by: {_remedy(unknown[0])}")
+            return why
         self._study.tell(job.trial, [float(value) for value in values if value is not None])
         return None
 
@@ -198,6 +230,18 @@ class Study:
 
     def _says(self, trial: optuna.Trial) -> str:
         return str(self._frozen(trial).user_attrs.get("says"))
+
+
+def _may_do_better(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether its run was killed, or had no disk, or the like."""
+    attributes = trial.user_attrs
+    return trial.state == TrialState.FAIL and "hash" in attributes and not is_divergence(str(attributes.get("says")))
+
+
+def _remedy(figure: str) -> str:
+    if figure.startswith("usd"):
+        return "give hardware.price_usd_per_hour=… (runs=OTHER makes them anew), or take another objective"
+    return "take another objective"
 
 
 def _pruner(pruning: PruningConfig | None) -> optuna.pruners.BasePruner:

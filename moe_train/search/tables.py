@@ -49,10 +49,10 @@ _KINDS = {"pruned": "given up early", "failed": "failed", "going": "to go on"}
 
 
 def _table(title: str, points: Sequence[dict[str, Any]], objectives: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     keys = list(dict.fromkeys(key for point in points for key in point["settings"]))
     for key in keys:
-        table.add_column(_short(key, keys), overflow="fold")
+        table.add_column(Text(_short(key, keys)), overflow="fold")
     for objective in objectives:
         table.add_column(_HEADS.get(objective, objective), justify="right")
     shows_usd = "usd_total" not in objectives

@@ -21,6 +21,7 @@ from moe_train.sweeps.running import Running
 from moe_train.tracking.console import as_usd
 
 SECONDS_BETWEEN_LINES = 30.0  # of a job, where there is no terminal
+WIDE = 120  # columns, in which all figures of a job stand beside its name
 
 
 class Board:
@@ -96,14 +97,18 @@ class Board:
                 self.say(f"  {each.progress:4.0%}  {each.job.label}  {'  '.join(f for f in figures(each) if f)}")
 
     def _view(self, running: Sequence[Running]) -> Group:
-        table = Table(box=None, pad_edge=False, show_header=False)
+        """A row a job, its name cut where there is no room; on a narrow terminal without a bar, speed and hash."""
+        wide = self.console.width >= WIDE
+        table = Table(box=None, pad_edge=False, show_header=False, expand=True)  # what is left is the name's
         table.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
-        table.add_column(width=16)
-        for _ in range(6):
+        for _ in range(7 if wide else 4):
             table.add_column(justify="right", no_wrap=True)
         for each in running:
+            loss, speed, usd, left = figures(each)
             bar = ProgressBar(total=1.0, completed=each.progress, width=16)
-            table.add_row(Text(each.job.label), bar, f"{each.progress:.0%}", *figures(each), each.job.hash)
+            share = f"{each.progress:.0%}"
+            cells = (bar, share, loss, speed, usd, left, each.job.hash) if wide else (share, loss, usd, left)
+            table.add_row(Text(each.job.label), *cells)
         known = [f"{len(running)} running", f"{self._done + self._there} there"]
         known += [f"{self._failed} without a result"] if self._failed else []
         if self._total is not None:

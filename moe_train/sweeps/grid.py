@@ -78,6 +78,13 @@ def make_grid(job_overrides: Sequence[Sequence[str]], grid: Grid, devices: Devic
     return all(line["status"] in ("finished", "there already") for line in lines)
 
 
+_OF_THE_GRID = {  # and no setting of its jobs
+    "cost.sweep": "a grid is one sweep",
+    "cost.ledger": "a grid has one ledger",
+    "budget.usd": "a grid has one budget, which all jobs share",
+}
+
+
 def plan(job_overrides: Sequence[Sequence[str]], config_dir: Path | None) -> list[Planned]:
     """Compose every job. A mistake in one does not end the rest; what is wrong with the grid is a UserError."""
     if not job_overrides:
@@ -93,8 +100,9 @@ def plan(job_overrides: Sequence[Sequence[str]], config_dir: Path | None) -> lis
             raise UserError(
                 f"{override}: the runs of a grid go on by themselves: leave it out (init_from= starts anew)"
             )
-    if len({o for overrides in job_overrides for o in overrides if o.startswith("cost.sweep=")}) > 1:
-        raise UserError("a grid is one sweep: give cost.sweep one value")
+    for key, why in _OF_THE_GRID.items():
+        if len({o for overrides in job_overrides for o in overrides if o.lstrip("+").startswith(f"{key}=")}) > 1:
+            raise UserError(f"{why}: give {key} one value")
     common = set.intersection(*(set(overrides) for overrides in job_overrides))
     found = []
     for overrides in job_overrides:

@@ -3,8 +3,8 @@
 A run that is finished is not made again, one that was cut short goes on from its checkpoint (resume=auto), and one that
 a process of a killed sweep still makes is waited for: a sweep that is started again with the same command goes on. A
 failed job does not end the rest. The budget is held over all of them: no job is started that it cannot pay for, and
-what runs is ended, with a checkpoint, when it is used up. Ctrl-C and SIGTERM end what runs in the same way; a second
-one kills it.
+what runs is ended, with a checkpoint, when it is used up, or when this process is killed and can hold it no more.
+Ctrl-C and SIGTERM end what runs in the same way; a second one kills it. What another sweep makes is left to that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moe_train.sweeps.metrics import MetricsTail, Row
 from moe_train.sweeps.running import Orphan, Running, Start
 from moe_train.sweeps.runs import RunsByHash
 from moe_train.training.signals import Interruption
+from moe_train.training.sweep_alive import held_by_this_process
 
 POLL_SECONDS = 0.2
 BUDGET_SECONDS = 1.0  # between two looks into the ledger, to which runs write once a second
@@ -53,7 +54,8 @@ class Made:
 
     def raise_if_interrupted(self) -> None:
         if self.interrupted is not None:
-            raise Interrupted(self.interrupted, sum(outcome.status == "ended" for outcome in self.outcomes))
+            ended = [outcome for outcome in self.outcomes if outcome.status == "ended"]
+            raise Interrupted(self.interrupted, sum(outcome.exit_status is not None for outcome in ended))
 
 
 Watch = Callable[[Job, Sequence[Row]], str | None]
@@ -99,14 +101,15 @@ class Pool:
         try:
             with self.board, interruption.noted():
                 while True:
-                    record(self._fill(source, made))
+                    there = self._fill(source, made)
+                    record(there)
                     reaped = self._reap()
                     record(reaped)
                     if interruption.signal is not None and made.interrupted is None:
                         made.interrupted = interruption.signal
                         made.stopped = f"interrupted by {signal.Signals(interruption.signal).name}"
                         self._end_all(made.stopped)
-                    if reaped:
+                    if there or reaped:
                         continue
                     if not self._running:
                         return made
@@ -125,24 +128,24 @@ class Pool:
             self._running, self._waiting = [], []
 
     def _fill(self, source: Iterator[Job], made: Made) -> list[Outcome]:
-        """Begin what there is room for; the outcomes of runs that are there already."""
-        found: list[Outcome] = []
+        """Begin what there is room for, up to a run that is there already: it is told of before the next is asked."""
         while made.stopped is None and len(self._running) < self.jobs:
             job = self._waiting.pop(0) if self._waiting else next(source, None)
             if job is None:
                 break
             if self.runs.is_finished(job.hash):
-                found.append(Outcome(job, "there already"))
-            elif self.runs.is_at_work(job.hash):
-                self._wait_for(job)
-            elif refusal := self.budget.refusal(job.config.stop.usd, len(self._running)):
-                self._waiting.insert(0, job)
-                if not self._running:  # else what runs may turn out cheaper
-                    made.stopped = refusal
-                break
-            else:
-                self._begin(job)
-        return found
+                return [Outcome(job, "there already")]
+            with self.runs.starting():
+                if self.runs.is_at_work(job.hash):
+                    self._wait_for(job)
+                elif refusal := self.budget.refusal(job.config.stop.usd, len(self._running)):
+                    self._waiting.insert(0, job)
+                    if not self._running:  # else what runs may turn out cheaper
+                        made.stopped = refusal
+                    break
+                else:
+                    self._begin(job)
+        return []
 
     # ---------------------------------------------------------------------------------------------------- one job
 
@@ -154,7 +157,6 @@ class Pool:
 
     def _begin(self, job: Job) -> None:
         folder = self.runs.of(job.hash)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         taken = [sum(other.device == device for other in self._running) for device in range(len(self._groups))]
         device = min(range(len(taken)), key=lambda index: taken[index])
         beside = [other for other in self._running if other.device == device]
@@ -170,7 +172,8 @@ class Pool:
             "resume=auto",
         ]
         output = self.runs.log(job.hash).open("a")
-        process = self.start(overrides, output, self._groups[device])
+        held = {} if self.budget.usd is None else held_by_this_process()
+        process = self.start(overrides, output, {**self._groups[device], **held})
         neighbours = max(int(self.runs.noted(job.hash).get("neighbours", 0)), len(beside))
         started = Running(job, process, MetricsTail(folder / "metrics.jsonl"), device, output, neighbours)
         self._running.append(started)
@@ -201,13 +204,22 @@ class Pool:
             job = running.job
             if self.runs.is_finished(job.hash):
                 outcomes.append(Outcome(job, "finished", status))
+            elif running.is_of_others:
+                outcomes.append(Outcome(job, "ended", None, f"{running.ending}; another sweep goes on with it"))
             elif running.ending is not None:
                 outcomes.append(Outcome(job, "ended", status, running.ending))
             elif running.output is None:  # whoever made it did not finish it
                 self._waiting.insert(0, job)
             else:
-                outcomes.append(Outcome(job, "failed", status, self.runs.last_words(job.hash)))
+                outcomes.append(Outcome(job, "failed", status, self._says(job, status)))
         return outcomes
+
+    def _says(self, job: Job, status: int) -> str:
+        """Why it failed. One that was killed had no time to say it: its last line is of something else."""
+        if status >= 0:
+            return self.runs.last_words(job.hash)
+        hint = ", as by a system that is out of memory" if -status == signal.SIGKILL else ""
+        return f"killed by signal {-status} ({signal.strsignal(-status)}{hint})"
 
     # ------------------------------------------------------------------------------------------------ all of them
 

@@ -62,7 +62,8 @@ class Running:
     neighbours: int = 0
     ending: str | None = None  # why it was told to end
     _deadline: float = float("inf")
-    _first: tuple[float, float] | None = None  # when it was first seen to go on, and how far it had come
+    _before: float | None = None  # how far it had come when it was first asked
+    _first: tuple[float, float] | None = None  # when it was first seen to go on from there, and how far it had come
 
     @property
     def progress(self) -> float:
@@ -72,7 +73,10 @@ class Running:
     def seconds_left(self) -> float | None:
         """At the speed since it was first seen; None where that cannot be told yet."""
         done, now = self.progress, time.monotonic()
-        if self._first is None and self.tail.last is not None:
+        if self._before is None:
+            self._before = done
+        # A run that goes on shows where it stood until it has started.
+        if self._first is None and self.tail.last is not None and done != self._before:
             self._first = (now, done)
         if self._first is None or done <= self._first[1]:
             return None
@@ -84,12 +88,19 @@ class Running:
             self.ending, self._deadline = why, time.monotonic() + PATIENCE_SECONDS
             _signal(self.process, signal.SIGTERM)
 
+    @property
+    def is_of_others(self) -> bool:
+        """Whether it was to end and is not ours to end."""
+        return self.ending is not None and self.process.pid <= 0
+
     def kill(self) -> None:
         _signal(self.process, signal.SIGKILL)
 
     def poll(self) -> int | None:
-        """The exit status once there is one."""
+        """The exit status once there is one; at once where it was to end and is not ours to end."""
         status = self.process.poll()
+        if status is None and self.is_of_others:
+            return 0
         if status is None and time.monotonic() > self._deadline:
             self.kill()
         return status

@@ -70,8 +70,15 @@ class RunsByHash:
     # ---------------------------------------------------------------------------------------- its last process
 
     def note(self, run_hash: str, content: Mapping[str, Any]) -> None:
-        """Of the job that makes it: at once, since whoever started it may be killed."""
-        self.beside(run_hash, ".json").write_text(json.dumps(content) + "\n")
+        """Of the job that makes it: at once and as a whole, since whoever started it may be killed."""
+        temporary = self.beside(run_hash, ".json.tmp")
+        temporary.write_text(json.dumps(content) + "\n")
+        temporary.replace(self.beside(run_hash, ".json"))
+
+    def starting(self) -> filelock.BaseFileLock:
+        """To be held from asking whether a run is at work to noting who makes it: sweeps may share a folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(self.path / ".starting.lock")
 
     def noted(self, run_hash: str) -> dict[str, Any]:
         """What was noted of the last job; nothing where nothing was."""

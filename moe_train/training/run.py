@@ -38,10 +38,12 @@ from moe_train.training.saving import Saving
 from moe_train.training.schedules import lr_factor
 from moe_train.training.signals import Interruption
 from moe_train.training.step import StepFigures
+from moe_train.training.sweep_alive import end_with_sweep
 
 
 def train(config: RunConfig) -> None:
     """Make the run `config` describes, or go on with it, and write its folder. Raises UserError."""
+    end_with_sweep()
     # Process groups are left as they are, for the process to end with (train.py): taking them apart joins threads of
     # gloo's, and once in a few dozen runs one of them did not wake up.
     runtime = start_runtime(config)

@@ -142,7 +142,8 @@ def test_the_command_prints_tables_and_writes_what_they_say(tmp_path: Path) -> N
         (["a"], "1 run folders are given: give two"),
         (["a", "nothing"], "nothing: there is no such folder"),
         (["a", "empty"], "empty is no run that can be compared: config.yaml is missing"),
-        (["a", "a", "json=a"], "json=a exists already"),
+        (["a", "b", "json=a"], "json=a exists already"),
+        (["a", "empty/../a"], "both are the same run, empty/../a: give another"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from made_up_runs import write_run
 from moe_train.dashboard.content import Source
 from moe_train.dashboard.curves import evenly, points_each, short, thinned
 from moe_train.dashboard.folders import find_run_folders
+from moe_train.dashboard.page import as_json
 from moe_train.dashboard.runs import Unreadable, read_run
 
 
@@ -96,6 +97,8 @@ def test_broken_lines_are_counted_and_the_others_kept(tmp_path: Path) -> None:
         ("config.yaml", "a: [", "config.yaml cannot be read"),
         ("config.yaml", "", "config.yaml is no configuration of a run"),
         ("config.yaml", "- a\n", "config.yaml is no configuration of a run"),
+        ("config.yaml", "a: &a {b: *a}\n", "config.yaml cannot be read"),
+        ("config.yaml", "a: &a [*a]\n", "config.yaml cannot be read"),
     ],
     ids=str,
 )
@@ -139,6 +142,20 @@ def test_what_else_is_broken_in_a_run_is_noted_and_the_rest_shown(
     (run,) = content_of(tmp_path)["runs"]
     assert note in run["notes"]
     assert run["figures"]["train_loss"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("size", [10**400, -(10**400), 1e308, -1e308, 1e-320], ids=lambda size: f"{str(size)[:6]}")
+def test_figures_of_no_sensible_size_leave_the_page_whole(size: float, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    metrics = (folder / "metrics.jsonl").read_text()
+    for name in ("val_bits_per_byte", "usd_total", "tokens", "flops_per_token"):
+        (folder / "summary.json").write_text(json.dumps({**summary, name: size}))
+        row = {**json.loads(metrics.splitlines()[-1]), "train/loss": size, "progress/flops": None}
+        (folder / "metrics.jsonl").write_text(metrics + json.dumps(row) + "\n")
+        content = content_of(tmp_path)
+        assert as_json(content)
+        assert len(content["runs"]) == 1
 
 
 def test_a_run_of_an_older_version_has_no_figures_that_it_did_not_log(tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_verdicts_are_taken_from_the_report_as_they_stand(tmp_path: Path) -> Non
     assert found["note"] == "1 claims have no verdict yet"
 
 
+def test_a_figure_that_is_no_number_to_json_is_not_known(tmp_path: Path) -> None:
+    claim = '{"claim": "fp8", "verdict": "supported", "effect": NaN, "interval": [-Infinity, 1e999], "usd": 1e999}'
+    (tmp_path / "report.json").write_text(f'{{"claims": [{claim}]}}')
+    (found,) = verdicts(tmp_path / "report.json")["claims"]
+    assert (found["effect"], found["interval"], found["usd"]) == (None, [None, None], None)
+
+
 @pytest.mark.parametrize(
     "text", [None, "", "[]", '{"claims": 3}', '{"claims": [3]}', '{"claims": [{"claim": 1}]}'], ids=str
 )

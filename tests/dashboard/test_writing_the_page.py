@@ -51,6 +51,13 @@ def test_json_in_the_page_can_neither_end_its_element_nor_lose_a_character() -> 
     assert json.loads(text) == {NASTY: [NASTY]}
 
 
+def test_a_name_of_broken_characters_is_shown_with_a_sign_in_their_place(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/run").rename(tmp_path / "runs/run\udcff")
+    content = Source(f"{tmp_path}/runs/**", tmp_path / "ledger.jsonl", tmp_path / "report.json").read()
+    write_page(tmp_path / "page.html", content)
+    assert '"folder":"run?"' in (tmp_path / "page.html").read_text()
+
+
 def test_the_page_refers_to_nothing_outside_itself(content: dict) -> None:
     parts = Parts(as_page(content))
     for tag, attributes in parts.elements:

@@ -112,6 +112,19 @@ def test_an_empty_grid_is_refused(commands: Commands) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("budget.usd=1,2", "a grid has one budget, which all jobs share: give budget.usd one value"),
+        ("++cost.sweep=a,b", "a grid is one sweep: give cost.sweep one value"),
+        ("hydra.launcher.job=2", "unknown key hydra.launcher.job: did you mean hydra.launcher.jobs?"),
+        ("hydra/launcher=local", "there is no hydra/launcher=local: choose one of accelerate, basic"),
+    ],
+)
+def test_what_a_grid_cannot_be_is_refused_before_a_run(override: str, says: str, commands: Commands) -> None:
+    assert says in one_line(commands, sys.executable, str(ROOT / "train.py"), "-m", "seed=0,1", override)
+
+
 @pytest.mark.parametrize("content", ["[]", '{"step": 6, "files": {}}', "\x00"])
 def test_damage_nobody_foresaw_is_one_line_as_well(content: str, commands: Commands) -> None:
     commands.train("run_dir=run")

@@ -98,6 +98,21 @@ def test_a_killed_grid_goes_on_beside_the_job_that_outlived_it(commands: Command
     assert set(runs(commands)) == {(0, True), (1, True)}
 
 
+def test_the_jobs_of_a_killed_grid_end_with_a_checkpoint_where_it_held_their_budget(commands: Commands) -> None:
+    grid = commands.train_command("-m", "seed=0", "stop.steps=100_000", "budget.usd=1")
+    process = commands.start(grid)
+    wait_for_steps(commands, process, jobs=1)
+    process.kill()
+    process.communicate()
+    (noted,) = commands.folder.glob("outputs/runs/*.json")
+    psutil.Process(json.loads(noted.read_text())["pid"]).wait(timeout=60)
+    (attempt,) = attempts(commands)
+    assert attempt["status"] == "interrupted"
+    assert list(commands.folder.glob("outputs/runs/*/checkpoints/step_*"))
+    (log,) = commands.folder.glob("outputs/runs/*.log")
+    assert "the sweep that holds budget.usd is gone: this run ends with a checkpoint" in log.read_text()
+
+
 def test_jobs_of_several_processes_and_an_architecture_of_ones_own(commands: Commands) -> None:
     (commands.folder / "own/model").mkdir(parents=True)
     nano = yaml.safe_load((ROOT / "configs/model/nano.yaml").read_text())

@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
-from made_up_searches import MadeUp, Process, Settings, asked, make
+from made_up_searches import RATE, MadeUp, Process, Settings, asked, make
 from optuna.trial import TrialState
 
 from moe_train.cost.attempt import FINISHED, Attempt, as_line
@@ -174,9 +174,51 @@ def test_the_budget_is_that_of_the_whole_search(tmp_path: Path) -> None:
     assert len(made_up.started) == 5
 
 
+def test_workers_that_start_together_do_not_suggest_the_same(tmp_path: Path) -> None:
+    workers = [Search(asked(tmp_path, trials=8)) for _ in range(2)]
+    jobs = [worker.studies[0].ask() for worker in workers for _ in range(4)]
+    assert len({job.hash for job in jobs if job is not None}) == 8
+
+
+def test_a_trial_whose_worker_was_killed_while_it_was_chosen_is_chosen_to_the_end(tmp_path: Path) -> None:
+    space = {**RATE, "seed": {"kind": "choices", "choices": [5, 6]}}
+    first = Search(asked(tmp_path, trials=1, space=space))
+    half = first.studies[0]._study.ask()
+    half.suggest_float("optimizer.lr", 0.001, 0.1, log=True)
+    first._worker._lock.release()
+    start = MadeUp(valley)
+    make(Search(asked(tmp_path, trials=1, space=space)), start)
+    (settings,) = start.started
+    assert settings["optimizer.lr"] == pytest.approx(half.params["optimizer.lr"], rel=1e-5)
+    assert settings["seed"] in (5, 6)
+
+
+def test_a_grid_that_is_started_again_makes_what_failed(tmp_path: Path) -> None:
+    choices = {"seed": {"kind": "choices", "choices": [5, 6]}}
+    grid = {"space": choices, "sampler": "grid", "trials": ...}
+    start = MadeUp(lambda s: {"val_bits_per_byte": 1.0})
+    kills_one = lambda *job: start(*job) if "seed=5" in job[0] else Process(-9)  # noqa: E731
+    make(Search(asked(tmp_path, **grid)), kills_one)
+    assert len(start.started) == 1
+    search = Search(asked(tmp_path, **grid))
+    make(search, start)
+    assert [settings["seed"] for settings in start.started] == [5, 6]
+    (study,) = search.studies
+    assert len(points_of(study)[0].runs) == 2
+    assert without_result(study).failed == 0
+
+
+def test_an_objective_that_no_run_knows_ends_the_search_with_the_first(tmp_path: Path) -> None:
+    start = MadeUp(lambda s: {"val_bits_per_byte": 1.0, "usd_total": None})
+    search = Search(asked(tmp_path, trials=9, objectives=["val_bits_per_byte", "usd_total"]))
+    with pytest.raises(UserError, match=r"usd_total is not known of it, .*give hardware\.price_usd_per_hour=…"):
+        make(search, start)
+    assert len(start.started) == 1
+
+
 def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
     make(Search(asked(tmp_path, trials=1)), MadeUp(valley))
-    with pytest.raises(UserError, match=r"was begun with seed=null, not \"3\": restore it, or give another out="):
+    with pytest.raises(UserError, match=r"was begun without seed=\"3\": restore it, or give another out="):
         Search(asked(tmp_path, trials=1, given=("seed=3",)))
     wider = {"optimizer.lr": {"kind": "float", "low": 0.001, "high": 1.0, "log": True}}
     with pytest.raises(UserError, match=r"was begun with space\.optimizer\.lr\.high=0\.1, not 1\.0"):

@@ -15,6 +15,8 @@ from moe_train.named_files import file_named, load_named, named_files
 from moe_train.search import space
 from moe_train.search.search import Asked
 
+SEEDS = {"seed": {"kind": "choices", "choices": [5, 6]}}
+NAMED_SEEDS = {"luck": {"kind": "named", "choices": {"a": ["seed=5"], "b": ["seed=6"]}}}
 FILES = sorted((CONFIGS / "sweep").glob("*.yaml"))
 
 
@@ -44,6 +46,7 @@ def test_every_key_and_choice_of_the_ready_spaces_exists_and_makes_a_run(file: P
         ({"space": {"optimizer.lr": {"kind": "float", "low": "1e-3", "high": 0.01}}}, 'low="1e-3"'),
         ({"space": {"optimizer.lr": {"kind": "flaot", "low": 0.1, "high": 0.2}}}, "flaot"),
         ({"space": {"optimizer.lr": {"kind": "float", "low": 0.1, "hihg": 0.2}}}, "hihg: did you mean high?"),
+        ({"space": {"seed": {"kind": "int", "low": 1, "high": 10, "step": 4}}}, "high=10 is no whole number of step=4"),
         ({"trials": ...}, "trials is missing"),
         ({"trails": 3}, "unknown key trails"),
         ({"sampler": "grid", "trials": ...}, "optimizer.lr is a range: give choices"),
@@ -77,6 +80,10 @@ def test_a_file_that_makes_no_sense_is_refused_in_one_line(changes: dict[str, An
         ({"base": ["model.hiden_size=3"]}, "unknown key model.hiden_size: did you mean model.hidden_size?"),
         ({"given": ("optimizer.lr=0.1",)}, "optimizer.lr is searched over by mine.yaml: leave optimizer.lr= out"),
         ({"space": {"run_dir": {"kind": "choices", "choices": ["a", "b"]}}}, "space.run_dir is set by the search"),
+        ({"base": ["run_dir=mine"]}, "mine.yaml: run_dir is set by the search"),
+        ({"given": ("++budget.usd=1",)}, "budget.usd= is set by the search itself: leave it out"),
+        ({"given": ("seed=1",), "space": NAMED_SEEDS}, "seed is searched over by mine.yaml: leave seed= out"),
+        ({"given": ("seed=1",), "for_each": SEEDS}, "mine.yaml makes a study for each seed: leave seed= out"),
     ],
 )
 def test_a_key_that_does_not_exist_is_refused_before_a_run(changes: dict[str, Any], says: str, tmp_path: Path) -> None:

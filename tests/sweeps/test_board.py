@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from sleeping_jobs import Ended
 
@@ -33,9 +35,9 @@ def running(folder: Path, job: Job) -> Running:
     return Running(job, Ended(), tail, 0, None)
 
 
-def board(terminal: bool, clock: Callable[[], float] = lambda: 0.0) -> tuple[Board, io.StringIO]:
+def board(terminal: bool, clock: Callable[[], float] = lambda: 0.0, width: int = 160) -> tuple[Board, io.StringIO]:
     file = io.StringIO()
-    console = Console(file=file, force_terminal=terminal, width=160, legacy_windows=False)
+    console = Console(file=file, force_terminal=terminal, width=width, legacy_windows=False)
     return Board(total=3, console=console, clock=clock), file
 
 
@@ -47,6 +49,30 @@ def test_a_terminal_shows_how_far_each_job_is_and_what_it_costs(tmp_path: Path, 
     text = file.getvalue()
     for part in ("seed=0", job(0).hash, *FIGURES, "1 running, 1 there, 1 to come"):
         assert part in text
+
+
+def test_on_a_narrow_terminal_names_are_cut_and_no_figure_is(tmp_path: Path, job: Callable[[int], Job]) -> None:
+    shown, file = board(terminal=True, width=80)
+    named = dataclasses.replace(job(0), label="model.moe.num_experts=16 " * 5)
+    with shown:
+        shown.show([running(tmp_path, named)])
+    text = file.getvalue()
+    for part in ("model.moe.num_experts=16 model", "…", "25%", "loss 2.5000", "$0.0123"):
+        assert part in text
+
+
+def test_time_left_is_told_once_a_run_that_goes_on_has_left_where_it_stood(
+    tmp_path: Path, job: Callable[[int], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    each = running(tmp_path, job(0))
+    lefts = []
+    for now[0], tokens in ((0.0, 250_000), (60.0, 250_000), (61.0, 260_000), (71.0, 360_000)):  # a minute to start in
+        each.tail.last = {**ROW, "progress/tokens": tokens}
+        lefts.append(each.seconds_left)
+    assert lefts[:3] == [None, None, None]
+    assert lefts[3] == pytest.approx(64)  # 640,000 tokens at 10,000 a second
 
 
 def test_elsewhere_there_are_lines_of_what_happens_and_now_and_then_of_what_goes_on(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from sleeping_jobs import Instantly, Sleepers, pool, sleeping, write_summary
+from sleeping_jobs import Ended, Instantly, Sleepers, pool, sleeping, write_summary
 
 from moe_train.cost.attempt import FINISHED, RUNNING, Attempt, as_line
 from moe_train.cost.budget import Budget
 from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, Outcome, once
 from moe_train.sweeps.pool import Interrupted
+from moe_train.training.sweep_alive import HELD_BY, is_alive
 
 Make = Callable[[int], Job]
 
@@ -165,6 +169,77 @@ def test_a_job_that_outlived_its_sweep_is_ended_with_the_next_one(tmp_path: Path
     after(1.2, orphan.wait)
     assert statuses(made.make([job(0)]).outcomes) == ["ended"]
     assert orphan.wait() == -signal.SIGTERM
+
+
+def test_a_job_of_another_sweep_is_not_waited_for_once_this_one_ends(tmp_path: Path, job: Make) -> None:
+    made = pool(tmp_path, start=Sleepers())
+    folder = made.runs.of(job(0).hash)
+    folder.mkdir(parents=True)
+    others = sleeping([f"run_dir={folder}"])
+    made.runs.note(job(0).hash, {"pid": others.pid, "sweep": os.getpid()})  # its sweep is alive
+    after(0.6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    ended = made.make([job(0)])
+    assert others.poll() is None
+    others.kill()
+    assert [(each.status, each.says) for each in ended.outcomes] == [
+        ("ended", "interrupted by SIGINT; another sweep goes on with it")
+    ]
+    with pytest.raises(Interrupted, match="0 jobs were ended"):
+        ended.raise_if_interrupted()
+
+
+def test_of_two_sweeps_that_come_to_a_run_in_the_same_moment_one_makes_it(tmp_path: Path, job: Make) -> None:
+    sleepers = Sleepers()
+    made = pool(tmp_path, start=sleepers)
+    folder = made.runs.of(job(0).hash)
+    others = sleeping([f"run_dir={folder}"])
+    starting = os.open(made.runs.starting().lock_file, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(starting, fcntl.LOCK_EX)  # the other one has looked, and found nobody at work
+
+    def notes() -> None:
+        made.runs.note(job(0).hash, {"pid": others.pid, "sweep": 1})
+        os.close(starting)
+
+    def finishes() -> None:
+        write_summary(folder)
+        others.kill()
+        others.wait()
+
+    after(0.5, notes)
+    after(1.2, finishes)
+    assert statuses(made.make([job(0)]).outcomes) == ["finished"]
+    assert not sleepers.jobs
+
+
+def test_a_job_that_was_killed_is_said_to_be_rather_than_its_last_line(tmp_path: Path, job: Make) -> None:
+    def starts(_: Any, output: Any, __: Any) -> Ended:
+        output.write(" 31%  step 10  loss 4.2\n")
+        output.flush()
+        return Ended(-signal.SIGKILL)
+
+    (outcome,) = pool(tmp_path, start=starts).make([job(0)]).outcomes
+    assert outcome.says == "killed by signal 9 (Killed, as by a system that is out of memory)"
+
+
+def test_only_jobs_whose_budget_a_sweep_holds_end_with_it(tmp_path: Path, job: Make) -> None:
+    sleepers = Sleepers()
+    for seed, usd in enumerate((None, 1.0)):
+        after(0.5, lambda: [each.kill() for each in sleepers.jobs])
+        pool(tmp_path, start=sleepers, budget=Budget("sweep", tmp_path / "ledger.jsonl", usd)).make([job(seed)])
+    without, held = sleepers.environments
+    assert HELD_BY not in without
+    assert is_alive(held[HELD_BY])
+    assert not is_alive(f"{os.getpid()},1.0")  # a later process with its number
+    dead = sleeping()
+    of_dead = f"{dead.pid},{psutil.Process(dead.pid).create_time()!r}"
+    assert is_alive(of_dead)
+    dead.kill()
+    wait_until_dead = time.monotonic() + 10
+    while is_alive(of_dead) and time.monotonic() < wait_until_dead:
+        time.sleep(0.01)
+    assert not is_alive(of_dead)  # whether or not anybody has asked how it ended
+    dead.wait()
+    assert not is_alive(of_dead)
 
 
 def test_what_a_job_logs_is_shown_to_a_watcher_who_may_end_it(tmp_path: Path, job: Make) -> None:
