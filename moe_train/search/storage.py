@@ -24,14 +24,15 @@ def said(path: Path) -> Iterator[None]:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
         text = one_line(f"{error} {error.__cause__ or ''}")
+        why = text.partition(" [SQL")[0]
         if "locked" in text:
             raise UserError(f"{path} is locked by another process: let it end, then give the same command") from None
         if "disk is full" in text or "disk I/O" in text:
-            raise UserError(f"{path} cannot be written ({text}): free some space, then give the same command") from None
+            raise UserError(f"{path} cannot be written ({why}): free some space, then give the same command") from None
         if "unable to open" in text or "readonly" in text:
             raise UserError(f"{path} cannot be opened: choose another folder with out=") from None
         raise UserError(
-            f"{path} is no readable study ({text.partition(' [SQL')[0]}): put it back, or move it away and give the "
+            f"{path} is no readable study ({why}): put it back, or move it away and give the "
             "same command (runs that are finished are not made again)"
         ) from None
     except RuntimeError as error:  # written by another Optuna

@@ -13,6 +13,7 @@ import optuna
 import pytest
 from made_up_searches import RATE, MadeUp, Process, Settings, asked, make
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from moe_train.cost.attempt import FINISHED, Attempt, as_line
 from moe_train.errors import UserError
@@ -262,3 +263,13 @@ def test_optuna_itself_can_read_the_study(tmp_path: Path) -> None:
     make(Search(asked(tmp_path, trials=2)), MadeUp(valley))
     study = optuna.load_study(study_name="mine", storage=f"sqlite:///{tmp_path}/out/study.db")
     assert study.best_value == min(trial.value for trial in study.trials)
+
+
+def test_a_full_disk_is_one_line_without_the_statement_that_met_it(tmp_path: Path) -> None:
+    met = sqlite3.OperationalError("database or disk is full")
+    with (
+        pytest.raises(UserError, match=r"study.db cannot be written \(.*disk is full\): free some space") as raised,
+        storage.said(tmp_path / "study.db"),
+    ):
+        raise OperationalError("INSERT INTO trials", {}, met)
+    assert "INSERT" not in str(raised.value)
