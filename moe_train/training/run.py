@@ -25,7 +25,7 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.sharded import Sharded
-from moe_train.parallel.signs_of_life import LostProcesses, SignsOfLife, is_of_the_network
+from moe_train.parallel.signs_of_life import FailedAlone, LostProcesses, SignsOfLife, is_of_the_network
 from moe_train.precision import recipes
 from moe_train.tracking.console import print_notes
 from moe_train.tracking.progress import Progress, check_console, open_progress
@@ -59,15 +59,24 @@ def train(config: RunConfig) -> None:
         summaries.show(folder.finished_summary, folder.path, None)
     if runtime.from_main(folder is not None and folder.finished_summary is not None):
         return
+    path: Path = runtime.from_main(folder.path if folder else None)
+    checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
+    signs = SignsOfLife(path, runtime.rank) if runtime.world_size > 1 else None
     account: Account | None = None
     try:
         account = Account(config, runtime)
         if folder is not None:
-            account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
-        run = Run(config, runtime, folder, account)
-    except BaseException:
+            account.open_ledger(path, checkpoint.state if checkpoint else None)
+        run = Run(config, runtime, folder, account, path, checkpoint, signs)
+    except BaseException as error:
         if account is not None:
             account.close(FAILED)
+        if signs is not None:
+            signs.failed(error)
+            if is_of_the_network(error):  # another failed alone: the folder stays, since its log says why
+                raise LostProcesses(signs, runtime.world_size, checkpoint.step if checkpoint else None) from error
+            if isinstance(error, Exception) and signs.failed_alone():
+                raise FailedAlone(signs, error) from error
         if folder is not None:
             folder.discard()
         raise
@@ -103,11 +112,18 @@ def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
 class Run:
     """A run in progress. `folder` is rank 0's; the other ranks have none and write nothing."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        folder: RunFolder | None,
+        account: Account,
+        path: Path,
+        checkpoint: Checkpoint | None,
+        signs: SignsOfLife | None,
+    ) -> None:
         self.config, self.runtime, self.account = config, runtime, account
-        self.path: Path = runtime.from_main(folder.path if folder else None)
-        self.signs = SignsOfLife(self.path, runtime.rank) if runtime.world_size > 1 else None
-        checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
+        self.path, self.signs = path, signs
         used_otherwise: list[str] = []
         start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
 

@@ -156,10 +156,14 @@ def start_runtime(config: RunConfig) -> Runtime:
     experts_note = note_on_experts(layout, config.model.resolved(), on_a_machine)
     share = config.batch_size // expected
     if config.batch_size % expected:
-        raise UserError(f"batch_size={config.batch_size} does not divide among {expected} processes: choose a multiple")
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide among {expected} processes: choose a multiple, "
+            "or as many processes as divide it"
+        )
     if config.batch_ramp and config.batch_ramp.start % expected:
         raise UserError(
-            f"batch_ramp.start={config.batch_ramp.start} does not divide among {expected} processes: choose a multiple"
+            f"batch_ramp.start={config.batch_ramp.start} does not divide among {expected} processes: choose a "
+            "multiple, or as many processes as divide it"
         )
     if config.micro_batch_size and share % config.micro_batch_size:
         raise UserError(

@@ -13,7 +13,7 @@ from command_line import ROOT, Commands
 
 def start(commands: Commands, *of_each: tuple[str, ...], port: int, **environment: str) -> list[str]:
     """As many processes as there are settings, without a launcher; what each said."""
-    started = []
+    started, cache = [], commands.environment["MOE_TRAIN_CACHE"]
     for rank, overrides in enumerate(of_each):
         own = {
             "RANK": str(rank),
@@ -21,7 +21,7 @@ def start(commands: Commands, *of_each: tuple[str, ...], port: int, **environmen
             "WORLD_SIZE": environment.get("WORLD_SIZE", str(len(of_each))),
         }
         own |= {"LOCAL_WORLD_SIZE": own["WORLD_SIZE"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        commands.environment |= own
+        commands.environment |= own | {"MOE_TRAIN_CACHE": environment.get(f"CACHE_OF_{rank}", cache)}
         started.append(commands.start([sys.executable, str(ROOT / "train.py"), *commands.tiny, *overrides]))
     said = []
     for process in started:
@@ -93,6 +93,13 @@ def test_a_layout_that_cannot_be_held_ends_all_with_one_line(commands: Commands)
     assert os.listdir(commands.folder) == []
 
 
+def test_a_batch_that_does_not_divide_has_two_remedies(commands: Commands, port: int) -> None:
+    first, second = start(commands, ("batch_size=7",), ("batch_size=7",), port=port)
+    (line,) = errors(first)
+    assert line.endswith("among 2 processes: choose a multiple, or as many processes as divide it")
+    assert not errors(second)
+
+
 def test_layouts_of_accelerate_are_refused_with_our_name_for_them(commands: Commands) -> None:
     commands.environment["ACCELERATE_USE_FSDP"] = "true"
     result = commands.run(sys.executable, str(ROOT / "train.py"), *commands.tiny, "run_dir=run", check=False)
@@ -100,3 +107,25 @@ def test_layouts_of_accelerate_are_refused_with_our_name_for_them(commands: Comm
     (line,) = errors(result.stderr)
     assert "accelerate was set up for FSDP" in line
     assert "choose parallel= (fsdp2, ep, …) instead" in line
+
+
+def test_what_keeps_one_process_from_beginning_is_said_by_it_and_kept_in_its_log(commands: Commands, port: int) -> None:
+    (commands.folder / "a_file").touch()
+    cache = str(commands.folder / "a_file")
+    first, second = start(commands, ("run_dir=run",), ("run_dir=run",), port=port, CACHE_OF_1=cache)
+    (line,) = errors(second)
+    log = commands.folder / "run/logs/process_1.log"
+    assert line.startswith("error: process 1 could not begin: ")
+    assert cache in line
+    assert line.endswith(f"; more is in {log}")
+    assert "failed:" in log.read_text()
+    (line,) = errors(first)
+    assert f"process 1 of 2 is gone or stuck: see {log}; no step is saved" in line
+
+
+@pytest.mark.parametrize("seconds", ["0.001", "1e7", "1e300"])
+def test_a_timeout_that_no_network_keeps_is_refused(commands: Commands, seconds: str) -> None:
+    refused = commands.train("run_dir=run", f"parallel.timeout_seconds={seconds}", check=False)
+    (line,) = errors(refused.stderr)
+    assert line.startswith("error: configuration: parallel.timeout_seconds=")
+    assert "input should be " in line
