@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def test_shards_become_files_with_the_same_weights_and_the_run_goes_on_alone(
     assert "was written in shards, by several processes: python scripts/consolidate.py run=" in refused.stderr
     generate = (sys.executable, str(ROOT / "scripts/generate.py"), "run=run", "prompt=a", "max_new_tokens=3")
     text = commands.run(*generate, "temperature=0").stdout.splitlines()[0]  # shards are read as they are
+
+    # One process evaluates what several trained, to what they evaluated.
+    commands.run(sys.executable, str(ROOT / "scripts/evaluate.py"), "run=run", "json=evaluated.json")
+    evaluated = json.loads((commands.folder / "evaluated.json").read_text())
+    assert evaluated["loss"] == pytest.approx(commands.summary("run")["val_loss"], abs=1e-6)
 
     # Cut short at the last moment, there are both, and the files count.
     with monkeypatch.context() as context:
