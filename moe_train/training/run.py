@@ -24,6 +24,7 @@ from moe_train.data.packing import PreparedData, prepare
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
+from moe_train.parallel.agreement import check_same_text_everywhere
 from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.signs_of_life import FailedAlone, LostProcesses, SignsOfLife, is_of_the_network
 from moe_train.precision import recipes
@@ -128,6 +129,8 @@ class Run:
         start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
 
         self.data = prepare(config.data, progress=runtime.is_main)
+        if runtime.world_size > 1:
+            check_same_text_everywhere(self.data.fingerprint)
         self.batches = Batches(
             self.data.train, config.data.sequence_length, config.batch_size, config.seed, config.batch_ramp
         )

@@ -119,6 +119,7 @@ def start_runtime(config: RunConfig) -> Runtime:
     expected = _count_from_environment("WORLD_SIZE")
     _refuse_layouts_of_accelerate()
     _refuse_tasks_that_do_not_know_each_other()
+    _check_meeting_place(expected)
     if not on_gpu:
         _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
@@ -238,6 +239,22 @@ def _refuse_tasks_that_do_not_know_each_other() -> None:
             f"srun started {tasks} tasks, each of which would make this run: give it one task a node "
             "(hydra.launcher.tasks_per_node=1), and accelerate launch in it for several processes"
         )
+
+
+def _check_meeting_place(processes: int) -> None:
+    if processes == 1:
+        return
+    rank, port = (os.environ.get(name, "") for name in ("RANK", "MASTER_PORT"))
+    for name, fits, wanted in (
+        ("RANK", rank.isdigit() and int(rank) < processes, f"this process's number, below WORLD_SIZE={processes}"),
+        ("MASTER_ADDR", bool(os.environ.get("MASTER_ADDR")), "the host of process 0"),
+        ("MASTER_PORT", port.isdigit() and 0 < int(port) < 65536, "a free port of it, the same for all"),
+    ):
+        if not fits:
+            raise UserError(
+                f"the environment has {name}={os.environ.get(name, '')}: it has to be {wanted}; torchrun and "
+                "accelerate launch set it"
+            )
 
 
 def _set_threads(asked: int | None) -> int:
