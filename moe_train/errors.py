@@ -18,6 +18,7 @@ class UserError(Exception):
     """Something the user can put right: what is wrong, where, and the remedy, in one line. Exit status 1."""
 
     exit_status = 1
+    of_one_process = False  # said whoever meets it: the first process of a machine does not
 
 
 class UsageError(UserError):
@@ -59,9 +60,9 @@ def in_words(error: Exception) -> str:
     return one_line(error) if isinstance(error, UserError) else describe_known_failure(error) or unexpected
 
 
-def _say(line: str) -> None:
-    """Once a machine: the other processes of a run there make the same mistake."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+def _say(line: str, of_one_process: bool = False) -> None:
+    """Once a machine, unless it is `of_one_process`: the other processes of a run there make the same mistake."""
+    if of_one_process or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         sys.stderr.write(line + "\n")
 
 
@@ -81,5 +82,5 @@ def reported(traceback: bool = False) -> Iterator[None]:
     except Exception as error:
         if traceback:
             raise
-        _say(f"error: {in_words(error)}")
+        _say(f"error: {in_words(error)}", isinstance(error, UserError) and error.of_one_process)
         sys.exit(error.exit_status if isinstance(error, UserError) else 1)

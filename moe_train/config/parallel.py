@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moe_train.config.fields import STRICT, PositiveFloat, Size, require
+from moe_train.config.fields import STRICT, Size, require
 
 LayoutName = Literal["auto", "single", "ddp", "fsdp2", "hybrid", "ep", "ep_fsdp2"]
 DispatchFormat = Literal["compute", "fp8"]
+Timeout = Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)]  # a network counts milliseconds in 32 bits
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -24,7 +26,7 @@ class ParallelConfig:
     shard: Size | None = None  # hybrid: processes that share out a replica; None: those of a machine
     expert_parallel: Size | None = None  # ep, ep_fsdp2: processes that share out the experts; None: all
     dispatch_format: DispatchFormat = "compute"  # of tokens on their way to experts: fp8, or as they are
-    timeout_seconds: PositiveFloat = 600.0  # that a process waits for the others before the run ends
+    timeout_seconds: Timeout = 600.0  # that a process waits for the others before the run ends
 
     def __post_init__(self) -> None:
         require(

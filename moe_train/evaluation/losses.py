@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from moe_train.config import ParallelConfig
 from moe_train.errors import UsageError, UserError
 from moe_train.evaluation import texts
 from moe_train.generation.loading import TrainedModel, load_trained
@@ -96,7 +97,12 @@ def _multiply_in_fp8(trained: TrainedModel, runtime: Runtime) -> str:
 def _runtime(trained: TrainedModel) -> Runtime:
     """The run's precision on this machine, with as many cores as there are and one process."""
     one_process = dataclasses.replace(
-        trained.config, num_threads=None, batch_size=1, micro_batch_size=None, batch_ramp=None
+        trained.config,
+        num_threads=None,
+        batch_size=1,
+        micro_batch_size=None,
+        batch_ramp=None,
+        parallel=ParallelConfig(),
     )
     return start_runtime(one_process)
 

@@ -15,6 +15,7 @@ from moe_train.forecast.pipeline import Schedule
 from moe_train.forecast.published import published_runs
 from moe_train.forecast.rates import SOURCES
 from moe_train.forecast.scaling import STATES_SHARE, Limit, limits
+from moe_train.forecast.training_run import GB
 
 A_TRILLION = 10**12
 LEFT_OUT = (
@@ -44,6 +45,10 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
     """Figures of the run as asked for, and of its fastest layouts on other numbers of devices. Raises UserError."""
     if asked.batch_size is None:
         raise UsageError("batch_size= is missing: give the sequences of a step, e.g. batch_size=1024")
+    if asked.pipeline_parallel == 1 and asked.pipeline_schedule != "1f1b":
+        raise UsageError(
+            f"pipeline_schedule={asked.pipeline_schedule} does nothing in one stage: give pipeline_parallel=N as well"
+        )
     hardware = named_hardware(asked.hardware, asked.price_usd_per_hour, config_dir)
     composed = compose_model(overrides, config_dir)
     task = Task(
@@ -82,6 +87,7 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
         "gpu_hours_by_part": {name: hours * s / taken.seconds for name, s in taken.exposed.items()},
         "hidden_gpu_hours": {name: hours * s / taken.seconds for name, s in taken.hidden.items()},
         "state_bytes": taken.state_bytes,
+        "memory_bytes": None if hardware.memory_gb is None else hardware.memory_gb * GB,
         "states_share": STATES_SHARE,
         "limits": [_described(each, tokens) for each in limits(task, hardware)],
         "sources": list(SOURCES),

@@ -37,6 +37,10 @@ def show_parts(content: dict[str, Any], console: Console | None = None) -> None:
         lines.append(
             f"published: {published:,.0f} GPU-hours; the parts come to {abs(hours / published - 1):.1%} {side}"
         )
+    states, memory = content["state_bytes"], content["memory_bytes"]
+    if memory is not None:
+        fits = "" if states <= memory else ": it cannot be trained in this layout"
+        lines.append(f"{states / 1e9:,.1f} GB of states on each device of {memory / 1e9:,.0f} GB{fits}")
     for line in lines:
         console.print(Text(line), soft_wrap=True)
     _show_limits(content, console)

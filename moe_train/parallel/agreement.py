@@ -1,7 +1,7 @@
-"""That all processes of a run are the same run: the same configuration, code and libraries.
+"""That all processes of a run are the same run: the same configuration, code and libraries, and the same text.
 
 Processes that differ would train something that no configuration describes, or wait for each other for ever. They are
-compared before anything is loaded; what differs is said once, and all end.
+compared before anything is loaded, and once the text is; what differs is said once, and all end.
 """
 
 from __future__ import annotations
@@ -39,6 +39,19 @@ def check_agreement(config: RunConfig) -> None:
             raise UserError(
                 f"{pair} were started with different settings, {key}={json.dumps(there)} and {json.dumps(here)}: "
                 "give all the same command line"
+            )
+
+
+def check_same_text_everywhere(fingerprint: str) -> None:
+    """A collective call. Raises UserError where a process has other text or another tokenizer than the first."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), fingerprint))
+    first_host, first = everyone[0]
+    for rank, (host, other) in enumerate(everyone):
+        if other != first:
+            raise UserError(
+                f"process {rank} ({host}) and process 0 ({first_host}) have other text or another tokenizer "
+                f"(fingerprints {other[:12]} and {first[:12]}): give all nodes the same files"
             )
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moe_train.errors import UserError
+from moe_train.errors import UserError, in_words
 
 EVERY_SECONDS = 1.0
 SILENT_SECONDS = 4.0  # without a sign, before a process counts as lost
+_FAILED = "failed:"
 
 
 class SignsOfLife:
@@ -31,6 +32,7 @@ class SignsOfLife:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.path_of(rank)
         self._log = self.path.open("a", buffering=1)
+        self.rank = rank
         self.say(f"process {rank} on {socket.gethostname()}, pid {os.getpid()}")
         faulthandler.enable(self._log)  # a crash in native code leaves its stack there
         threading.Thread(target=self._beat, daemon=True).start()
@@ -50,7 +52,20 @@ class SignsOfLife:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def failed(self, error: BaseException) -> None:
-        self.say("failed:\n" + "".join(traceback.format_exception(error)).rstrip())
+        self.say(f"{_FAILED}\n" + "".join(traceback.format_exception(error)).rstrip())
+
+    def failed_alone(self) -> bool:
+        """Whether the first process, which would speak for all, has not failed too. Takes a moment to be sure."""
+        until = time.monotonic() + SILENT_SECONDS / 2
+        while self.rank and time.monotonic() < until:
+            try:
+                attempt = self.path_of(0).read_text(errors="replace").rpartition(" process 0 on ")[2]
+            except OSError:  # it has taken the run's folder away
+                return False
+            if _FAILED in attempt:
+                return False
+            time.sleep(0.05)
+        return self.rank > 0
 
     def check_shared(self) -> None:
         """Once all processes have begun. Raises UserError where one does not see the first one's log."""
@@ -82,6 +97,15 @@ class LostProcesses(UserError):
         who = f"process {', '.join(map(str, silent))} of {processes} is" if silent else "some processes are"
         saved = "no step is saved" if saved_step is None else f"step_{saved_step} is saved"
         super().__init__(f"{who} gone or stuck: see {logs}; {saved}: go on with resume=auto")
+
+
+class FailedAlone(UserError):
+    """What kept one process from beginning, and the first not."""
+
+    of_one_process = True
+
+    def __init__(self, signs: SignsOfLife, error: Exception) -> None:
+        super().__init__(f"process {signs.rank} could not begin: {in_words(error)}; more is in {signs.path}")
 
 
 def is_of_the_network(error: BaseException) -> bool:

@@ -33,13 +33,17 @@ def consolidate(run: Path) -> Path:
     """
     checkpoint = find_checkpoint(run, "run")
     folder = checkpoint.path.parent.parent
-    if not checkpoint.in_shards:
+    if not checkpoint.in_shards and not (checkpoint.path / SHARDS).exists():
         raise UserError(f"{checkpoint.path} is in files already: there is nothing to do")
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"the run in {folder} is going on: wait for its end, or copy the checkpoint first") from None
+    if not checkpoint.in_shards:  # cut short after the files were whole
+        shutil.rmtree(checkpoint.path / SHARDS)
+        lock.release()
+        return checkpoint.path
     config = load_run_config(folder)
     check_own_config(checkpoint, config)
     model = Transformer(config.model.resolved(), checkpoint.vocab_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
@@ -18,6 +18,7 @@ from moe_train.data.batches import Batches
 from moe_train.data.packing import PreparedData, prepare
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
+from moe_train.parallel.agreement import check_same_text_everywhere
 from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.signs_of_life import SignsOfLife
 from moe_train.precision import recipes
@@ -32,12 +33,27 @@ from moe_train.training.starting_weights import check_same_shape, check_same_tex
 from moe_train.training.step import Stepper
 
 
-@dataclass(frozen=True)
-class Parts:
-    """On every process; `path` is the same on all."""
+class Shared(NamedTuple):
+    """What all processes know of the run's folder, which rank 0 has opened."""
 
     path: Path
-    signs: SignsOfLife | None  # of other processes, where there are some
+    checkpoint: Checkpoint | None  # that it goes on from
+    start: Checkpoint | None  # of another run, whose weights it begins with
+    signs: SignsOfLife | None  # of the other processes, where there are some
+
+
+def known_to_all(runtime: Runtime, folder: RunFolder | None) -> Shared:
+    """`folder` is rank 0's; the others have none."""
+    path: Path = runtime.from_main(folder.path if folder else None)
+    checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
+    start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
+    return Shared(path, checkpoint, start, SignsOfLife(path, runtime.rank) if runtime.world_size > 1 else None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """On every process."""
+
     data: PreparedData
     batches: Batches
     model_config: ModelConfig
@@ -52,15 +68,16 @@ class Parts:
     notes: list[str]  # for people, before the first step
 
 
-def put_together(config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account) -> Parts:
-    """`folder` is rank 0's; the others have none. Raises UserError."""
-    path: Path = runtime.from_main(folder.path if folder else None)
-    signs = SignsOfLife(path, runtime.rank) if runtime.world_size > 1 else None
-    checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
-    start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
+def put_together(
+    config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account, shared: Shared
+) -> Parts:
+    """Raises UserError."""
+    path, checkpoint, start, signs = shared
     resumed: dict[str, Any] | None = checkpoint.state if checkpoint else None
 
     data = prepare(config.data, progress=runtime.is_main)
+    if runtime.world_size > 1:
+        check_same_text_everywhere(data.fingerprint)
     batches = Batches(data.train, config.data.sequence_length, config.batch_size, config.seed, config.batch_ramp)
     model_config, vocab_size = config.model.resolved(), vocabulary(config, data)
     model = Transformer(model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
@@ -101,8 +118,6 @@ def put_together(config: RunConfig, runtime: Runtime, folder: RunFolder | None, 
     if model_config.moe is not None and model_config.moe.routing == "expert_choice":
         said.append("experts choose tokens, looking at later ones too: losses are lower than predictions would earn")
     return Parts(
-        path,
-        signs,
         data,
         batches,
         model_config,

@@ -20,7 +20,7 @@ from moe_train.config import RunConfig, model_digest, to_dict
 from moe_train.cost.attempt import FAILED, FINISHED
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
-from moe_train.parallel.signs_of_life import LostProcesses, is_of_the_network
+from moe_train.parallel.signs_of_life import FailedAlone, LostProcesses, is_of_the_network
 from moe_train.precision import recipes
 from moe_train.tracking.console import print_notes
 from moe_train.tracking.progress import Progress, check_console, open_progress
@@ -31,7 +31,7 @@ from moe_train.training.account import Account
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
 from moe_train.training.fp8_health import where_not_finite
-from moe_train.training.parts import put_together
+from moe_train.training.parts import Shared, known_to_all, put_together
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder, write_keeping
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.saving import Saving
@@ -53,15 +53,23 @@ def train(config: RunConfig) -> None:
         summaries.show(folder.finished_summary, folder.path, None)
     if runtime.from_main(folder is not None and folder.finished_summary is not None):
         return
+    shared = known_to_all(runtime, folder)
+    signs, checkpoint = shared.signs, shared.checkpoint
     account: Account | None = None
     try:
         account = Account(config, runtime)
         if folder is not None:
-            account.open_ledger(folder.path, folder.checkpoint.state if folder.checkpoint else None)
-        run = Run(config, runtime, folder, account)
-    except BaseException:
+            account.open_ledger(folder.path, checkpoint.state if checkpoint else None)
+        run = Run(config, runtime, folder, account, shared)
+    except BaseException as error:
         if account is not None:
             account.close(FAILED)
+        if signs is not None:
+            signs.failed(error)
+            if is_of_the_network(error):  # another failed alone: the folder stays, since its log says why
+                raise LostProcesses(signs, runtime.world_size, checkpoint.step if checkpoint else None) from error
+            if isinstance(error, Exception) and signs.failed_alone():
+                raise FailedAlone(signs, error) from error
         if folder is not None:
             folder.discard()
         raise
@@ -97,10 +105,12 @@ def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
 class Run:
     """A run in progress. `folder` is rank 0's; the other ranks have none and write nothing."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account) -> None:
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account, shared: Shared
+    ) -> None:
         self.config, self.runtime, self.account = config, runtime, account
-        self.parts = parts = put_together(config, runtime, folder, account)
-        self.path, self.data, self.batches, self.signs = parts.path, parts.data, parts.batches, parts.signs
+        self.parts = parts = put_together(config, runtime, folder, account, shared)
+        self.path, self.signs, self.data, self.batches = shared.path, shared.signs, parts.data, parts.batches
         self.model, self.model_config, self.compute_format = parts.model, parts.model_config, parts.compute_format
         self.fp8_health, self.stepper = parts.fp8_health, parts.stepper
         self.steps_done, self.train_loss = parts.step or 0, parts.train_loss

@@ -180,8 +180,10 @@ def _check_same_run(path: Path, config: RunConfig) -> RunConfig:
     """The configuration that the run had until now."""
     earlier = load_run_config(path)
     before, now = earlier.identity(), config.identity()
-    for key in MAY_CHANGE_ON_RESUME:
-        del before[key], now[key]
+    for identity in (before, now):
+        for key in MAY_CHANGE_ON_RESUME:
+            del identity[key]
+        identity.setdefault("parallel.dispatch_format", "compute")  # left out where it is that
     for key, old, new in differences(before, now):
         raise UserError(
             f"the run in {path} was started with {key}={json.dumps(old)}, not {json.dumps(new)}: "

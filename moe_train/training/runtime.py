@@ -119,6 +119,7 @@ def start_runtime(config: RunConfig) -> Runtime:
     expected = _count_from_environment("WORLD_SIZE")
     _refuse_layouts_of_accelerate()
     _refuse_tasks_that_do_not_know_each_other()
+    _check_meeting_place(expected)
     if not on_gpu:
         _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
@@ -156,10 +157,14 @@ def start_runtime(config: RunConfig) -> Runtime:
     experts_note = note_on_experts(layout, config.model.resolved(), on_a_machine)
     share = config.batch_size // expected
     if config.batch_size % expected:
-        raise UserError(f"batch_size={config.batch_size} does not divide among {expected} processes: choose a multiple")
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide among {expected} processes: choose a multiple, "
+            "or as many processes as divide it"
+        )
     if config.batch_ramp and config.batch_ramp.start % expected:
         raise UserError(
-            f"batch_ramp.start={config.batch_ramp.start} does not divide among {expected} processes: choose a multiple"
+            f"batch_ramp.start={config.batch_ramp.start} does not divide among {expected} processes: choose a "
+            "multiple, or as many processes as divide it"
         )
     if config.micro_batch_size and share % config.micro_batch_size:
         raise UserError(
@@ -234,6 +239,22 @@ def _refuse_tasks_that_do_not_know_each_other() -> None:
             f"srun started {tasks} tasks, each of which would make this run: give it one task a node "
             "(hydra.launcher.tasks_per_node=1), and accelerate launch in it for several processes"
         )
+
+
+def _check_meeting_place(processes: int) -> None:
+    if processes == 1:
+        return
+    rank, port = (os.environ.get(name, "") for name in ("RANK", "MASTER_PORT"))
+    for name, fits, wanted in (
+        ("RANK", rank.isdigit() and int(rank) < processes, f"this process's number, below WORLD_SIZE={processes}"),
+        ("MASTER_ADDR", bool(os.environ.get("MASTER_ADDR")), "the host of process 0"),
+        ("MASTER_PORT", port.isdigit() and 0 < int(port) < 65536, "a free port of it, the same for all"),
+    ):
+        if not fits:
+            raise UserError(
+                f"the environment has {name}={os.environ.get(name, '')}: it has to be {wanted}; torchrun and "
+                "accelerate launch set it"
+            )
 
 
 def _set_threads(asked: int | None) -> int:

@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
-from moe_train.errors import one_line
+from moe_train.errors import UserError, in_words, one_line
+from moe_train.parallel.signs_of_life import is_of_the_network
 from moe_train.parallel.spread import Part, Parts
 from moe_train.training.checkpoints import SHARDS, Checkpoint, begin, commit, damaged, load_optimizers, put_back
 from moe_train.training.new_folder import flush
@@ -90,6 +92,9 @@ class Saver:
         (writing, path, state, began), self._writing = self._writing, None
         try:
             writing.result()
+        except CheckpointException as error:  # no Exception: nobody else would know it
+            shutil.rmtree(path, ignore_errors=True)
+            raise _not_written(error, state["step"]) from error
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
@@ -99,11 +104,25 @@ class Saver:
         return state["step"], time.monotonic() - began
 
 
+def _not_written(error: CheckpointException, step: int) -> BaseException:
+    """Why a checkpoint is not there, of all that its processes said; the network's own error where that is it."""
+    rank, (cause, _) = min(error.failures.items())
+    if is_of_the_network(cause) or not isinstance(cause, Exception):
+        return cause
+    return UserError(f"process {rank} could not write its part of step_{step}: {in_words(cause)}")
+
+
+def _unreadable(checkpoint: Checkpoint, error: BaseException) -> UserError:
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+    said = one_line((causes or [error])[0]).partition(". ")[0]  # torch goes on with advice not to be followed
+    return damaged(checkpoint.path, f"{SHARDS}: {said}")
+
+
 def _stored(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     try:
         metadata = FileSystemReader(checkpoint.path / SHARDS).read_metadata()
     except Exception as error:
-        raise damaged(checkpoint.path, f"{SHARDS}: {one_line(error)}") from None
+        raise _unreadable(checkpoint, error) from None
     return {k: each for k, each in metadata.state_dict_metadata.items() if isinstance(each, TensorStorageMetadata)}
 
 
@@ -113,8 +132,8 @@ def _read(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         with warnings.catch_warnings():  # it says that it is alone, as it was told
             warnings.simplefilter("ignore")
             load(tensors, checkpoint_id=checkpoint.path / SHARDS, no_dist=True)
-    except Exception as error:
-        raise damaged(checkpoint.path, f"{SHARDS}: {one_line(error)}") from None
+    except (Exception, CheckpointException) as error:
+        raise _unreadable(checkpoint, error) from None
 
 
 def read_sharded_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

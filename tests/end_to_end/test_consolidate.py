@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def test_shards_become_files_with_the_same_weights_and_the_run_goes_on_alone(
     generate = (sys.executable, str(ROOT / "scripts/generate.py"), "run=run", "prompt=a", "max_new_tokens=3")
     text = commands.run(*generate, "temperature=0").stdout.splitlines()[0]  # shards are read as they are
 
+    # One process evaluates what several trained, to what they evaluated.
+    commands.run(sys.executable, str(ROOT / "scripts/evaluate.py"), "run=run", "json=evaluated.json")
+    evaluated = json.loads((commands.folder / "evaluated.json").read_text())
+    assert evaluated["loss"] == pytest.approx(commands.summary("run")["val_loss"], abs=1e-6)
+
     # Cut short at the last moment, there are both, and the files count.
     with monkeypatch.context() as context:
         context.setattr(module.shutil, "rmtree", raising_after_the_first_call())
@@ -42,7 +48,8 @@ def test_shards_become_files_with_the_same_weights_and_the_run_goes_on_alone(
     assert (path / "shards").exists()
     assert not find_checkpoint(path, "run").in_shards
 
-    (path / "shards").rename(path / "elsewhere")
+    assert commands.run(*CONSOLIDATE, "run=run").stdout.strip() == str(path)  # what was cut short is brought to its end
+    assert not (path / "shards").exists()
     after = load_file(path / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -68,8 +75,19 @@ def raising_after_the_first_call() -> object:
 def test_a_shard_that_is_cut_off_is_noticed_before_anything_is_done(commands: Commands) -> None:
     path = spread(commands)
     shard = path / "shards/__1_0.distcp"
+    whole = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-1])
     refused = commands.run(*CONSOLIDATE, "run=run", check=False)
     assert refused.returncode == 1
     assert "shards/__1_0.distcp has" in refused.stderr
     assert not (path / "model.safetensors").exists()
+
+    shard.write_bytes(bytes(whole))  # as a disk that lost it leaves it
+    generate = (sys.executable, str(ROOT / "scripts/generate.py"), "run=run", "prompt=a")
+    for command in ((*CONSOLIDATE, "run=run"), generate):
+        refused = commands.run(*command, check=False)
+        (line,) = refused.stderr.splitlines()
+        assert line == (
+            f"error: the checkpoint {path} is damaged (shards: Weights only load failed): put back a whole copy of it, "
+            "or train again in another run_dir"
+        )

@@ -28,6 +28,14 @@ def test_published_runs_come_with_the_promised_figures(commands: Commands) -> No
     assert content["interval_coverage"] >= content["level"]
 
 
+def test_parts_say_whether_a_device_could_hold_its_states(commands: Commands) -> None:
+    parts = ("parts=true", "model=deepseek_v2_lite", "hardware=h800", "batch_size=64")
+    alone = commands.run(*SCRIPT, *parts, "num_gpus=1").stdout
+    assert "GB of states on each device of 80 GB: it cannot be trained in this layout" in alone
+    cut = commands.run(*SCRIPT, *parts, "num_gpus=64", "sharding=fsdp2").stdout
+    assert "GB of states on each device of 80 GB\n" in cut
+
+
 def test_a_run_on_devices_one_does_not_have(commands: Commands) -> None:
     arguments = ["model=llama_3_1_8b", "tokens=1e12", "hardware=h100", "num_gpus=64", "price_usd_per_hour=3"]
     content = asked(commands, *arguments, "model.num_hidden_layers=16", "optimizer=adamw")
@@ -113,6 +121,10 @@ def test_deepseek_v3s_table_and_its_picture(commands: Commands) -> None:
         (["probe=true"], "tokens= is missing"),
         (["parts=true", "model=nano", "hardware=h800"], "batch_size= is missing"),
         (["parts=true", "model=nano", "hardware=rtx_4090", "batch_size=64"], "has no link bandwidths"),
+        (
+            ["parts=true", "model=nano", "hardware=h800", "batch_size=64", "pipeline_schedule=zb1p"],
+            "pipeline_schedule=zb1p does nothing in one stage: give pipeline_parallel=N as well",
+        ),
         (
             ["model=nano", "tokens=1e9", "hardware=h800", "pipeline_schedule=dualpipe"],
             "pipeline_schedule= goes with parts=true",

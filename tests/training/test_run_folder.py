@@ -165,3 +165,10 @@ def test_a_folder_in_which_no_run_began_can_be_taken_back(compose_run: Compose) 
     opened(compose_run("run_dir=run"))
     open_run_folder(compose_run("run_dir=run", "resume=auto")).discard()
     assert Path("run/config.yaml").exists()
+
+
+def test_the_format_in_which_tokens_travel_is_part_of_the_run_and_named_as_it_is_set(compose_run: Compose) -> None:
+    opened(compose_run("run_dir=run", "parallel=ep"))
+    with pytest.raises(UserError, match=r'with parallel\.dispatch_format="compute", not "fp8"'):
+        open_run_folder(compose_run("run_dir=run", "resume=auto", "parallel=ep", "parallel.dispatch_format=fp8"))
+    opened(compose_run("run_dir=run", "resume=auto", "parallel=fsdp2"))
