@@ -72,6 +72,6 @@ def register(plan: Plan, folder: Folder) -> str:
         return date
     file = file_of(plan, folder)
     file.parent.mkdir(parents=True, exist_ok=True)
-    date = datetime.now(UTC).isoformat(timespec="seconds")
+    date = datetime.now(UTC).isoformat(timespec="milliseconds")
     write_json(file, {"date": date, "protocol": protocol(plan)})
     return date

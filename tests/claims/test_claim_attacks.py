@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,8 @@ def test_runs_older_than_the_protocol_are_said(finished: tuple[Asked, MadeUpRuns
     (asked.out / "registered/mine-cpu.json").unlink()  # and a margin chosen by what came out
     moment = read_account(asked.out / "runs" / made.started[0].hash / "ledger.json")[0].started_at
     found = judged(asked, made)
-    assert moment < report.read(asked.out / report.JSON)["claims"][0]["registered"]
+    registered = report.read(asked.out / report.JSON)["claims"][0]["registered"]
+    assert datetime.fromisoformat(moment) < datetime.fromisoformat(registered)
     assert any("6 of the runs are older than the protocol" in note for note in found.notes)
 
 
