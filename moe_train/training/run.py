@@ -109,7 +109,7 @@ class Run:
         self, config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account, shared: Shared
     ) -> None:
         self.config, self.runtime, self.account = config, runtime, account
-        self.parts = parts = put_together(config, runtime, folder, account, shared)
+        parts = put_together(config, runtime, folder, account, shared)
         self.path, self.signs, self.data, self.batches = shared.path, shared.signs, parts.data, parts.batches
         self.model, self.model_config, self.compute_format = parts.model, parts.model_config, parts.compute_format
         self.fp8_health, self.stepper = parts.fp8_health, parts.stepper
