@@ -16,6 +16,7 @@ from typing import Any
 
 from moe_train.claims.plan import Arm, Plan, PlannedRun
 from moe_train.claims.results import Folder
+from moe_train.claims.tuning import best_rates
 from moe_train.cli import write_json
 from moe_train.config import HardwareConfig
 from moe_train.cost.layout import Layout
@@ -64,15 +65,20 @@ class Speed:
         return Interval(*(run.flops * each + self.around for each in (rate.value, rate.low, rate.high)))
 
 
-def planned(plan: Plan) -> list[PlannedRun]:
-    """All runs of a claim, each once; rates do not change what they cost."""
-    runs = [*plan.tuning_runs(), *plan.runs(plan.untuned())]
+def planned(plan: Plan, folder: Folder | None = None) -> list[PlannedRun]:
+    """All runs of a claim, each once, at the rates that runs in the folder have chosen.
+
+    As long as none are chosen, at the arms' own: rates do not change what runs cost.
+    """
+    tuning = plan.tuning_runs()
+    rates = None if folder is None else best_rates(plan, tuning, folder)
+    runs = [*tuning, *plan.runs(rates or plan.untuned())]
     return list({run.hash: run for run in runs}.values())
 
 
 def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings: Sequence[str]) -> Estimate:
     """On the device at hand. `taken`: hashes other claims pay for, to which this one's are added."""
-    runs = [run for run in planned(plan) if run.hash not in taken]
+    runs = [run for run in planned(plan, folder) if run.hash not in taken]
     taken |= {run.hash for run in runs}
     left = [run for run in runs if not folder.is_finished(run)]
     seconds, usd = Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0)

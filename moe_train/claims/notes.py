@@ -20,7 +20,9 @@ def notes_on(plan: Plan, results: Sequence[Result], rates: dict[str, float], fol
         for name, rate in rates.items():
             factor = rate / plan.arms[name].rate
             if min(abs(factor / edge - 1) for edge in (min(tuning.factors), max(tuning.factors))) < 1e-3:
-                notes.append(f"the best learning rate of arm {name} is the {rate:.4g} at the edge of its grid")
+                whose = "all arms" if tuning.together else f"arm {name}"
+                notes.append(f"the best learning rate of {whose} is the {rate:.4g} at the edge of its grid")
+        notes = list(dict.fromkeys(notes))
     if plan.scale.without:
         all_of_them, here = plan.claim.config.comparisons, plan.claim.config.at(plan.scale_name)
         notes.append(

@@ -124,6 +124,11 @@ class Plan:
             for arm in self.arms.values()
         ]
 
+    def factor(self, run: PlannedRun) -> float:
+        """Which of the tuning's multiples of its arm's rate a run has."""
+        assert self.scale.tuning is not None
+        return min(self.scale.tuning.factors, key=lambda each: abs(math.log(run.rate / self.arms[run.arm].rate / each)))
+
     def untuned(self) -> dict[str, float]:
         return {name: arm.rate for name, arm in self.arms.items()}
 
@@ -201,6 +206,12 @@ def make_plan(
     plan = Plan(claim, scale_name, arms, tuple(given), config_dir, out)
     for first, second in claim.config.pairs_at(scale_name):
         _check_pair(plan, arms[first], arms[second], where)
+    rates = {name: arm.rate for name, arm in arms.items()}
+    if scale.tuning is not None and scale.tuning.together and len(set(rates.values())) > 1:
+        said = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        raise UserError(
+            f"{where}: tuning.together gives all arms one rate, and theirs differ ({said}): make them equal"
+        )
     for run in [*plan.tuning_runs(), *plan.runs(plan.untuned())]:
         steps = run.tokens / (run.config.batch_size * run.config.data.sequence_length)
         if steps < MIN_STEPS:

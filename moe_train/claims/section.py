@@ -52,7 +52,10 @@ def _protocol(claim: dict[str, Any]) -> str:
     if tuning := claim.get("tuning"):
         factors = ", ".join(f"×{factor:g}" for factor in tuning["factors"])
         seeds = f", {tuning['seeds']} seeds" if tuning["seeds"] > 1 else ""
-        said.append(f"of every arm's rate {factors} the best after {tuning['tokens']:,} tokens on other text{seeds}")
+        best = (
+            "of the arms' rate {} the best for all of them" if tuning["together"] else "of every arm's rate {} the best"
+        )
+        said.append(f"{best.format(factors)} after {tuning['tokens']:,} tokens on other text{seeds}")
     return "; ".join(said)
 
 

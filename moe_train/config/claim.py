@@ -118,11 +118,16 @@ class ArmConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class TuningConfig:
-    """The learning rate of every arm is the best of the same multiples of its own, after `tokens`, over `seeds`."""
+    """The learning rate of every arm is the best of the same multiples of its own, after `tokens`, over `seeds`.
+
+    `together`: one multiple for all arms, the best for their losses taken together. For arms that differ in rounding
+    alone, where a rate chosen for each on a short run is a larger difference than the one that is looked for.
+    """
 
     factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
     tokens: Positive
     seeds: Positive = 1
+    together: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -135,6 +135,30 @@ def test_rates_are_tuned_alike_on_other_seeds_and_paid_for(asked: Make, claim_di
     assert found.made == found.planned == 12
 
 
+def test_arms_tuned_together_take_the_rate_that_is_best_for_all(asked: Make, claim_dir: Make) -> None:
+    """One arm alone would take twice its rate, the other half of it, where the first is much worse off."""
+    tuning = {"factors": [0.5, 1.0, 2.0, 4.0], "tokens": 1280, "together": True}
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
+    (plan,) = plans(asked())
+    lost = {"one": {0.5: 0.35, 1.0: 0.2, 2.0: 0.0, 4.0: 0.1}, "two": {0.5: 0.0, 1.0: 0.1, 2.0: 0.4, 4.0: math.nan}}
+
+    def loss(run: PlannedRun) -> float | None:
+        return better(0.05)(run) + lost[run.arm][round(run.rate / plan.arms[run.arm].rate, 3)]
+
+    made = MadeUpRuns([plan], loss)
+    (found,) = judged(asked(), made)
+    assert found.rates == {arm: pytest.approx(plan.arms[arm].rate) for arm in ("one", "two")}
+
+
+def test_arms_of_other_rates_are_not_tuned_together(asked: Make, claim_dir: Make) -> None:
+    tuning = {"factors": [0.5, 1.0], "tokens": 1280, "together": True}
+    arms = {**TWO_ARMS["arms"], "two": {"overrides": ["optimizer.lr=0.007"]}}
+    varies = ["model.moe.top_k", "optimizer.lr"]
+    claim_dir(arms=arms, varies=varies, scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
+    with pytest.raises(UserError, match=r"tuning\.together gives all arms one rate, .*two 0\.007\): make them equal"):
+        plans(asked())
+
+
 def test_a_rate_whose_run_failed_has_not_lost(asked: Make, claim_dir: Make) -> None:
     tuning = {"factors": [0.5, 1.0], "tokens": 1280}
     claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
@@ -272,6 +296,21 @@ def test_a_budget_too_small_for_the_runs_is_refused(asked: Make, claim_dir: Make
     with pytest.raises(UserError, match=r"budget\.usd=0\.01: .* take at least .*: raise it, or choose fewer claims"):
         judged(asked(given=given, usd=0.01), made, probe=probe)
     assert not made.started
+
+
+def test_a_suite_whose_runs_are_all_there_needs_no_budget(asked: Make, claim_dir: Make, tmp_path: Path) -> None:
+    """Its runs have the rates that tuning chose, not the arms' own."""
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": {"factors": [0.5, 1.0], "tokens": 1280}}})
+    given = ("tracking=none", f"cost.ledger={tmp_path}/ledger.jsonl")
+    (plan,) = plans(asked(given=given))
+    half = {arm: plan.arms[arm].rate * 0.5 for arm in plan.arms}
+    made = MadeUpRuns([plan], lambda run: better(0.05)(run) + run.rate)
+    made.know(plan, plan.runs(half))
+    judged(asked(given=given), made)
+    (row,) = suite.foretell(asked(given=given), None, probe)
+    assert row["runs_there"] == row["runs"] == 10
+    (found,) = judged(asked(given=given, usd=1e-6), made, probe=probe)
+    assert found.verdict == "supported"
 
 
 def test_no_run_is_started_that_the_budget_cannot_pay_for(asked: Make, claim_dir: Make, tmp_path: Path) -> None:
