@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -56,6 +56,7 @@ class RunConfig:
     deterministic: bool
     traceback: bool
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)  # older runs' have none
+    cpu_kernels: Literal["auto", "compiled", "torch"] = "auto"  # of BF16 products; older runs' have none
 
     def __post_init__(self) -> None:
         for key in ("run_dir", "resume", "init_from"):
@@ -82,7 +83,7 @@ class RunConfig:
         )
 
     _NOT_IDENTITY = (
-        *("name", "run_dir", "resume", "tracking", "checkpoint", "num_threads", "traceback"),
+        *("name", "run_dir", "resume", "tracking", "checkpoint", "num_threads", "traceback", "cpu_kernels"),
         *("hardware", "cost", "budget", "parallel"),
     )
 

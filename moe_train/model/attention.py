@@ -1,6 +1,6 @@
 """Causal self-attention: multi-head latent attention and grouped-query attention, both through torch's SDPA.
 
-On a CPU in BF16 `cpu_attention` takes its place.
+On a CPU in BF16 `kernels/cpu` or `cpu_attention` takes its place.
 
 MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1) caches one compressed vector and one rotary key a token for all heads;
 GQA (arXiv 2305.13245) caches the keys and values of its key-value heads. Both take an optional cache for generation;
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config import GQAConfig, MLAConfig, ModelConfig
+from moe_train.kernels.cpu import attention as compiled
 from moe_train.model.cpu_attention import CausalAttention
 from moe_train.model.layers import Linear, in_compute_format
 from moe_train.model.norm import RMSNorm
@@ -53,7 +54,8 @@ def causal_attention(q_bhtc: Tensor, k_bhsc: Tensor, v_bhsc: Tensor, scale: floa
     """Softmax attention of the last t of s positions, each on itself and all before: (b, h, t, c_v)."""
     t, s = q_bhtc.shape[-2], k_bhsc.shape[-2]
     if q_bhtc.device.type == "cpu" and q_bhtc.dtype == torch.bfloat16 and 1 < t == s:
-        out: Tensor = CausalAttention.apply(q_bhtc, k_bhsc, v_bhsc, scale)  # type: ignore[no-untyped-call]
+        kernel = compiled.CausalAttention if compiled.takes(q_bhtc, v_bhsc) else CausalAttention
+        out: Tensor = kernel.apply(q_bhtc, k_bhsc, v_bhsc, scale)  # type: ignore[no-untyped-call]
         return out
     mask = None
     if 1 < t < s:  # new positions after cached ones: SDPA's own causal mask would align to the wrong corner

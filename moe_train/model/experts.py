@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.config import MoEConfig
+from moe_train.kernels.cpu import experts as compiled
 from moe_train.model import dispatch, slots
 from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequence_balance_loss
 from moe_train.model.layers import SwiGLU, in_compute_format
@@ -60,6 +61,16 @@ class Experts(nn.Module):
         if self.exchange is not None:
             return self.exchange(x_nd, gate_n1, ends_e, self._products, self._may_round)
         return self._products(x_nd, gate_n1, ends_e)
+
+    def of_tokens(self, x_td: Tensor, gate_n1: Tensor, plan: dispatch.Plan) -> Tensor:
+        """Each token through the experts of `plan`, their gated outputs summed: (t, d)."""
+        multiplies_here = self.exchange is None and (self.fp8 is None or not self._may_round)
+        if multiplies_here and compiled.takes(x_td, self.gate_up_proj, self.down_proj):
+            gate_n1, places = gate_n1.to(x_td.dtype), (plan.ends_e, plan.token_n, plan.place_tk)
+            out: Tensor = compiled.SwiGLUOfTokens.apply(x_td, self.gate_up_proj, self.down_proj, gate_n1, *places)  # type: ignore[no-untyped-call]
+            return out
+        rows_nd = remade(lambda x: dispatch.to_experts(x, plan), x_td)
+        return dispatch.from_experts(self(rows_nd, gate_n1, plan.ends_e), plan)
 
     @property
     def _may_round(self) -> bool:
@@ -114,9 +125,8 @@ class MoELayer(nn.Module):
     def _dropless(self, x_td: Tensor, real_t: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
         plan = dispatch.plan(choice.expert_tk, real_t, self.config.num_experts)
         gate_n1 = dispatch.gates_to_experts(choice.gate_tk, plan)
-        rows_nd = remade(lambda x: dispatch.to_experts(x, plan), x_td)
-        y_nd = self.experts(rows_nd, gate_n1, plan.ends_e)
-        return dispatch.from_experts(y_nd, plan), plan.counts_e, x_td.new_zeros((), dtype=torch.float32)
+        y_td = self.experts.of_tokens(x_td, gate_n1, plan)
+        return y_td, plan.counts_e, x_td.new_zeros((), dtype=torch.float32)
 
     def _through_slots(self, x_td: Tensor, places: slots.Slots) -> tuple[Tensor, Tensor, Tensor]:
         rows_nd = remade(lambda x: slots.to_experts(x, places), x_td)

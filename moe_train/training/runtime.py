@@ -24,6 +24,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from moe_train.config import RunConfig
 from moe_train.cost.layout import Layout
 from moe_train.errors import UserError, one_line
+from moe_train.kernels.cpu import library as cpu_kernels
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.agreement import check_agreement
 from moe_train.parallel.communication import Communication
@@ -130,6 +131,7 @@ def start_runtime(config: RunConfig) -> Runtime:
         torch.use_deterministic_algorithms(True)
     device_name = torch.cuda.get_device_name() if on_gpu else cpu_name()
     dtype, note = _choose_dtype(config, on_gpu, device_name)
+    kernels_note = None if on_gpu else cpu_kernels.use(config.cpu_kernels, in_bf16=dtype is torch.bfloat16)
     # torch 2.13 renamed the option, torch 2.11 knows the old name only.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     timeout = config.parallel.timeout_seconds
@@ -183,7 +185,7 @@ def start_runtime(config: RunConfig) -> Runtime:
         timeout_seconds=timeout,
         hosts=_host_group(timeout) if expected > 1 else None,
         communication=communication,
-        notes=tuple(each for each in (note, experts_note) if each),
+        notes=tuple(each for each in (note, kernels_note, experts_note) if each),
     )
 
 

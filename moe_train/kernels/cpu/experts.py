@@ -1,0 +1,146 @@
+"""The routed experts of a layer, from tokens to tokens, by experts.c.
+
+Where torch's operations copy each token once for every expert it goes to, these read it where it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from moe_train.kernels.cpu import library
+
+_SIZES = ("experts", "hidden", "width")
+_FORWARD = ("x", "token", "first", "second", "weight", "ends", "order", "next", "gate_up", "y")
+_BACKWARD = ("grad_y", "grad_x", "grad_first", "grad_second", "grad_weight")
+
+
+class _Arguments(ctypes.Structure):
+    """`Experts` in experts.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _SIZES] + [(name, ctypes.c_void_p) for name in _FORWARD + _BACKWARD]
+
+
+def takes(x_td: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> bool:
+    """Whether they are used, and can do it: x in BF16 on a CPU, master weights in FP32, even sizes."""
+    return (
+        library.in_use() is not None
+        and x_td.device.type == "cpu"
+        and x_td.dtype == torch.bfloat16
+        and gate_up_weight.dtype == down_weight.dtype == torch.float32
+        and down_weight.shape[1] % 2 == down_weight.shape[2] % 2 == 0
+    )
+
+
+class SwiGLUOfTokens(torch.autograd.Function):
+    """x (t, d) in BF16, w₁ (e, 2f, d) and w₂ (e, d, f) in FP32 → (t, d): each token's gated experts, summed.
+
+    Row i of those sorted by expert is token `token_n[i]`; its expert's rows end before `ends_e[e]`; it has the weight
+    `weight_n1[i]`. `place_tk`: where a token's rows are among them. Gradients of the weights are not rounded to BF16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_td: Tensor,
+        first: Tensor,
+        second: Tensor,
+        weight_n1: Tensor,
+        ends_e: Tensor,
+        token_n: Tensor,
+        place_tk: Tensor,
+    ) -> Tensor:
+        y_nd, gate_up = torch.ops.moe_train.experts_forward(x_td, first, second, weight_n1, ends_e, token_n)
+        ctx.save_for_backward(x_td, first, second, weight_n1, ends_e, token_n, place_tk, gate_up)
+        return F.embedding_bag(place_tk, y_nd, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x_td, first, second, weight_n1, ends_e, token_n, place_tk, gate_up = ctx.saved_tensors
+        grad_nd, grad_first, grad_second, grad_weight = torch.ops.moe_train.experts_backward(
+            grad_outputs[0].contiguous(), x_td, first, second, weight_n1, ends_e, token_n, gate_up
+        )
+        grad_td = F.embedding_bag(place_tk, grad_nd, mode="sum")
+        return grad_td, grad_first, grad_second, grad_weight, None, None, None
+
+
+def _call(name: str, first: Tensor, second: Tensor, ends_e: Tensor, **tensors: Tensor) -> None:
+    """The kernel takes the fullest experts first, so that no core is left with one of them at the end."""
+    count = torch.zeros((), dtype=torch.int64)
+    order = ends_e.diff(prepend=ends_e.new_zeros(1)).argsort(descending=True, stable=True).to(torch.int32)
+    tensors |= {"first": first.contiguous(), "second": second.contiguous()}
+    tensors |= {"ends": ends_e, "order": order, "next": count}
+    arguments = _Arguments(len(first), first.shape[2], second.shape[2], **{k: t.data_ptr() for k, t in tensors.items()})
+    library.call_on_cores(getattr(library.in_use(), name), arguments)
+
+
+@torch.library.custom_op("moe_train::experts_forward", mutates_args=())
+def _forward(
+    x_td: Tensor, first: Tensor, second: Tensor, weight_n1: Tensor, ends_e: Tensor, token_n: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Results (n, d) by row, and what SwiGLU reads (n, 2f)."""
+    y_nd, gate_up = _like_results(x_td, first, second, weight_n1, ends_e, token_n)
+    x_td, weight_n1 = x_td.contiguous(), weight_n1.contiguous()
+    _call("experts_forward", first, second, ends_e, x=x_td, token=token_n, weight=weight_n1, gate_up=gate_up, y=y_nd)
+    return y_nd, gate_up
+
+
+@_forward.register_fake
+def _like_results(
+    x_td: Tensor, first: Tensor, second: Tensor, weight_n1: Tensor, ends_e: Tensor, token_n: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x_td.new_empty(len(token_n), x_td.shape[1]), x_td.new_empty(len(token_n), first.shape[1])
+
+
+@torch.library.custom_op("moe_train::experts_backward", mutates_args=())
+def _backward(
+    grad_td: Tensor,
+    x_td: Tensor,
+    first: Tensor,
+    second: Tensor,
+    weight_n1: Tensor,
+    ends_e: Tensor,
+    token_n: Tensor,
+    gate_up: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x by row (n, d), of both weights and of the rows' weights."""
+    made: tuple[Tensor, Tensor, Tensor, Tensor]
+    made = _like_gradients(grad_td, x_td, first, second, weight_n1, ends_e, token_n, gate_up)
+    x_td, weight_n1 = x_td.contiguous(), weight_n1.contiguous()
+    tensors = dict(zip(("grad_x", "grad_first", "grad_second", "grad_weight"), made))
+    tensors |= {"x": x_td, "token": token_n, "weight": weight_n1, "gate_up": gate_up, "grad_y": grad_td}
+    _call("experts_backward", first, second, ends_e, **tensors)
+    return made
+
+
+@_backward.register_fake
+def _like_gradients(
+    grad_td: Tensor,
+    x_td: Tensor,
+    first: Tensor,
+    second: Tensor,
+    weight_n1: Tensor,
+    ends_e: Tensor,
+    token_n: Tensor,
+    gate_up: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows_nd = x_td.new_empty(len(token_n), x_td.shape[1])
+    return rows_nd, first.new_empty(first.shape), second.new_empty(second.shape), weight_n1.new_empty(weight_n1.shape)
+
+
+@register_flop_formula([torch.ops.moe_train.experts_forward])
+def _forward_flops(x: torch.Size, first: torch.Size, *others: Any, **_: Any) -> int:
+    """For torch's counter, which does not look into operators: three products of d × f for a row."""
+    rows: int = others[3][0]
+    return 2 * rows * first[1] * first[2] * 3 // 2
+
+
+@register_flop_formula([torch.ops.moe_train.experts_backward])
+def _backward_flops(grad: torch.Size, x: torch.Size, first: torch.Size, *others: Any, **_: Any) -> int:
+    rows: int = others[3][0]
+    return 2 * (2 * rows * first[1] * first[2] * 3 // 2)

@@ -1,0 +1,206 @@
+"""Kernels in C: against float64 and torch's operations, the same on any number of cores, and NaN stays NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_train.errors import UserError
+from moe_train.kernels.cpu import attention, library
+from moe_train.kernels.cpu.experts import SwiGLUOfTokens, takes
+from moe_train.model import dispatch
+from moe_train.model.cpu_attention import CausalAttention
+from moe_train.precision.matmul import swiglu_linear
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> Iterator[None]:
+    try:
+        library.use("compiled", in_bf16=True)
+    except UserError as error:
+        pytest.skip(str(error))
+    yield
+    library.use("torch", in_bf16=True)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-9)).item()
+
+
+def allowed(torchs: Tensor, exact: Tensor) -> float:
+    """The error of torch's operations, which round more often, and what chance makes of it for so many numbers."""
+    return (1.05 + exact.numel() ** -0.5) * error(torchs, exact) + 2**-12
+
+
+def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def layer(t: int, experts: int, k: int, d: int, f: int, favourite: bool = False) -> SimpleNamespace:
+    """Tokens, weights, and where tokens go; `favourite`: all to the first experts."""
+    scores = drawn(t, experts, seed=1)
+    if favourite:
+        scores -= torch.arange(experts) * 100
+    plan = dispatch.plan(scores.topk(k).indices, torch.ones(t, dtype=torch.bool), experts)
+    return SimpleNamespace(
+        x=drawn(t, d, seed=2).bfloat16(),
+        first=drawn(experts, 2 * f, d, seed=3, scale=d**-0.5),
+        second=drawn(experts, d, f, seed=4, scale=f**-0.5),
+        weight=drawn(t * k, 1, seed=5).sigmoid().bfloat16(),
+        grad=drawn(t, d, seed=6).bfloat16(),
+        plan=plan,
+    )
+
+
+def through(case: SimpleNamespace, kind: str) -> list[Tensor]:
+    """Result and gradients of x, both weights and the rows' weights: in float64, by torch in BF16, by the kernels."""
+    wide = [x.double() if kind == "float64" else x for x in (case.x, case.first, case.second, case.weight)]
+    x, first, second, weight = leaves = [x.clone().requires_grad_() for x in wide]
+    if kind == "kernels":
+        assert takes(x, first, second)
+        y = SwiGLUOfTokens.apply(x, first, second, weight, case.plan.ends_e, case.plan.token_n, case.plan.place_tk)
+    else:
+        rows = dispatch.to_experts(x, case.plan)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "torch"):
+            rows = swiglu_linear(rows, first, second, row_weight=weight, ends_e=case.plan.ends_e)
+        y = dispatch.from_experts(rows, case.plan)
+    return [y.detach(), *torch.autograd.grad(y, leaves, case.grad.to(y.dtype))]
+
+
+SIZES = {  # tokens, experts, a token's, width, an expert's
+    "tiny": (256, 16, 4, 256, 96),
+    "smallest": (1, 1, 1, 2, 2),
+    "no_multiples_of_a_register": (100, 5, 2, 46, 18),
+    "empty_experts": (3, 64, 2, 64, 32),
+    "more_rows_than_a_block": (700, 2, 2, 64, 80),
+}
+
+
+@pytest.mark.parametrize("favourite", [False, True], ids=["spread", "all_to_the_same"])
+@pytest.mark.parametrize("name", SIZES)
+def test_experts_are_nearer_to_float64_than_torchs_operations(name: str, favourite: bool) -> None:
+    case = layer(*SIZES[name], favourite=favourite)
+    exact, torchs, found = (through(case, kind) for kind in ("float64", "torch", "kernels"))
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    for each, other, right in zip(found, torchs, exact, strict=True):
+        assert error(each, right) <= allowed(other, right)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 9), st.integers(1, 3), st.integers(1, 70), st.integers(1, 40)),
+    st.booleans(),
+)
+def test_experts_of_any_even_size(sizes: tuple[int, ...], favourite: bool) -> None:
+    t, experts, k, half_d, half_f = sizes
+    case = layer(t, experts, min(k, experts), 2 * half_d, 2 * half_f, favourite)
+    for each, right in zip(through(case, "kernels"), through(case, "float64"), strict=True):
+        assert error(each, right) < 0.015
+
+
+def heads(b: int, h: int, g: int, t: int, c: int, cv: int) -> list[Tensor]:
+    """q, k, v and the gradient of the result, by tokens as projections make them."""
+    sizes = [(h, c), (g, c), (g, cv), (h, cv)]
+    return [drawn(b, t, *size, seed=i).transpose(1, 2).bfloat16() for i, size in enumerate(sizes)]
+
+
+def attended(tensors: list[Tensor], kind: str) -> list[Tensor]:
+    wide = [x.double() if kind == "float64" else x for x in tensors]
+    leaves, grad = [x.clone().requires_grad_() for x in wide[:3]], wide[3]
+    if kind == "float64":
+        out = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
+    else:
+        assert attention.takes(leaves[0], leaves[2])
+        out = (attention.CausalAttention if kind == "kernels" else CausalAttention).apply(*leaves, 0.3)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+HEADS = {
+    "tiny": (2, 4, 4, 256, 48, 32),
+    "a_row_too_many": (1, 2, 2, 133, 16, 16),
+    "no_multiples_of_a_register": (2, 2, 2, 67, 34, 18),
+    "shared_keys": (2, 8, 2, 150, 16, 16),
+    "two_positions": (1, 1, 1, 2, 2, 2),
+    "long": (1, 1, 1, 1500, 32, 32),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_attention_is_nearer_to_float64_than_torchs_operations(name: str) -> None:
+    tensors = heads(*HEADS[name])
+    exact, torchs, found = (attended(tensors, kind) for kind in ("float64", "torch", "kernels"))
+    for each, other, right in zip(found, torchs, exact, strict=True):
+        assert each.dtype == torch.bfloat16
+        assert error(each, right) <= allowed(other, right)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 2)),
+    st.integers(2, 140),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_attention_of_any_even_size(many: tuple[int, int, int], t: int, half_c: int, half_cv: int) -> None:
+    batch, groups, shared = many
+    tensors = heads(batch, groups * shared, groups, t, 2 * half_c, 2 * half_cv)
+    for each, right in zip(attended(tensors, "kernels"), attended(tensors, "float64"), strict=True):
+        assert error(each, right) < 0.01
+
+
+def test_nothing_later_changes_a_result_or_a_gradient() -> None:
+    before, after = heads(*HEADS["a_row_too_many"]), heads(*HEADS["a_row_too_many"])
+    for x in after[:3]:
+        x[:, :, 80:] += 5.0
+    for tensors in (before, after):
+        tensors[3][:, :, 80:] = 0
+    for one, other in zip(attended(before, "kernels"), attended(after, "kernels"), strict=True):
+        assert torch.equal(one[:, :, :80], other[:, :, :80])
+
+
+def test_any_number_of_cores_gives_the_same_bits() -> None:
+    case, tensors, found = layer(*SIZES["tiny"]), heads(*HEADS["shared_keys"]), []
+    before = torch.get_num_threads()
+    try:
+        for cores in (1, 2, 3):
+            torch.set_num_threads(cores)
+            found.append([*through(case, "kernels"), *attended(tensors, "kernels")])
+    finally:
+        torch.set_num_threads(before)
+    for each in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], each, strict=True))
+
+
+def test_a_number_that_is_none_is_not_lost_and_stays_with_its_token() -> None:
+    case, tensors = layer(*SIZES["tiny"]), heads(*HEADS["tiny"])
+    case.x[7, 3] = torch.nan
+    y = through(case, "kernels")[0]
+    assert y[7].isnan().all()
+    assert torch.cat((y[:7], y[8:])).isfinite().all()
+    tensors[0][0, 1, 100, 3] = torch.nan  # a query
+    out = attended(tensors, "kernels")[0]
+    assert out[0, 1, 100].isnan().all()
+    out[0, 1, 100] = 0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["compiled", "torch"])
+def test_the_ways_to_training_are_the_same(kind: str) -> None:
+    """Which of them runs is asked of the process, and what they do not do is torch's."""
+    library.use("compiled" if kind == "compiled" else "torch", in_bf16=True)
+    try:
+        case = layer(*SIZES["tiny"])
+        assert takes(case.x, case.first, case.second) is (kind == "compiled")
+        assert not takes(case.x.float(), case.first, case.second)
+        assert not takes(case.x, case.first.bfloat16(), case.second.bfloat16())
+        assert not takes(case.x, case.first[:, :, :255], case.second[:, :255])
+        assert not attention.takes(case.x[:, :33], case.x)
+    finally:
+        library.use("compiled", in_bf16=True)
