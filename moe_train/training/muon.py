@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_train.cost.optimizer_memory import MUON_BATCH_ELEMENTS, chunk_elements
+from moe_train.kernels.cpu import muon as compiled
 from moe_train.parallel.whole_matrices import WholeMatrices
 from moe_train.precision.support import multiplies_bfloat16
 from moe_train.training.moments import NEAREST, Rounding, load_states, store
@@ -103,7 +104,8 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for batch in self._batches(group["params"]):
-                self._step_batch(batch, group)
+                if not self._step_compiled(batch, group):
+                    self._step_batch(batch, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -127,22 +129,40 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
+    def _step_compiled(self, parameters: list[Tensor], group: dict[str, Any]) -> bool:
+        """The same by kernels/cpu, if that takes them."""
+        if self.momentum_dtype != torch.float32 or (self.whole is not None and parameters[0] in self.whole):
+            return False
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        shape, momenta = self.matrix_shape(parameters[0]), [self._momentum(parameter) for parameter in parameters]
+        if not compiled.takes([*parameters, *gradients, *momenta], shape):
+            return False
+        learn, decay = group["lr"] * 0.2 * math.sqrt(max(shape)), 1 - group["lr"] * group["weight_decay"]
+        how = compiled.Step(group["momentum"], group["nesterov"], group["ns_steps"], learn, decay)
+        compiled.step(parameters, gradients, momenta, shape, how)
+        return True
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            assert parameter.grad is not None
+            state["momentum_buffer"] = torch.zeros_like(
+                parameter.grad, dtype=self.momentum_dtype, memory_format=torch.contiguous_format
+            )
+        momentum: Tensor = state["momentum_buffer"]
+        return momentum
+
     def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Momentum as (N, out, in), in the dtype the iteration runs in."""
         gradient = parameter.grad
         assert gradient is not None
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(
-                gradient, dtype=self.momentum_dtype, memory_format=torch.contiguous_format
-            )
-        momentum = state["momentum_buffer"]
+        momentum = self._momentum(parameter)
         if self.momentum_dtype == torch.float32:
             momentum.lerp_(gradient, 1 - group["momentum"])
             direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
             direction = direction.to(fast_dtype(parameter.device))
         else:
-            direction = self._through_float32(parameter, gradient, state, group)
+            direction = self._through_float32(parameter, gradient, self.state[parameter], group)
         if self.whole is not None and parameter in self.whole:
             return direction.reshape(1, *parameter.shape)
         rows, columns = self.matrix_shape(parameter)

@@ -18,6 +18,7 @@ from moe_train.kernels.cpu.experts import SwiGLUOfTokens, takes
 from moe_train.model import dispatch
 from moe_train.model.cpu_attention import CausalAttention
 from moe_train.precision.matmul import swiglu_linear
+from moe_train.training.muon import Muon
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,9 +35,9 @@ def error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-9)).item()
 
 
-def allowed(torchs: Tensor, exact: Tensor) -> float:
-    """The error of torch's operations, which round more often, and what chance makes of it for so many numbers."""
-    return (1.05 + exact.numel() ** -0.5) * error(torchs, exact) + 2**-12
+def allowed(torchs: Tensor, exact: Tensor, count: int | None = None) -> float:
+    """The error of torch's operations, which round more often, and what chance makes of it for so many (numbers)."""
+    return (1.05 + (count or exact.numel()) ** -0.5) * error(torchs, exact) + 2**-12
 
 
 def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -153,6 +154,44 @@ def test_attention_of_any_even_size(many: tuple[int, int, int], t: int, half_c: 
     tensors = heads(batch, groups * shared, groups, t, 2 * half_c, 2 * half_cv)
     for each, right in zip(attended(tensors, "kernels"), attended(tensors, "float64"), strict=True):
         assert error(each, right) < 0.01
+
+
+MUON = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "ns_steps": 5, "weight_decay": 0.1}
+
+
+def muon_in_float64(parameter: Tensor, gradients: list[Tensor], rows: int) -> list[Tensor]:
+    """What the weights become, and the momentum: the algorithm of Muon, matrix by matrix of so many rows."""
+    weight = parameter.double().reshape(-1, rows, parameter.shape[-1])
+    momentum = torch.zeros_like(weight)
+    for gradient in gradients:
+        momentum = 0.9 * momentum + 0.1 * gradient.double().reshape(weight.shape)
+        x = 0.9 * momentum + 0.1 * gradient.double().reshape(weight.shape)
+        x = x / torch.linalg.matrix_norm(x, keepdim=True)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        weight = 0.99 * weight - 0.1 * 0.2 * max(weight.shape[1:]) ** 0.5 * x
+    return [weight.view(parameter.shape), momentum.view(parameter.shape)]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("shape", [(3, 96, 256), (4, 256, 96), (2, 36, 18), (2, 64, 64), (1, 132, 2), (40, 300)])
+def test_muon_is_as_near_to_float64_as_torchs_operations(shape: tuple[int, ...], joined: bool) -> None:
+    """Two gradients, not more: each step makes differences of rounding larger."""
+    parameter, gradients, found = drawn(*shape, seed=0), [drawn(*shape, seed=seed) for seed in (1, 2)], []
+    exact = muon_in_float64(parameter, gradients, shape[-2] // (2 if joined else 1))
+    for kind in ("compiled", "torch"):
+        library.use(kind, in_bf16=True)
+        weight = torch.nn.Parameter(parameter.clone())
+        optimizer = Muon([weight], **MUON, joined=[weight] if joined else [])
+        for weight.grad in gradients:
+            optimizer.step()
+        found.append([weight.detach(), optimizer.state[weight]["momentum_buffer"]])
+    library.use("compiled", in_bf16=True)
+    for each, other, right, before in zip(*found, exact, (parameter, 0.0), strict=True):
+        count = parameter.shape[:-2].numel() * (2 if joined else 1)  # a matrix goes wrong as a whole
+        assert error(each - before, right - before) <= allowed(other - before, right - before, count)
+    assert not torch.equal(found[0][0], found[1][0])
 
 
 def test_nothing_later_changes_a_result_or_a_gradient() -> None:

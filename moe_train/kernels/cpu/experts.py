@@ -76,7 +76,7 @@ def _call(name: str, first: Tensor, second: Tensor, ends_e: Tensor, **tensors: T
     tensors |= {"first": first.contiguous(), "second": second.contiguous()}
     tensors |= {"ends": ends_e, "order": order, "next": count}
     arguments = _Arguments(len(first), first.shape[2], second.shape[2], **{k: t.data_ptr() for k, t in tensors.items()})
-    library.call_on_cores(getattr(library.in_use(), name), arguments)
+    library.call_on_cores(name, arguments)
 
 
 @torch.library.custom_op("moe_train::experts_forward", mutates_args=())

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -60,12 +59,13 @@ def in_use() -> ctypes.CDLL | None:
     return _library
 
 
-def call_on_cores(function: Callable[..., int], arguments: ctypes.Structure) -> None:
+def call_on_cores(name: str, arguments: ctypes.Structure) -> None:
     """A kernel whose cores take their work from a common count. Raises MemoryError."""
+    function = getattr(_library, name)
 
     def work(_: int) -> None:
         if function(ctypes.byref(arguments)):
-            raise MemoryError(f"{function.__name__}: no memory for its packed operands")
+            raise MemoryError(f"{name}: no memory for its packed operands")
 
     cores = torch.get_num_threads()
     if cores == 1:
