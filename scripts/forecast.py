@@ -9,8 +9,8 @@
 python scripts/forecast.py model=NAME tokens=N hardware=NAME [num_gpus=1] [precision=bf16|fp8] \
 [parallel=auto|single|ddp|fsdp2|ep|ep_fsdp2] [expert_parallel=N] [micro_batch=1] [sequence_length=N] [vocab_size=N] \
 [activation_checkpointing=auto|true|false] [price_usd_per_hour=X] [json=FILE] [--config-dir DIR] [model.KEY=VALUE …]
-parts=true also takes pipeline_parallel=N pipeline_schedule=1f1b|zb1p|dualpipe sharding=ddp|zero1|fsdp2 and \
-plot=FILE.svg|png|pdf
+parts=true also takes pipeline_parallel=N pipeline_schedule=1f1b|zb1p|dualpipe sharding=ddp|zero1|fsdp2 \
+attention_kernel=flash_attention_2|flash_attention_3 and plot=FILE.svg|png|pdf
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from moe_train.forecast import commands
 from moe_train.forecast.parts import Sharding
 from moe_train.forecast.parts_command import put_together
 from moe_train.forecast.pipeline import Schedule
+from moe_train.forecast.rates import AttentionKernel
 
 USAGE = (__doc__ or "").strip()
 
@@ -59,6 +60,7 @@ class Arguments:
     pipeline_parallel: Size = 1
     pipeline_schedule: Schedule = "1f1b"
     sharding: Sharding = "zero1"
+    attention_kernel: AttentionKernel | None = None  # MLA has 2, others 3
     plot: Path | None = None
     published: bool = False
     fit: bool = False
@@ -79,6 +81,7 @@ _TAKES = {
             "pipeline_parallel",
             "pipeline_schedule",
             "sharding",
+            "attention_kernel",
             "plot",
         ),
     ),

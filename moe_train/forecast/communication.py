@@ -68,8 +68,7 @@ class Network:
             return Exchange(0.0, 0.0)
         nodes = -(-expert_parallel // self.devices_per_node)
         crossing = 0.0 if nodes == 1 else nodes_visited(moe, nodes)
-        devices = distinct(moe.experts_per_token, expert_parallel)
-
+        devices = devices_visited(moe, expert_parallel)
         slowest = max(crossing / self.between_nodes, devices / self.in_node)  # seconds a byte
         return Exchange(hidden * dispatch_bytes * slowest, hidden * 2.0 * slowest)
 
@@ -85,6 +84,13 @@ def nodes_visited(moe: MoEConfig, nodes: int) -> float:
     nodes where each node holds one group of experts."""
     free = distinct(moe.experts_per_token, nodes)
     return min(free, moe.topk_group) if moe.n_group == nodes else free
+
+
+def devices_visited(moe: MoEConfig, expert_parallel: int) -> float:
+    """By a token on average. Routing reaches `topk_group` groups of experts, each of which lies on whole devices."""
+    within = expert_parallel % moe.n_group == 0
+    reached = expert_parallel // moe.n_group * moe.topk_group if within else expert_parallel
+    return distinct(moe.experts_per_token, reached)
 
 
 def dispatch_bytes(fp8: bool) -> float:

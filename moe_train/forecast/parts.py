@@ -3,8 +3,9 @@
 Devices are placed so: those that share out experts (`expert_parallel`) are neighbours and fill nodes, the copies of a
 stage follow, the stages of the pipeline lie farthest apart. A device works on sequences of its own. The slowest stage
 sets the pace: layers go whole to stages. DualPipe hides the all-to-all behind the other direction's products, for which
-it lends some multiprocessors; in other schedules, and without a pipeline, nothing hides it. Gathers of `sharding=fsdp2`
-are hidden behind products as far as these last, what happens once a step is not.
+it lends some multiprocessors, but not in the chunks at its ends, which overlap with nothing. In other schedules, and
+without a pipeline, only shared experts work meanwhile, forward and for gradients of inputs (arXiv 2405.04434, section
+3.1.3). Gathers of `sharding=fsdp2` are hidden behind products as far as these last, what happens once a step is not.
 
 Left out: uneven load of experts, devices slowed by their power limit, evaluation, checkpoints, failures, restarts.
 """
@@ -15,12 +16,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_train.config import HardwareConfig, ModelConfig
-from moe_train.cost.flops import ROUTED_EXPERTS, main_parameters, mtp_parameters
+from moe_train.cost.flops import (
+    ROUTED_EXPERTS,
+    ROUTER,
+    SHARED_EXPERTS,
+    main_forward_flops,
+    main_parameters,
+    mtp_forward_flops,
+    mtp_parameters,
+)
 from moe_train.errors import UserError
-from moe_train.forecast.communication import Exchange, Network, dispatch_bytes
-from moe_train.forecast.pipeline import Chunk, Schedule, bubble_seconds, check_schedule, stages_held
-from moe_train.forecast.rates import LENT_MULTIPROCESSORS
-from moe_train.forecast.work import GRADIENT_SUM_BYTES, MEMORY, Passes, Speeds, all_layers, work
+from moe_train.forecast.communication import Exchange, Network, devices_visited, dispatch_bytes
+from moe_train.forecast.passes import Passes
+from moe_train.forecast.pipeline import Chunk, Schedule, alone_chunks, bubble_seconds, check_schedule, stages_held
+from moe_train.forecast.rates import LENT_MULTIPROCESSORS, WIDE_QUERIES_KERNEL, AttentionKernel
+from moe_train.forecast.work import GRADIENT_SUM_BYTES, MEMORY, Speeds, all_layers, wide_queries, work
 
 Sharding = Literal["ddp", "zero1", "fsdp2"]
 UNEVEN, LENT, BUBBLES = "uneven stages", "multiprocessors lent to communication", "pipeline bubbles"
@@ -65,6 +75,11 @@ class Task:
     batch_size: int
     micro_batch: int
     fp8: bool
+    attention_kernel: AttentionKernel | None = None  # None: as `kernel` says
+
+    @property
+    def kernel(self) -> AttentionKernel:
+        return self.attention_kernel or (WIDE_QUERIES_KERNEL if wide_queries(self.model) else "flash_attention_3")
 
 
 @dataclass(frozen=True)
@@ -111,54 +126,62 @@ def micro_batches(task: Task, machine: Machine) -> int:
 def step(task: Task, machine: Machine) -> Step:
     """Raises UserError where the layout does not divide or the hardware lacks a figure."""
     count, network, stages = micro_batches(task, machine), machine.network, machine.pipeline_parallel
-    speeds = Speeds.of(machine.hardware, task.fp8)
+    speeds = Speeds.of(machine.hardware, task.model, task.fp8, task.kernel)
     dense, experts = _parameters(task, machine)
     held = stages_held(machine.schedule, stages)
     tokens = task.micro_batch * task.sequence_length  # of a micro-batch
-    parts = {
-        name: each * (tokens / stages)
-        for name, each in work(task.model, task.sequence_length, task.vocab_size, speeds, task.fp8).items()
-    }
-    parts[MEMORY] += Passes(weights=(dense + experts) * GRADIENT_SUM_BYTES / speeds.memory)
+    moe = task.model.moe
+    devices = 1.0 if moe is None else devices_visited(moe, machine.expert_parallel)
+    done = work(
+        task.model,
+        task.sequence_length,
+        task.vocab_size,
+        speeds,
+        fp8=task.fp8,
+        kernel=task.kernel,
+        devices=devices,
+    )
+    parts = {name: each * (tokens / stages) for name, each in done.items()}
+    summed = _summed_apart(task) / stages if task.fp8 else dense + experts
+    parts[MEMORY] += Passes(weights=summed * GRADIENT_SUM_BYTES / speeds.memory)
     computing = sum(parts.values(), Passes())
     exchange = _exchange(task, machine, network, tokens)
     hides = machine.schedule == "dualpipe" and stages > 1 and exchange.seconds > 0
     lent = LENT_MULTIPROCESSORS / (1 - LENT_MULTIPROCESSORS) if hides else 0.0
-    slower = sum((each for name, each in parts.items() if name != MEMORY), Passes()) * lent
-    computing += slower
+    slower = sum((each.seconds for name, each in parts.items() if name != MEMORY)) * lent
+    alone = alone_chunks(machine.schedule, stages)  # forward, and as many backward
+    overlapped = count - alone
     both = 2 * exchange.seconds  # forward and backward
-    seen = max(0.0, both - computing.seconds) if hides else both
+    behind = computing.seconds + slower if hides else _behind_shared_experts(task, speeds, tokens / stages, exchange)
+    seen = max(0.0, both - behind)
+    shown = overlapped * seen + alone * both
     uneven = _slowest_stage(task, stages) - 1
 
     link = network.in_node if machine.num_devices <= network.devices_per_node else network.between_nodes
     transfer = 0.0 if stages == 1 else 2 * tokens * task.model.hidden_size * WEIGHT / link
     backward = computing.inputs + computing.weights
-    chunk = Chunk(
-        computing.forward + exchange.seconds,
-        backward + exchange.seconds,
-        computing.weights,
-        computing.seconds + seen,
-    )
+    one_way = exchange.seconds if hides else seen / 2
+    chunk = Chunk(computing.forward + one_way, backward + one_way, computing.weights, computing.seconds + slower + seen)
     gathers, sums = _synchronised(machine, network, dense * held, experts * held)
     each_micro_batch = machine.sharding == "fsdp2"
-    behind = min(gathers, computing.seconds) if each_micro_batch else 0.0
+    gathered = min(gathers, computing.seconds) if each_micro_batch else 0.0
     share = exchange.dispatch / exchange.seconds if exchange.seconds else 0.0
     exposed = {name: count * each.seconds for name, each in parts.items()} | {
-        LENT: count * slower.seconds,
-        UNEVEN: count * computing.seconds * uneven,
-        DISPATCH: count * seen * share,
-        COMBINE: count * seen * (1 - share),
-        TRANSFERS: 0.0 if hides else count * transfer,
+        LENT: overlapped * slower,
+        UNEVEN: (count * computing.seconds + overlapped * slower) * uneven,
+        DISPATCH: shown * share,
+        COMBINE: shown * (1 - share),
+        TRANSFERS: (alone if hides else count) * transfer,
         BUBBLES: bubble_seconds(machine.schedule, stages, chunk),
-        SHARDS: count * (gathers - behind) if each_micro_batch else gathers,
+        SHARDS: count * (gathers - gathered) if each_micro_batch else gathers,
         REPLICAS: sums,
         OPTIMIZER: _optimizer_bytes(machine, dense * held, experts * held) / speeds.memory,
     }
     hidden = {
-        DISPATCH: count * (both - seen) * share,
-        COMBINE: count * (both - seen) * (1 - share),
-        TRANSFERS: count * transfer if hides else 0.0,
-        SHARDS: count * behind,
+        DISPATCH: (count * both - shown) * share,
+        COMBINE: (count * both - shown) * (1 - share),
+        TRANSFERS: overlapped * transfer if hides else 0.0,
+        SHARDS: count * gathered,
     }
     return Step(
         {name: seconds for name, seconds in exposed.items() if seconds > 0},
@@ -175,6 +198,25 @@ def _parameters(task: Task, machine: Machine) -> tuple[float, float]:
     routed = sum(parts.get(ROUTED_EXPERTS, 0) for parts in counts)
     rest = sum(sum(parts.values()) for parts in counts) - routed
     return rest / machine.pipeline_parallel, routed / machine.pipeline_parallel / machine.expert_parallel
+
+
+def _summed_apart(task: Task) -> float:
+    """Parameters whose products are not in FP8: the FP8 rates of weight gradients hold the sum with earlier ones."""
+    parts = (main_parameters(task.model, task.vocab_size), mtp_parameters(task.model))
+    heads = (1 + task.model.mtp_depth) * task.vocab_size * task.model.hidden_size
+    return heads + sum(of_parts.get(ROUTER, 0) for of_parts in parts)
+
+
+def _behind_shared_experts(task: Task, speeds: Speeds, tokens: float, exchange: Exchange) -> float:
+    """Seconds of a micro-batch's all-to-all, both ways, in which shared experts are at work."""
+    shared = sum(
+        parts.get(SHARED_EXPERTS, 0.0)
+        for parts in (
+            main_forward_flops(task.model, task.sequence_length, task.vocab_size),
+            mtp_forward_flops(task.model, task.sequence_length, task.vocab_size),
+        )
+    )
+    return 2 * min(exchange.seconds, tokens * shared / speeds.dense[0])
 
 
 def _exchange(task: Task, machine: Machine, network: Network, tokens: int) -> Exchange:

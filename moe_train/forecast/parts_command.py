@@ -13,7 +13,7 @@ from moe_train.forecast.parts import Machine, Sharding, Step, Task, step
 from moe_train.forecast.parts_tables import show_parts
 from moe_train.forecast.pipeline import Schedule
 from moe_train.forecast.published import published_runs
-from moe_train.forecast.rates import SOURCES
+from moe_train.forecast.rates import SOURCES, AttentionKernel
 from moe_train.forecast.scaling import STATES_SHARE, Limit, limits
 from moe_train.forecast.training_run import GB
 
@@ -33,6 +33,7 @@ class _Asked(Protocol):
     pipeline_parallel: int
     pipeline_schedule: Schedule
     sharding: Sharding
+    attention_kernel: AttentionKernel | None
     batch_size: int | None
     micro_batch: int
     sequence_length: int | None
@@ -58,6 +59,7 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
         batch_size=asked.batch_size,
         micro_batch=asked.micro_batch,
         fp8=precision_of(asked.precision) == "fp8",
+        attention_kernel=asked.attention_kernel,
     )
     machine = Machine(
         hardware,
@@ -76,6 +78,7 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
         "hardware": hardware.name,
         "num_devices": machine.num_devices,
         "precision": "fp8" if task.fp8 else "bf16",
+        "attention_kernel": task.kernel,
         "layout": _layout(machine),
         "tokens": tokens,
         "micro_batches": taken.micro_batches,
@@ -91,7 +94,7 @@ def put_together(asked: _Asked, overrides: list[str], config_dir: Path | None) -
         "states_share": STATES_SHARE,
         "limits": [_described(each, tokens) for each in limits(task, hardware)],
         "sources": list(SOURCES),
-        "notes": [LEFT_OUT],
+        "notes": [f"attention at the rates of {task.kernel} (attention_kernel=)", LEFT_OUT],
     }
     show_parts(content)
     if asked.plot:

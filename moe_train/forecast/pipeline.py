@@ -36,6 +36,11 @@ def bubble_seconds(schedule: Schedule, stages: int, chunk: Chunk) -> float:
     return (stages // 2 - 1) * max(0.0, chunk.overlapped + chunk.backward - 3 * chunk.weight)
 
 
+def alone_chunks(schedule: Schedule, stages: int) -> int:
+    """Forward chunks of a step, and as many backward, that DualPipe overlaps with nothing (deepseek-ai/DualPipe)."""
+    return stages if schedule == "dualpipe" and stages > 1 else 0
+
+
 def stages_held(schedule: Schedule, stages: int) -> int:
     """Of weights on one device."""
     return 2 if schedule == "dualpipe" and stages > 1 else 1

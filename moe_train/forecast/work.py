@@ -1,10 +1,8 @@
 """Seconds one device computes for a token, in the parts they fall into, each at a rate that others measured.
 
 Products take their FLOPs (`cost/flops.py`) at a measured share of their format's peak. Between them data only pass
-through memory: norms with their residuals, rotations, SwiGLU, expert rows brought in order, and with FP8 every
-operand quantised (its input once forward and again along the tokens, its gradient along both, arXiv 2412.19437,
-section 3.3). As there (section 3.2.3), norms, SwiGLU and MLA's up-projections are computed again in the backward pass.
-Weight gradients are added to FP32 sums once a micro-batch.
+through memory (`memory_passes.py`). MLA's up-projections are computed again in the backward pass (arXiv 2412.19437,
+section 3.2.3).
 """
 
 from __future__ import annotations
@@ -17,45 +15,34 @@ from moe_train.cost.flops import (
     ATTENTION_PROJECTIONS,
     HEAD,
     MTP,
+    ROUTED_EXPERTS,
     ROUTER,
     layer_kinds,
     main_forward_flops,
     mtp_forward_flops,
 )
-from moe_train.cost.optimizer_memory import layer_matrices
 from moe_train.errors import UserError
 from moe_train.forecast import rates
+from moe_train.forecast.memory_passes import layer_bytes, loss_bytes
+from moe_train.forecast.passes import Passes
+from moe_train.forecast.rates import AttentionKernel
 
 ATTENTION, MEMORY = "attention", "passes through memory"
 FP8, BF16, FP32 = "products in FP8", "products in BF16", "products in FP32"
 GRADIENT_SUM_BYTES = 8  # an FP32 sum is read and written
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Seconds a token: forward, backward without weight gradients, weight gradients."""
-
-    forward: float = 0.0
-    inputs: float = 0.0
-    weights: float = 0.0
-
-    def __add__(self, other: Passes) -> Passes:
-        return Passes(self.forward + other.forward, self.inputs + other.inputs, self.weights + other.weights)
-
-    def __mul__(self, factor: float) -> Passes:
-        return Passes(self.forward * factor, self.inputs * factor, self.weights * factor)
-
-    @property
-    def seconds(self) -> float:
-        return self.forward + self.inputs + self.weights
+Rate = tuple[float, float]  # FLOP/s of a product and its input's gradient, and of its weights' gradient
 
 
 @dataclass(frozen=True)
 class Speeds:
     """Of one device: FLOP/s by what is multiplied, bytes/s of its memory. Raises UserError where one is not known."""
 
-    projections: float
-    experts: float
+    projections: Rate
+    up_projections: float  # of MLA
+    dense: Rate  # FFNs that every token passes, shared experts among them
+    experts: Rate
     bf16: float
     fp32: float
     attention_forward: float
@@ -63,7 +50,7 @@ class Speeds:
     memory: float
 
     @classmethod
-    def of(cls, hardware: HardwareConfig, fp8: bool) -> Speeds:
+    def of(cls, hardware: HardwareConfig, model: ModelConfig, fp8: bool, kernel: AttentionKernel) -> Speeds:
         peaks = hardware.peak_tflops
         if peaks.bfloat16 is None or peaks.float32 is None or hardware.bandwidth_tb_s is None:
             raise UserError(
@@ -72,20 +59,48 @@ class Speeds:
         if fp8 and peaks.float8 is None:
             raise UserError(f"hardware={hardware.name} multiplies no FP8: choose precision=bf16")
         bf16 = peaks.bfloat16 * 1e12
-        linear = (peaks.float8 or 0.0) * 1e12
+        forward, backward = rates.ATTENTION_SHARES[kernel]
+        if wide_queries(model):
+            forward *= rates.WIDE_QUERIES_SLOWER[kernel]
+
+        def rate(in_fp8: Rate, in_bf16: float) -> Rate:
+            products, gradients = in_fp8 if fp8 else (in_bf16, in_bf16)
+            peak = (peaks.float8 or 0.0) * 1e12 if fp8 else bf16
+            return peak * products, peak * gradients
+
         return cls(
-            projections=linear * rates.FP8_PROJECTION_SHARE if fp8 else bf16 * rates.BF16_SHARE,
-            experts=linear * rates.FP8_EXPERT_SHARE if fp8 else bf16 * rates.BF16_SHARE,
+            projections=rate(rates.FP8_PROJECTION_SHARES, rates.BF16_SHARE),
+            up_projections=rate((rates.FP8_UP_PROJECTION_SHARE,) * 2, rates.BF16_SHARE)[0],
+            dense=rate(rates.FP8_DENSE_SHARES, rates.BF16_SHARE),
+            experts=rate(rates.FP8_EXPERT_SHARES, rates.BF16_EXPERT_SHARE),
             bf16=bf16 * rates.BF16_SHARE,
             fp32=peaks.float32 * 1e12 * rates.BF16_SHARE,
-            attention_forward=bf16 * rates.ATTENTION_FORWARD_SHARE,
-            attention_backward=bf16 * rates.ATTENTION_BACKWARD_SHARE,
+            attention_forward=bf16 * forward,
+            attention_backward=bf16 * backward,
             memory=hardware.bandwidth_tb_s * 1e12 * rates.MEMORY_SHARE,
         )
 
+    def linear(self, part: str) -> Rate:
+        """Of a part of `cost/flops.py`."""
+        if part in (ATTENTION_PROJECTIONS, MTP):
+            return self.projections
+        return self.experts if part == ROUTED_EXPERTS else self.dense
 
-def work(model: ModelConfig, sequence_length: int, vocab_size: int, speeds: Speeds, fp8: bool) -> dict[str, Passes]:
-    """Of all layers, MTP modules and heads. Sums of gradients, a matter of micro-batches, are left out."""
+
+def work(
+    model: ModelConfig,
+    sequence_length: int,
+    vocab_size: int,
+    speeds: Speeds,
+    *,
+    fp8: bool,
+    kernel: AttentionKernel,
+    devices: float,
+) -> dict[str, Passes]:
+    """Of all layers, MTP modules and heads. Sums of gradients, a matter of micro-batches, are left out.
+
+    `devices`: those on which a token's experts lie, on average.
+    """
     linear = FP8 if fp8 else BF16
     found = {ATTENTION: Passes(), MEMORY: Passes(), BF16: Passes(), FP32: Passes(), linear: Passes()}
     for parts in (
@@ -94,18 +109,32 @@ def work(model: ModelConfig, sequence_length: int, vocab_size: int, speeds: Spee
     ):
         for part, flops in parts.items():
             if part == ATTENTION_CORE:
-                backward = rates.ATTENTION_BACKWARD_WORK * flops / speeds.attention_backward
+                backward = _attention_backward(model, kernel) * flops / speeds.attention_backward
                 found[ATTENTION] += Passes(flops / speeds.attention_forward, backward)
             elif part in (HEAD, ROUTER):
                 name, speed = (BF16, speeds.bf16) if part == HEAD else (FP32, speeds.fp32)
                 found[name] += Passes(*[flops / speed] * 3)
             else:
-                speed = speeds.projections if part in (ATTENTION_PROJECTIONS, MTP) else speeds.experts
-                found[linear] += Passes(*[flops / speed] * 3)
+                products, gradients = speeds.linear(part)
+                found[linear] += Passes(flops / products, flops / products, flops / gradients)
     for is_moe, count in all_layers(model):
-        found[linear] += Passes(inputs=count * 2 * _up_projections(model) / speeds.projections)
-        found[MEMORY] += _bytes_passed(model, is_moe, fp8) * (count / speeds.memory)
+        found[linear] += Passes(inputs=count * 2 * _up_projections(model) / speeds.up_projections)
+        found[MEMORY] += layer_bytes(model, is_moe, fp8, devices) * (count / speeds.memory)
+    found[MEMORY] += loss_bytes(model, vocab_size) * (1 / speeds.memory)
     return {name: passes for name, passes in found.items() if passes.seconds}
+
+
+def wide_queries(model: ModelConfig) -> bool:
+    """Whether queries and keys of a head are wider than its values."""
+    return isinstance(model.attention, MLAConfig) and model.attention.qk_head_dim > model.attention.v_head_dim
+
+
+def _attention_backward(model: ModelConfig, kernel: AttentionKernel) -> float:
+    """Its FLOPs over forward's: scores are made again, and of five products three are as wide as queries."""
+    a = model.attention
+    wide, narrow = (a.qk_head_dim, a.v_head_dim) if isinstance(a, MLAConfig) else (a.head_dim, a.head_dim)
+    padded = max(wide, narrow) if rates.PADS_VALUES[kernel] else narrow
+    return (3 * wide + 2 * padded) / (wide + narrow)
 
 
 def all_layers(model: ModelConfig) -> list[tuple[bool, int]]:
@@ -120,27 +149,3 @@ def _up_projections(model: ModelConfig) -> int:
         return 0
     heads = a.num_attention_heads
     return heads * ((a.q_lora_rank or 0) * a.qk_head_dim + a.kv_lora_rank * (a.qk_nope_head_dim + a.v_head_dim))
-
-
-def _bytes_passed(model: ModelConfig, is_moe: bool, fp8: bool) -> Passes:
-    """Bytes read and written for a token in one layer, where no product does it; BF16 unless FP8."""
-    hidden, a, moe = model.hidden_size, model.attention, model.moe
-    norms = 2 * 8 * hidden  # each reads and writes its input and the residual
-    if isinstance(a, MLAConfig):
-        rotations = 8 * a.num_attention_heads * a.qk_head_dim
-    else:
-        rotations = 4 * (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
-    routed = moe.experts_per_token if is_moe and moe is not None else 0.0
-    if is_moe and moe is not None:
-        swiglu = 6 * (routed + moe.num_shared_experts) * moe.moe_intermediate_size
-    else:
-        swiglu = 6.0 * model.intermediate_size
-    ordering = routed * hidden * ((2 if fp8 else 4) + 2) + 2 * hidden * bool(routed)  # into experts' order and back
-    forward = norms + rotations + swiglu + ordering
-    passes = Passes(forward, 2 * forward + norms + swiglu)
-    if fp8:
-        for count, rows, columns in layer_matrices(model, is_moe, 1):
-            visits = routed if is_moe and moe is not None and count == moe.num_experts else 1
-            arrives_in_fp8 = count > 1 and columns == hidden
-            passes += Passes(0 if arrives_in_fp8 else 3 * columns, 2 * rows, 2 * (rows + columns)) * visits
-    return passes

@@ -126,6 +126,10 @@ def test_deepseek_v3s_table_and_its_picture(commands: Commands) -> None:
             "pipeline_schedule=zb1p does nothing in one stage: give pipeline_parallel=N as well",
         ),
         (
+            ["parts=true", "model=nano", "hardware=h800", "batch_size=64", "attention_kernel=flash"],
+            "attention_kernel=flash: choose one of flash_attention_2, flash_attention_3",
+        ),
+        (
             ["model=nano", "tokens=1e9", "hardware=h800", "pipeline_schedule=dualpipe"],
             "pipeline_schedule= goes with parts=true",
         ),

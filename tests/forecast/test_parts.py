@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_train.compose import CONFIGS
@@ -16,11 +17,12 @@ from moe_train.cost.hardware import load_hardware
 from moe_train.cost.utilization import flops_by_format, ideal_seconds
 from moe_train.errors import UserError
 from moe_train.forecast import rates
-from moe_train.forecast.communication import Network, dispatch_bytes, nodes_visited
+from moe_train.forecast.communication import Network, devices_visited, dispatch_bytes, nodes_visited
 from moe_train.forecast.parts import BUBBLES, COMBINE, DISPATCH, LENT, REPLICAS, SHARDS, Machine, Task, step
 from moe_train.forecast.parts_plot import plot_parts
-from moe_train.forecast.pipeline import Chunk, bubble_seconds
+from moe_train.forecast.pipeline import Chunk, alone_chunks, bubble_seconds
 from moe_train.forecast.scaling import MEMORY_LIMIT, limits
+from moe_train.forecast.work import ATTENTION, MEMORY
 
 H800 = load_hardware(CONFIGS / "hardware/h800.yaml")
 V3 = Machine(H800, 2048, 16, 64, "dualpipe", "zero1")
@@ -41,6 +43,20 @@ def test_bubbles_are_those_of_table_2() -> None:
     assert bubble_seconds("1f1b", 1, chunk) == 0
 
 
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "overlapped", "played_out"),
+    [(8, 20, 3.0, 66.0), (16, 120, 3.0, 374.0), (16, 120, 2.5, 319.0)],
+)
+def test_a_step_of_dualpipe_is_as_long_as_its_published_schedule_played_out(
+    stages: int, micro_batches: int, overlapped: float, played_out: float
+) -> None:
+    """The lengths are those of `dualpipe.py`'s order of work with every send awaited."""
+    chunk = Chunk(forward=1.0, backward=2.0, weight=1.0, overlapped=overlapped)
+    alone = alone_chunks("dualpipe", stages)
+    bubbles = bubble_seconds("dualpipe", stages, chunk)
+    assert alone * 3 + (micro_batches - alone) * overlapped + bubbles == pytest.approx(played_out, rel=0.01)
+
+
 def test_a_token_crosses_to_a_node_once_and_to_no_more_nodes_than_routing_allows(task: Task) -> None:
     moe = task.model.moe
     assert moe is not None
@@ -48,8 +64,17 @@ def test_a_token_crosses_to_a_node_once_and_to_no_more_nodes_than_routing_allows
     assert nodes_visited(moe, 8) == moe.topk_group == 4
     assert nodes_visited(dataclasses.replace(moe, n_group=1, topk_group=1), 8) == pytest.approx(8 * (1 - (7 / 8) ** 8))
     one_way = Network.of(H800.links).exchange(7168, moe, 64, dispatch_bytes(fp8=True))
-    assert one_way.dispatch == pytest.approx(4 * (7168 + 7168 / 128 * 4) / 50e9)
-    assert one_way.combine == pytest.approx(4 * 7168 * 2 / 50e9)
+    assert one_way.dispatch == pytest.approx(4 * (7168 + 7168 / 128 * 4) / 45e9)
+    assert one_way.combine == pytest.approx(4 * 7168 * 2 / 45e9)
+
+
+def test_a_token_visits_no_more_devices_than_routing_reaches(task: Task) -> None:
+    moe = task.model.moe
+    assert moe is not None
+    assert devices_visited(moe, 64) == pytest.approx(32 * (1 - (31 / 32) ** 8))  # 4 nodes of 8
+    to_devices = dataclasses.replace(moe, n_group=8, topk_group=3, top_k=6)  # DeepSeek-V2: groups are devices
+    assert devices_visited(to_devices, 8) == pytest.approx(3 * (1 - (2 / 3) ** 6))
+    assert devices_visited(moe, 1) == 1
 
 
 def test_a_collective_runs_over_as_many_cards_as_it_has_devices_in_a_node() -> None:
@@ -76,16 +101,43 @@ def test_deepseek_v3_from_parts_is_what_the_results_say(task: Task) -> None:
     assert sum(kept["gpu_hours_by_part"].values()) == pytest.approx(kept["gpu_hours"])
 
 
-def test_dualpipe_hides_what_other_schedules_show(task: Task) -> None:
+def test_dualpipe_hides_what_other_schedules_show_but_for_the_chunks_at_its_ends(task: Task) -> None:
     hides, shows = step(task, V3), step(task, dataclasses.replace(V3, schedule="1f1b"))
+    ends = 16 / 120
     for part in (DISPATCH, COMBINE):
-        assert part not in hides.exposed
-        assert part not in shows.hidden
-        assert hides.hidden[part] == pytest.approx(shows.exposed[part])
+        whole = hides.exposed[part] + hides.hidden[part]
+        assert whole == pytest.approx(shows.exposed[part] + shows.hidden[part])
+        assert hides.exposed[part] == pytest.approx(ends * whole)
+        assert 0 < shows.hidden[part] < shows.exposed[part]  # behind the shared expert
     assert LENT in hides.exposed
     assert LENT not in shows.exposed
     assert hides.exposed[BUBBLES] < shows.exposed[BUBBLES]
     assert hides.state_bytes == pytest.approx(2 * shows.state_bytes)
+
+
+def test_without_shared_experts_nothing_hides_the_all_to_all(task: Task) -> None:
+    moe = task.model.moe
+    assert moe is not None
+    without = dataclasses.replace(task.model, moe=dataclasses.replace(moe, num_shared_experts=0))
+    taken = step(dataclasses.replace(task, model=without), dataclasses.replace(V3, schedule="zb1p"))
+    assert COMBINE in taken.exposed
+    assert COMBINE not in taken.hidden
+
+
+def test_queries_wider_than_values_have_the_kernel_that_mla_had(task: Task) -> None:
+    assert task.kernel == "flash_attention_2"
+    later = dataclasses.replace(task, attention_kernel="flash_attention_3")
+    assert step(later, V3).exposed[ATTENTION] < step(task, V3).exposed[ATTENTION]
+
+
+def test_weight_gradients_in_fp8_are_slower_than_other_products_and_hold_their_sums(task: Task) -> None:
+    for products, gradients in (rates.FP8_PROJECTION_SHARES, rates.FP8_DENSE_SHARES, rates.FP8_EXPERT_SHARES):
+        assert gradients < products
+    whole, at_once = step(task, V3), step(dataclasses.replace(task, micro_batch=2), V3)
+    heads = 2 * 129280 * 7168 * 8  # of the model and its MTP module: read and written in FP32
+    router = 59 * 7168 * 256 * 8
+    saved = (heads + router) / 16 * 60 / (3.35e12 * rates.MEMORY_SHARE)
+    assert whole.exposed[MEMORY] - at_once.exposed[MEMORY] == pytest.approx(saved)
 
 
 def test_a_slower_network_shows_what_was_hidden(task: Task) -> None:
@@ -142,8 +194,11 @@ def test_dualpipe_needs_twice_as_many_micro_batches_as_stages(task: Task) -> Non
 
 
 def test_measured_shares_are_shares() -> None:
-    for name in (n for n in dir(rates) if n.endswith("_SHARE")):
-        assert 0.2 < getattr(rates, name) <= 1, name
+    for name in (n for n in dir(rates) if n.endswith(("_SHARE", "_SHARES")) and n != "ATTENTION_SHARES"):
+        for share in np.atleast_1d(getattr(rates, name)):
+            assert 0.2 < share <= 1, name
+    for shares in rates.ATTENTION_SHARES.values():
+        assert all(0.2 < share < 1 for share in shares)
 
 
 def test_the_picture_of_the_parts_is_drawn_the_same_every_time(tmp_path: Path) -> None:
