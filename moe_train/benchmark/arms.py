@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_train.benchmark.bench import made_up_tokens, vocabulary
+from moe_train.benchmark.bench import made_up_tokens
 from moe_train.config import RunConfig
 from moe_train.cost.flops import training_flops_per_token
 from moe_train.data.batches import Batches
@@ -30,7 +30,7 @@ class TrainingArm:
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.model_config = config.model.resolved()
-        self.vocab_size = vocabulary(config)
+        self.vocab_size = config.vocab_size
         self.model = Transformer(
             self.model_config, self.vocab_size, config.z_loss_weight, config.activation_checkpointing
         )

@@ -72,14 +72,9 @@ def _group(override: str) -> str:
     return _key(override).split("/")[0].split(".")[0]
 
 
-def vocabulary(config: RunConfig) -> int:
-    """The model's, or what a tokenizer of the configured size comes to: a multiple of 64."""
-    return config.model.vocab_size or -(-config.data.vocab_size // 64) * 64
-
-
 def made_up_tokens(config: RunConfig, batches: int) -> npt.NDArray[np.uint32]:
     """As many tokens as `batches` batches and one more token take."""
-    ranks = np.arange(vocabulary(config))
+    ranks = np.arange(config.vocab_size)
     frequencies = 1 / (ranks + 2.7)
     count = batches * config.batch_size * config.data.sequence_length + 1
     drawn = np.random.default_rng(config.seed).choice(ranks, count, p=frequencies / frequencies.sum())

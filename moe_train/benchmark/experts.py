@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from moe_train.benchmark import tax
 from moe_train.benchmark.arms import TrainingArm, rates
-from moe_train.benchmark.bench import Bench, described, vocabulary
+from moe_train.benchmark.bench import Bench, described
 from moe_train.benchmark.figures import Figure, estimate, measured
 from moe_train.benchmark.timing import interleaved
 from moe_train.config import RunConfig
@@ -67,5 +67,5 @@ def _reason(error: ValueError) -> str:
 
 def active_without_routers(config: RunConfig) -> int:
     """Parameters a token is multiplied with, but for the router, which has a row for every expert."""
-    vocab_size = vocabulary(config)
+    vocab_size = config.vocab_size
     return parameter_counts(config.model, vocab_size).active - main_parameters(config.model, vocab_size).get(ROUTER, 0)

@@ -17,7 +17,7 @@ from moe_train.benchmark import (
     tables,
     tax,
 )
-from moe_train.benchmark.bench import Bench, vocabulary
+from moe_train.benchmark.bench import Bench
 from moe_train.benchmark.figures import Figure
 from moe_train.benchmark.results import Content, content_of, load_average
 
@@ -57,7 +57,7 @@ def run(bench: Bench, names: Sequence[str]) -> Content:
         (config.micro_batch_size or config.batch_size) * config.data.sequence_length,
     )
     # Of a dense FFN and of the output head: what most of a small model's products are like.
-    sizes = [(tokens, hidden, 2 * config.model.intermediate_size), (tokens, hidden, vocabulary(config))]
+    sizes = [(tokens, hidden, 2 * config.model.intermediate_size), (tokens, hidden, config.vocab_size)]
     limits = ceilings.measure(bench.runtime.device, bench.runtime.dtype, sizes, rounds=5)
     tables.show_device(bench.runtime, limits, load)
     figures: list[Figure] = []

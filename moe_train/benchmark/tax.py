@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_train.benchmark.arms import TrainingArm, rates
-from moe_train.benchmark.bench import Bench, described, vocabulary
+from moe_train.benchmark.bench import Bench, described
 from moe_train.benchmark.figures import Figure, estimate, measured, paired
 from moe_train.benchmark.timing import interleaved
 from moe_train.config import ModelConfig, RunConfig
@@ -62,4 +62,4 @@ def dense_twin(config: RunConfig) -> tuple[RunConfig, float]:
 
 
 def _flops(model: ModelConfig, config: RunConfig) -> float:
-    return training_flops_per_token(model, config.data.sequence_length, vocabulary(config))
+    return training_flops_per_token(model, config.data.sequence_length, config.vocab_size)

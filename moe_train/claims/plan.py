@@ -202,7 +202,7 @@ def make_plan(
             config = compose_run(list(overrides), claim.name, config_dir)
         except UserError as error:
             raise UserError(f"{where}, arm {name}: {error}") from None
-        arms[name] = Arm(name, overrides, config, settings.seed_offset, _vocabulary(config))
+        arms[name] = Arm(name, overrides, config, settings.seed_offset, config.vocab_size)
     plan = Plan(claim, scale_name, arms, tuple(given), config_dir, out)
     for first, second in claim.config.pairs_at(scale_name):
         _check_pair(plan, arms[first], arms[second], where)
@@ -245,9 +245,3 @@ def _check_pair(plan: Plan, first: Arm, second: Arm, where: str) -> None:
                 f"{where}: {figure} of arms {first.name} and {second.name} are {one:,.0f} and {other:,.0f}, further "
                 f"apart than the {tolerance:.1%} that equal allows: change their sizes"
             )
-
-
-def _vocabulary(config: RunConfig) -> int:
-    """Of the built model, as far as it is known before the tokenizer is: a BPE is trained to its full size."""
-    size = 257 if config.data.tokenizer == "bytes" else config.data.vocab_size
-    return config.model.vocab_size or -(-size // 64) * 64

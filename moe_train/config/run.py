@@ -82,6 +82,12 @@ class RunConfig:
             f"data.sequence_length={self.data.sequence_length}: lower it",
         )
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the built model, as far as it is known before the tokenizer is: a BPE is trained to its full size."""
+        size = 257 if self.data.tokenizer == "bytes" else self.data.vocab_size
+        return self.model.vocab_size or -(-size // 64) * 64
+
     _NOT_IDENTITY = (
         *("name", "run_dir", "resume", "tracking", "checkpoint", "num_threads", "traceback", "cpu_kernels"),
         *("hardware", "cost", "budget", "parallel"),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.kernels.cpu import routing as compiled
+
 
 class Plan(NamedTuple):
     """Which token-expert pair stands where. Pair p = token · k + choice; n = t · k pairs."""
@@ -30,6 +32,9 @@ def plan(expert_tk: Tensor, real_t: Tensor, num_experts: int) -> Plan:
 
     real_t: False for padding, which goes through its experts like the rest but is not counted as their load.
     """
+    if compiled.takes(expert_tk):
+        pair_n, token_n, place_tk, ends_e, counts_e = compiled.sort_by_expert(expert_tk, real_t, num_experts)
+        return Plan(pair_n, token_n, place_tk, ends_e, counts_e)
     sorted_n, pair_n = expert_tk.flatten().sort(stable=True)
     place_n = torch.empty_like(pair_n)
     place_n[pair_n] = torch.arange(len(pair_n), device=pair_n.device)

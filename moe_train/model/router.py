@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config import MoEConfig
+from moe_train.kernels.cpu import routing as compiled
 
 
 class Affinities(NamedTuple):
@@ -54,7 +55,10 @@ class Router(nn.Module):
         biased_te = scores_te.detach() + self.selection_bias
         if c.topk_group < c.n_group:
             biased_te = _within_best_groups(biased_te, c)
-        expert_tk = biased_te.topk(c.top_k, dim=-1).indices
+        if compiled.takes(biased_te):
+            expert_tk = compiled.top_experts(biased_te, c.top_k)
+        else:
+            expert_tk = biased_te.topk(c.top_k, dim=-1).indices
         gate_tk = scores_te.gather(-1, expert_tk)
         if c.norm_topk_prob:
             gate_tk = gate_tk / (gate_tk.sum(-1, keepdim=True) + 1e-20)

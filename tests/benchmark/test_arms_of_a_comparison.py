@@ -11,7 +11,7 @@ import torch
 
 from moe_train.benchmark import experts, peer, tax
 from moe_train.benchmark.arms import TrainingArm
-from moe_train.benchmark.bench import Bench, vocabulary, with_usual
+from moe_train.benchmark.bench import Bench, with_usual
 from moe_train.benchmark.peer_arm import PeerArm
 from moe_train.benchmark.step_memory import peak_bytes
 from moe_train.compose import compose_run
@@ -28,7 +28,7 @@ def test_the_dense_twin_has_the_same_flops_depth_and_attention(model: str) -> No
     assert twin.model.moe is None
     assert twin.model.attention == config.model.attention
     assert twin.model.num_hidden_layers == config.model.num_hidden_layers
-    flops = [training_flops_per_token(each.model, 256, vocabulary(config)) for each in (twin, config)]
+    flops = [training_flops_per_token(each.model, 256, config.vocab_size) for each in (twin, config)]
     assert flops[0] / flops[1] == pytest.approx(ratio)
     assert ratio == pytest.approx(1, abs=0.01)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_train.errors import UserError
-from moe_train.kernels.cpu import attention, library
+from moe_train.kernels.cpu import attention, library, routing
 from moe_train.kernels.cpu.experts import SwiGLUOfTokens, takes
 from moe_train.model import dispatch
 from moe_train.model.cpu_attention import CausalAttention
@@ -154,6 +154,32 @@ def test_attention_of_any_even_size(many: tuple[int, int, int], t: int, half_c: 
     tensors = heads(batch, groups * shared, groups, t, 2 * half_c, 2 * half_cv)
     for each, right in zip(attended(tensors, "kernels"), attended(tensors, "float64"), strict=True):
         assert error(each, right) < 0.01
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**16), st.booleans())
+def test_routing_is_that_of_torch_to_the_bit(t: int, experts: int, k: int, seed: int, equal: bool) -> None:
+    k, generator = min(k, experts), torch.Generator().manual_seed(seed)
+    scores = torch.randn(t, experts, generator=generator)
+    if equal:
+        scores = scores.round()  # many are
+    scores[torch.rand(t, experts, generator=generator) < 0.05] = -torch.inf
+    real = torch.rand(t, generator=generator) < 0.7
+    found = routing.top_experts(scores, k)
+    assert torch.equal(found, scores.sort(descending=True, stable=True).indices[:, :k])
+    plan = dispatch.plan(found, real, experts)
+    library.use("torch", in_bf16=True)
+    try:
+        torchs = dispatch.plan(found, real, experts)
+    finally:
+        library.use("compiled", in_bf16=True)
+    assert all(torch.equal(one, other) for one, other in zip(plan, torchs, strict=True))
+    assert [x.dtype for x in plan] == [x.dtype for x in torchs]
+
+
+def test_scores_that_are_no_numbers_choose_experts_that_there_are() -> None:
+    scores = torch.tensor([[torch.nan] * 5, [0.0, torch.nan, torch.inf, 1.0, torch.nan], [-torch.inf] * 5])
+    assert routing.top_experts(scores, 4).tolist() == [[0, 1, 2, 3], [1, 2, 4, 3], [0, 1, 2, 3]]
 
 
 MUON = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "ns_steps": 5, "weight_decay": 0.1}

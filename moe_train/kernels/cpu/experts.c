@@ -89,6 +89,14 @@ static bf16 row_gradients(const bf16 *z, const float *grad_h, bf16 row_weight, i
     return sum;
 }
 
+// Past the caches, where nothing is read of what it replaces: a gradient is not read again before all of them are there.
+static void put_row(const float *from, int64_t n, float *to) {
+    if ((uintptr_t)to % 64 || n % LANES)
+        memcpy(to, from, sizeof(float) * n);
+    else
+        for (int64_t i = 0; i < n; i += LANES) _mm512_stream_ps(to + i, _mm512_load_ps(from + i));
+}
+
 int experts_backward(const Experts *e) {
     int64_t d = e->hidden, f = e->width, narrow_f = up(f, LANES), out = up(d, LANES), start, end, expert;
     int64_t longest = most(most(d, 2 * f), DEEP);
@@ -134,12 +142,12 @@ int experts_backward(const Experts *e) {
             }
         }
         float *grad_first = e->grad_first + expert * 2 * f * d, *grad_second = e->grad_second + expert * d * f;
-        for (int64_t i = 0; i < 2 * f; i++)
-            if (start < end) memcpy(grad_first + i * d, sum_first + i * out, sizeof(float) * d);
-            else memset(grad_first + i * d, 0, sizeof(float) * d);
-        for (int64_t i = 0; i < d; i++)
-            if (start < end) memcpy(grad_second + i * f, sum_second + i * narrow_f, sizeof(float) * f);
-            else memset(grad_second + i * f, 0, sizeof(float) * f);
+        if (start == end) {
+            memset(grad_first, 0, sizeof(float) * 2 * f * d), memset(grad_second, 0, sizeof(float) * d * f);
+            continue;
+        }
+        for (int64_t i = 0; i < 2 * f; i++) put_row(sum_first + i * out, d, grad_first + i * d);
+        for (int64_t i = 0; i < d; i++) put_row(sum_second + i * narrow_f, f, grad_second + i * f);
     }
     return let_go(&scratch);
 }

@@ -19,6 +19,7 @@ from typing import Literal
 
 import platformdirs
 import torch
+from torch import Tensor
 
 from moe_train.errors import UserError
 from moe_train.precision.cpu_threads import on_cores
@@ -57,6 +58,13 @@ def use(choice: Choice, in_bf16: bool) -> str | None:
 
 def in_use() -> ctypes.CDLL | None:
     return _library
+
+
+def call(name: str, *arguments: int | Tensor) -> None:
+    """A kernel of one core. Raises MemoryError."""
+    as_c = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int64(x) for x in arguments]
+    if getattr(_library, name)(*as_c):
+        raise MemoryError(f"{name}: no memory")
 
 
 def call_on_cores(name: str, arguments: ctypes.Structure) -> None:
