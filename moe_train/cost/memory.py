@@ -45,7 +45,7 @@ ASSUMPTIONS = (
     "attention is a fused kernel: no score matrix is kept",
     "norms keep their input; their results, rows sorted by expert and joined keys are made again in the backward pass "
     "(precision/remade.py), except where activation checkpointing makes whole layers again",
-    "in BF16 the cast weights are kept until the backward pass",
+    "in BF16 the cast weights are kept until the backward pass; the kernels of cpu_kernels make none and need less",
     "with an FP8 recipe every linear layer of the blocks keeps its input, and its weight for each of two products "
     "until the step ends, in FP8 (a byte a value, 4 of scale for 128 of a row), and a SwiGLU's input too where the "
     "recipe has swiglu_input; products are of a kernel that reads FP8: what the emulated backend makes beside them, in "

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.kernels.cpu import linear as compiled
 from moe_train.precision import grouped
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer
@@ -26,6 +27,9 @@ from moe_train.precision.swiglu import SwiGLUProducts
 def linear(x: Tensor, weight: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
     """x (…, in) times weight (out, in) → (…, out) in the compute format."""
     if fp8 is None:
+        if compute_dtype(x) is torch.bfloat16 and compiled.takes(x, weight):
+            out: Tensor = compiled.LinearOfRows.apply(x.flatten(0, -2).bfloat16(), weight)  # type: ignore[no-untyped-call]
+            return out.view(*x.shape[:-1], -1)
         return F.linear(x, weight)
     return fp8_linear(x.flatten(0, -2), weight, None, fp8).view(*x.shape[:-1], -1)
 
@@ -77,6 +81,11 @@ def swiglu_linear(
     if fp8 is not None:
         return fp8_swiglu(x, gate_up_weight, down_weight, row_weight, ends_e, fp8)
     dtype = compute_dtype(x)
+    alone = row_weight is None and ends_e is None
+    if alone and dtype is torch.bfloat16 and compiled.takes(x, gate_up_weight, down_weight):
+        rows = x.flatten(0, -2).bfloat16()
+        y: Tensor = compiled.SwiGLUOfRows.apply(rows, gate_up_weight, down_weight)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
     out: Tensor = SwiGLUProducts.apply(  # type: ignore[no-untyped-call]
         x.flatten(0, -2).to(dtype),
         gate_up_weight.to(dtype),

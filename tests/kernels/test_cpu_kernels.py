@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_train.errors import UserError
-from moe_train.kernels.cpu import attention, library, routing
+from moe_train.kernels.cpu import attention, library, linear, routing
 from moe_train.kernels.cpu.experts import SwiGLUOfTokens, takes
 from moe_train.model import dispatch
 from moe_train.model.cpu_attention import CausalAttention
-from moe_train.precision.matmul import swiglu_linear
+from moe_train.precision import matmul
 from moe_train.training.muon import Muon
 
 
@@ -70,7 +70,7 @@ def through(case: SimpleNamespace, kind: str) -> list[Tensor]:
     else:
         rows = dispatch.to_experts(x, case.plan)
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "torch"):
-            rows = swiglu_linear(rows, first, second, row_weight=weight, ends_e=case.plan.ends_e)
+            rows = matmul.swiglu_linear(rows, first, second, row_weight=weight, ends_e=case.plan.ends_e)
         y = dispatch.from_experts(rows, case.plan)
     return [y.detach(), *torch.autograd.grad(y, leaves, case.grad.to(y.dtype))]
 
@@ -104,6 +104,58 @@ def test_experts_of_any_even_size(sizes: tuple[int, ...], favourite: bool) -> No
     case = layer(t, experts, min(k, experts), 2 * half_d, 2 * half_f, favourite)
     for each, right in zip(through(case, "kernels"), through(case, "float64"), strict=True):
         assert error(each, right) < 0.015
+
+
+def multiplied(m: int, i: int, o: int, f: int | None, kind: str) -> list[Tensor]:
+    """Result and gradients of a linear layer (i to o), or of a SwiGLU of width f (i to i)."""
+    shapes = [(o, i)] if f is None else [(2 * f, i), (i, f)]
+    weights = [drawn(*shape, seed=seed, scale=shape[1] ** -0.5) for seed, shape in enumerate(shapes)]
+    x, grad = drawn(m, i, seed=7).bfloat16(), drawn(m, shapes[-1][0], seed=8).bfloat16()
+    wide = [x.double() if kind == "float64" else x for x in (x, *weights)]
+    leaves = [x.clone().requires_grad_() for x in wide]
+    if kind == "kernels":
+        assert linear.takes(*leaves)
+    function = matmul.linear if f is None else matmul.swiglu_linear
+    library.use("compiled" if kind == "kernels" else "torch", in_bf16=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind != "float64"):
+        y = function(*leaves)
+    gradients = torch.autograd.grad(y, leaves, grad.to(y.dtype))
+    library.use("compiled", in_bf16=True)
+    return [y.detach(), *gradients]
+
+
+LAYERS = {
+    "tiny": (300, 256, 1536, None),
+    "no_multiples_of_a_register": (65, 46, 18, None),
+    "wider_than_a_chunk": (100, 600, 530, None),
+    "swiglu": (300, 256, 256, 784),
+    "swiglu_of_few": (64, 10, 10, 6),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_linear_layers_are_as_near_to_float64_as_torchs_operations(name: str) -> None:
+    exact, torchs, found = (multiplied(*LAYERS[name], kind) for kind in ("float64", "torch", "kernels"))
+    assert not any(torch.equal(one, other) for one, other in zip(found[2:], torchs[2:], strict=True))
+    for each, other, right in zip(found, torchs, exact, strict=True):
+        assert each.dtype == other.dtype
+        assert error(each, right) <= allowed(other, right)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(64, 300), st.integers(1, 150), st.integers(1, 150), st.one_of(st.none(), st.integers(1, 60)))
+def test_linear_layers_of_any_even_size(m: int, half_i: int, half_o: int, half_f: int | None) -> None:
+    sizes = m, 2 * half_i, 2 * half_o, None if half_f is None else 2 * half_f
+    for each, right in zip(multiplied(*sizes, "kernels"), multiplied(*sizes, "float64"), strict=True):
+        assert error(each, right) < 0.02
+
+
+def test_few_rows_and_other_formats_are_torchs() -> None:
+    weight = torch.ones(4, 6)
+    assert linear.takes(torch.ones(64, 6), weight)
+    assert not linear.takes(torch.ones(63, 6), weight)
+    assert not linear.takes(torch.ones(64, 6), weight.bfloat16())
+    assert not linear.takes(torch.ones(64, 5), torch.ones(4, 5))
 
 
 def heads(b: int, h: int, g: int, t: int, c: int, cv: int) -> list[Tensor]:
@@ -236,7 +288,8 @@ def test_any_number_of_cores_gives_the_same_bits() -> None:
     try:
         for cores in (1, 2, 3):
             torch.set_num_threads(cores)
-            found.append([*through(case, "kernels"), *attended(tensors, "kernels")])
+            layer_of_many = multiplied(*LAYERS["swiglu"], "kernels")
+            found.append([*through(case, "kernels"), *attended(tensors, "kernels"), *layer_of_many])
     finally:
         torch.set_num_threads(before)
     for each in found[1:]:

@@ -1,8 +1,8 @@
 // Causal attention on a CPU, some rows of queries at a time: their scores stay in the cache of a core and are computed
 // again backward (FlashAttention, arXiv 2205.14135). Scores, softmax and its gradient are FP32; products read BF16.
 //
-// Cores take the next head of keys, with all heads of queries that share it, from a common count. Functions return 0,
-// or 1 where memory was missing.
+// Cores take the next head of keys, with all heads of queries that share it, from a common count. next[1] becomes 1
+// where memory was missing.
 #include "activation.h"
 #include "products.h"
 
@@ -60,7 +60,7 @@ static void as_pairs(const bf16 *const *rows, int64_t n, const pair **a) {
     for (int64_t i = 0; i < n; i++) a[i] = (const pair *)rows[i];
 }
 
-int attention_forward(const Attention *s) {
+void attention_forward(const Attention *s) {
     int64_t t = s->length, c = s->features, w = s->values, tall = rows_at_once(t), wide = up(t, COLUMNS), head;
     int64_t out = up(w, LANES);
     Scratch scratch = {0};
@@ -85,10 +85,10 @@ int attention_forward(const Attention *s) {
                     narrow_row(sums + i * out, w, s->out + (query * t + start + i) * w);
             }
     }
-    return let_go(&scratch);
+    if (let_go(&scratch)) s->next[1] = 1;
 }
 
-int attention_backward(const Attention *s) {
+void attention_backward(const Attention *s) {
     int64_t t = s->length, c = s->features, w = s->values, tall = rows_at_once(t), wide = up(t, COLUMNS), head;
     int64_t deep = up(c, LANES), out = up(w, LANES);
     Scratch scratch = {0};
@@ -132,5 +132,5 @@ int attention_backward(const Attention *s) {
         for (int64_t i = 0; i < t; i++) narrow_row(sum_k + i * deep, c, s->grad_k + (head * t + i) * c);
         for (int64_t i = 0; i < t; i++) narrow_row(sum_v + i * out, w, s->grad_v + (head * t + i) * w);
     }
-    return let_go(&scratch);
+    if (let_go(&scratch)) s->next[1] = 1;
 }

@@ -50,7 +50,6 @@ class CausalAttention(torch.autograd.Function):
 
 def _call(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, **others: Tensor) -> None:
     tensors = {"q": q.contiguous(), "k": k.contiguous(), "v": v.contiguous(), **others}
-    tensors["next"] = torch.zeros((), dtype=torch.int64)
     sizes = (k.shape[0] * k.shape[1], q.shape[1] // k.shape[1], q.shape[2], q.shape[3], v.shape[3])
     arguments = _Arguments(*sizes, **{key: x.data_ptr() for key, x in tensors.items()}, scale=scale)
     library.call_on_cores(name, arguments)

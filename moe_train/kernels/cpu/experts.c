@@ -4,7 +4,7 @@
 //     z (n, 2f) = x · first^T        h = silu(gate) · up · weight of the row        y = h · second^T
 //
 // An expert's rows are tokens anywhere in x. Cores take the next expert of `order` from a common count; its results are
-// the same whoever takes it. Functions return 0, or 1 where memory was missing.
+// the same whoever takes it. next[1] becomes 1 where memory was missing.
 #include "activation.h"
 #include "products.h"
 
@@ -33,7 +33,7 @@ static int next_expert(const Experts *e, int64_t *start, int64_t *end) {
     return expert;
 }
 
-int experts_forward(const Experts *e) {
+void experts_forward(const Experts *e) {
     int64_t d = e->hidden, f = e->width, wide = up(2 * f, LANES), out = up(d, LANES), start, end, expert;
     Scratch scratch = {0};
     pair *first = take(&scratch, packed_bytes(d, 2 * f)), *second = take(&scratch, packed_bytes(f, d));
@@ -66,7 +66,7 @@ int experts_forward(const Experts *e) {
             for (int64_t i = 0; i < rows; i++) narrow_row(sums + i * out, d, e->y + (row + i) * d);
         }
     }
-    return let_go(&scratch);
+    if (let_go(&scratch)) e->next[1] = 1;
 }
 
 // From a row of z and the gradient of its h: h, the gradient of z, and that of the row's weight.
@@ -97,7 +97,7 @@ static void put_row(const float *from, int64_t n, float *to) {
         for (int64_t i = 0; i < n; i += LANES) _mm512_stream_ps(to + i, _mm512_load_ps(from + i));
 }
 
-int experts_backward(const Experts *e) {
+void experts_backward(const Experts *e) {
     int64_t d = e->hidden, f = e->width, narrow_f = up(f, LANES), out = up(d, LANES), start, end, expert;
     int64_t longest = most(most(d, 2 * f), DEEP);
     Scratch scratch = {0};
@@ -149,5 +149,5 @@ int experts_backward(const Experts *e) {
         for (int64_t i = 0; i < 2 * f; i++) put_row(sum_first + i * out, d, grad_first + i * d);
         for (int64_t i = 0; i < d; i++) put_row(sum_second + i * narrow_f, f, grad_second + i * f);
     }
-    return let_go(&scratch);
+    if (let_go(&scratch)) e->next[1] = 1;
 }

@@ -71,10 +71,9 @@ class SwiGLUOfTokens(torch.autograd.Function):
 
 def _call(name: str, first: Tensor, second: Tensor, ends_e: Tensor, **tensors: Tensor) -> None:
     """The kernel takes the fullest experts first, so that no core is left with one of them at the end."""
-    count = torch.zeros((), dtype=torch.int64)
     order = ends_e.diff(prepend=ends_e.new_zeros(1)).argsort(descending=True, stable=True).to(torch.int32)
     tensors |= {"first": first.contiguous(), "second": second.contiguous()}
-    tensors |= {"ends": ends_e, "order": order, "next": count}
+    tensors |= {"ends": ends_e, "order": order}
     arguments = _Arguments(len(first), first.shape[2], second.shape[2], **{k: t.data_ptr() for k, t in tensors.items()})
     library.call_on_cores(name, arguments)
 

@@ -32,6 +32,7 @@ _COMPILERS = ("cc", "gcc", "clang")
 _SECONDS = 120.0  # of compiling, which takes two
 
 _library: ctypes.CDLL | None = None
+_openmp: ctypes.CDLL | None = None  # torch's
 
 
 def use(choice: Choice, in_bf16: bool) -> str | None:
@@ -39,14 +40,14 @@ def use(choice: Choice, in_bf16: bool) -> str | None:
 
     Raises UserError where `choice` is "compiled" and it cannot be.
     """
-    global _library
+    global _library, _openmp
     _library = None
     if choice == "torch":
         return None
     missing = _missing(in_bf16)
     if missing is None:
         try:
-            _library = _loaded(_compiler())
+            _library, _openmp = _loaded(_compiler()), _openmp_of_torch()
         except UserError as error:
             missing = str(error)
         else:
@@ -68,18 +69,22 @@ def call(name: str, *arguments: int | Tensor) -> None:
 
 
 def call_on_cores(name: str, arguments: ctypes.Structure) -> None:
-    """A kernel whose cores take their work from a common count. Raises MemoryError."""
-    function = getattr(_library, name)
+    """A kernel whose cores take their work from a common count, `next`, and note beside it where memory is missing.
 
-    def work(_: int) -> None:
-        if function(ctypes.byref(arguments)):
-            raise MemoryError(f"{name}: no memory for its packed operands")
-
-    cores = torch.get_num_threads()
+    On the threads that torch's operations run on, if torch's OpenMP can be found: they are awake. Raises MemoryError.
+    """
+    function, cores = getattr(_library, name), torch.get_num_threads()
+    count = (ctypes.c_int64 * 2)()
+    arguments.next = ctypes.addressof(count)
+    place = ctypes.byref(arguments)
     if cores == 1:
-        work(0)
+        function(place)
+    elif _openmp is not None:
+        _openmp.GOMP_parallel(function, place, cores, 0)
     else:
-        on_cores(work, range(cores))
+        on_cores(lambda _: function(place), range(cores))
+    if count[1]:
+        raise MemoryError(f"{name}: no memory for its packed operands")
 
 
 def _missing(in_bf16: bool) -> str | None:
@@ -119,6 +124,18 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
         return ctypes.CDLL(str(folder / name))
     except OSError as error:
         raise UserError(f"the compiled kernels could not be kept or loaded ({error})") from None
+
+
+def _openmp_of_torch() -> ctypes.CDLL | None:
+    """The library whose threads torch uses, among those that are loaded; GNU's, or another with its entry."""
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    except OSError:
+        return None
+    named = sorted(path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+    ours = [path for path in named if path.startswith(str(Path(torch.__file__).parent))] or named
+    library = ctypes.CDLL(ours[0]) if len(ours) == 1 else None  # with several, which of them is torch's is a guess
+    return library if library is not None and hasattr(library, "GOMP_parallel") else None
 
 
 def _run(command: list[str]) -> str:

@@ -53,7 +53,7 @@ static float direction(const Muon *m, int64_t matrix, float *sums) {
     return _mm512_reduce_add_ps(square);
 }
 
-int muon_step(const Muon *m) {
+void muon_step(const Muon *m) {
     int64_t rows = m->rows, columns = m->columns, size = rows * columns, tall = rows > columns;
     int64_t s = least(rows, columns), wide = up(columns, LANES), square = up(s, LANES), matrix;
     Scratch scratch = {0};
@@ -116,5 +116,5 @@ int muon_step(const Muon *m) {
             _mm512_mask_storeu_ps(parameter + i, mask, left);
         }
     }
-    return let_go(&scratch);
+    if (let_go(&scratch)) m->next[1] = 1;
 }

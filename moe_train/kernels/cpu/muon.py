@@ -61,14 +61,13 @@ def step(
 ) -> None:
     """All matrices of `shape` that parameters are made of, and their momenta, in place."""
     rows, columns = shape
-    count = torch.zeros((), dtype=torch.int64)
     places = [
         torch.cat([x.data_ptr() + torch.arange(0, 4 * x.numel(), 4 * rows * columns) for x in tensors])
         for tensors in (gradients, momenta, parameters)
     ]
     arguments = _Arguments(
         *(len(places[0]), rows, columns),
-        *(x.data_ptr() for x in (count, *places)),
+        *(None, *(x.data_ptr() for x in places)),
         *(how.steps, how.nesterov, how.keep, how.learn, how.decay),
     )
     library.call_on_cores("muon_step", arguments)
