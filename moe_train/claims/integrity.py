@@ -28,6 +28,7 @@ _TIMED_ALIKE = {
     "hardware": "priced as other hardware",
     "num_devices": "on another number of devices",
     "num_threads": "with another number of threads",
+    "cpu_kernels": "by other kernels of the CPU",
     "price_usd_per_hour": "at another price",
 }
 

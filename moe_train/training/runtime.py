@@ -44,6 +44,7 @@ class Runtime:
     device_type: Literal["cpu", "cuda"]
     device_name: str
     num_threads: int
+    cpu_kernels: Literal["compiled", "torch"] | None  # None: on a GPU
     dtype: torch.dtype  # of matrix products
     layout: Layout  # over the processes
     fp8_dispatch: bool  # tokens travel to experts in FP8
@@ -179,6 +180,7 @@ def start_runtime(config: RunConfig) -> Runtime:
         device_type="cuda" if on_gpu else "cpu",
         device_name=device_name,
         num_threads=num_threads,
+        cpu_kernels=None if on_gpu else "torch" if cpu_kernels.in_use() is None else "compiled",
         dtype=dtype,
         layout=layout,
         fp8_dispatch=config.parallel.dispatch_format == "fp8",

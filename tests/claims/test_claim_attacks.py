@@ -127,9 +127,14 @@ def test_a_run_that_was_removed_is_made_again(finished: tuple[Asked, MadeUpRuns]
     assert made.started[-1].hash == made.started[2].hash
 
 
-def test_a_price_that_changed_between_runs_leaves_losses_alone(finished: tuple[Asked, MadeUpRuns]) -> None:
+@pytest.mark.parametrize(
+    "other", [{"price_usd_per_hour": 2 * PRICE, "device_name": "another"}, {"cpu_kernels": "compiled"}], ids=str
+)
+def test_a_price_or_kernels_that_changed_between_runs_leave_losses_alone(
+    other: dict[str, Any], finished: tuple[Asked, MadeUpRuns]
+) -> None:
     asked, made = finished
-    edit(made, asked, price_usd_per_hour=2 * PRICE, device_name="another")
+    edit(made, asked, **other)
     found = judged(asked, made)
     assert found.verdict == "supported"
     assert found.axes[0].axes["usd"] is None
