@@ -4,11 +4,11 @@
 
 A case: {"name", "overrides", "steps"}, and what it may have: "double" (precision), "crowded" (all tokens to the first
 experts), "rounded" (alone, what would travel to experts rounded as on its way), "uncounted" (nothing watches what is
-exchanged), "wide" (weights are gathered in FP32 whatever reads them), "load" (a folder whose newest checkpoint it goes
-on from), "save" (a folder, with a checkpoint after "save_at" steps). OUT.pt: by name, losses and gradient norms of the
-steps, expert counts, all weights, whole, and how many rows of each rank 0 holds; what was loaded and saved; what was
-exchanged a step, the mean over the processes. Under "collectives", bytes of collective operations with tensors of known
-size.
+exchanged), "watched" (what happens round shared experts is noted), "wide" (weights are gathered in FP32 whatever reads
+them), "load" (a folder whose newest checkpoint it goes on from), "save" (a folder, with a checkpoint after "save_at"
+steps). OUT.pt: by name, losses and gradient norms of the steps, expert counts, all weights, whole, and how many rows of
+each rank 0 holds; what was loaded and saved; what was exchanged a step, the mean over the processes. Under
+"collectives", bytes of collective operations with tensors of known size.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from torch.distributed.tensor import DTensor
 from moe_train.compose import compose_run
 from moe_train.cost.communication import Exchanged
 from moe_train.data.batches import Batches
-from moe_train.model.experts import Experts, Products
+from moe_train.model.experts import MoELayer
 from moe_train.model.transformer import Transformer
 from moe_train.parallel import communication
+from moe_train.parallel.expert_exchange import _Flight
 from moe_train.parallel.narrow_gather import NarrowGather
 from moe_train.parallel.packed_rows import packed, rounded_once, unpacked
 from moe_train.parallel.sharded import Sharded
@@ -70,9 +71,9 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     recipes.apply(model, config.precision, runtime.device)
     if case.get("rounded"):
         for module in model.modules():
-            if isinstance(module, Experts):
-                module.exchange = rounded_on_the_spot
-                rounded_once(module)
+            if isinstance(module, MoELayer):
+                module.exchange = RoundedOnTheSpot()
+                rounded_once(module.experts)
     if case.get("uncounted"):
         communication._current = None
     if case.get("wide"):
@@ -93,6 +94,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         load_spread_optimizers(checkpoint, spreading)
         begin, loaded = checkpoint.step, states(spreading)
     begun = weights(model, spread)
+    events = in_order(model) if case.get("watched") else []
     losses, norms, counts, first, files, exchanged = [], [], [], {}, [], []
     for step in range(begin, case["steps"]):
         with runtime.exchanges_counted(timed=step % 2 == 0):
@@ -107,6 +109,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         if step + 1 == case.get("save_at"):
             saved = states(spreading)
             files = save(Path(case["save"]), spreading, runtime, step + 1)
+    mock.patch.stopall()
     held = {name: len(spread.local(name)) for name, _ in model.named_parameters()}
     return {
         "losses": losses,
@@ -121,6 +124,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "weights": weights(model, spread),
         "held": held,
         "exchanged": exchanged,
+        "events": events,
         "layout": runtime.layout.name,
     }
 
@@ -137,9 +141,41 @@ class _Rounded(torch.autograd.Function):
         return grad if ctx.forwards else unpacked(packed(grad), grad.shape[1], grad.dtype), None
 
 
-def rounded_on_the_spot(rows: Tensor, gate: Tensor, ends: Tensor, products: Products, may_round: bool) -> Tensor:
+class RoundedOnTheSpot:
     """What goes towards experts, in either direction of the pass, in FP8."""
-    return _Rounded.apply(products(_Rounded.apply(rows, True), gate, ends), False)
+
+    def sent(self, rows: Tensor, gate: Tensor, ends: Tensor, may_round: bool) -> RoundedOnTheSpot:
+        self.rows = _Rounded.apply(rows, True), gate, ends
+        return self
+
+    def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows
+
+    def back(self, out: Tensor) -> Tensor:
+        return _Rounded.apply(out, False)
+
+
+def in_order(model: Transformer) -> list[str]:
+    """A list that fills with what happens from now on: exchanges of rows begun and waited for, shared experts done."""
+    events: list[str] = []
+    begin, wait = _Flight.__init__, _Flight.landed
+
+    def begun(flight: _Flight, x: Tensor, way: Any) -> None:
+        begin(flight, x, way)
+        flight.what = f"{'dispatch' if way.towards_experts else 'combine'} of {'gates' if x.shape[1] == 1 else 'rows'}"
+        events.append(f"{flight.what} begun")
+
+    def landed(flight: _Flight) -> Tensor:
+        events.append(f"{flight.what} waited for")
+        return wait(flight)
+
+    mock.patch.object(_Flight, "__init__", begun).start()
+    mock.patch.object(_Flight, "landed", landed).start()
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.shared_experts.register_forward_hook(lambda *_: events.append("shared experts"))
+            module.shared_experts.register_full_backward_hook(lambda *_: events.append("gradients of shared experts"))
+    return events
 
 
 def taken(runtime: Runtime) -> Exchanged | None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from unittest import mock
+
 import pytest
 import torch
 from spread_cases import Results
 
 from moe_train.cost.communication import Exchanged
+from moe_train.parallel import clocks
+from moe_train.parallel.clocks import HostClock
 
 pytestmark = pytest.mark.xdist_group("spread")
 
@@ -111,3 +116,48 @@ def test_weights_that_are_read_in_bf16_are_gathered_in_it_and_nothing_changes(sp
     weights = [sent(spread_results, f"{case}/ep_fsdp2")["weights"] for case in ("bf16", "bf16 wide", "muon")]
     assert weights[1] == weights[2]
     assert 0.5 < weights[0] / weights[1] < 0.6  # norms, routers and the embedding are read in FP32
+
+
+@pytest.mark.parametrize("layout", ["ep", "ep_fsdp2"])
+def test_tokens_travel_while_shared_experts_are_computed_and_so_do_their_gradients(
+    spread_results: Results, layout: str
+) -> None:
+    assert spread_results[f"watched/{layout}"]["events"] == [
+        "dispatch of rows begun",
+        "dispatch of gates begun",
+        "shared experts",
+        "dispatch of rows waited for",
+        "dispatch of gates waited for",
+        "combine of rows begun",
+        "combine of rows waited for",
+        # backwards
+        "dispatch of rows begun",
+        "dispatch of rows waited for",
+        "combine of gates begun",
+        "combine of rows begun",
+        "gradients of shared experts",
+        "combine of gates waited for",
+        "combine of rows waited for",
+    ]
+
+
+def test_of_an_exchange_what_is_stood_still_for_is_exposed_and_the_rest_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock, work, done = HostClock(), mock.Mock(), torch.futures.Future()
+    work.get_future.return_value = done
+    monkeypatch.setattr(clocks, "work_of", lambda result: result)
+    clock.begin()
+    now = 1.0
+    clock.called("dispatch", lambda: work, asynchronous=True, waited_for=True)
+    now = 4.0
+    with clock.standing_still():
+        now = 6.0
+        done.set_result(None)
+    now = 7.0
+    clock.waited()  # the end of a backward pass: this exchange was waited for long ago
+    clock.end()
+    exchanged, reading = Exchanged.nothing(), clock.read()
+    exchanged.add_times(reading.by_kind, reading.stalls, reading.seconds)
+    assert (exchanged.hidden["dispatch"], exchanged.exposed["dispatch"]) == (3.0, 2.0)
+    assert (exchanged.waited_seconds, exchanged.timed_seconds) == (2.0, 7.0)
