@@ -31,6 +31,7 @@ from moe_train.training.account import Account
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
 from moe_train.training.fp8_health import where_not_finite
+from moe_train.training.keepers import end_with_launcher, end_with_sweep, launcher
 from moe_train.training.parts import Shared, known_to_all, put_together
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder, write_keeping
 from moe_train.training.runtime import Runtime, start_runtime
@@ -38,12 +39,12 @@ from moe_train.training.saving import Saving
 from moe_train.training.schedules import lr_factor
 from moe_train.training.signals import Interruption
 from moe_train.training.step import StepFigures
-from moe_train.training.sweep_alive import end_with_sweep
 
 
 def train(config: RunConfig) -> None:
     """Make the run `config` describes, or go on with it, and write its folder. Raises UserError."""
     end_with_sweep()
+    started_by = launcher()
     # Process groups are left as they are, for the process to end with (train.py): taking them apart joins threads of
     # gloo's, and once in a few dozen runs one of them did not wake up.
     runtime = start_runtime(config)
@@ -55,6 +56,8 @@ def train(config: RunConfig) -> None:
         return
     shared = known_to_all(runtime, folder)
     signs, checkpoint = shared.signs, shared.checkpoint
+    if signs is not None and started_by is not None:
+        end_with_launcher(started_by, signs.say)
     account: Account | None = None
     try:
         account = Account(config, runtime)
