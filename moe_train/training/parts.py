@@ -39,6 +39,7 @@ class Shared(NamedTuple):
     path: Path
     checkpoint: Checkpoint | None  # that it goes on from
     start: Checkpoint | None  # of another run, whose weights it begins with
+    fresh: bool  # nothing was in it
     signs: SignsOfLife | None  # of the other processes, where there are some
 
 
@@ -47,7 +48,8 @@ def known_to_all(runtime: Runtime, folder: RunFolder | None) -> Shared:
     path: Path = runtime.from_main(folder.path if folder else None)
     checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
     start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
-    return Shared(path, checkpoint, start, SignsOfLife(path, runtime.rank) if runtime.world_size > 1 else None)
+    fresh: bool = runtime.from_main(folder is not None and folder.fresh)
+    return Shared(path, checkpoint, start, fresh, SignsOfLife(path, runtime.rank) if runtime.world_size > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def put_together(
     config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account, shared: Shared
 ) -> Parts:
     """Raises UserError."""
-    path, checkpoint, start, signs = shared
+    path, checkpoint, start, _, signs = shared
     resumed: dict[str, Any] | None = checkpoint.state if checkpoint else None
 
     data = prepare(config.data, progress=runtime.is_main)
