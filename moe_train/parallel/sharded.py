@@ -30,8 +30,8 @@ from moe_train.model.transformer import Losses, Transformer
 from moe_train.parallel.expert_exchange import share_out_experts
 from moe_train.parallel.meshes import Meshes
 from moe_train.parallel.narrow_gather import NarrowGather
-from moe_train.parallel.spread import Part
-from moe_train.parallel.whole_matrices import WholeMatrices
+from moe_train.parallel.spread import Part, shares_copies
+from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 
 
 class _Held(NamedTuple):
@@ -80,6 +80,16 @@ class Sharded:
             self.whole_matrices = WholeMatrices(
                 meshes.rest.get_group("shard"), {held.local: held.part.shape for held in cut}
             )
+
+        self.copies = None
+        if shares_copies(accelerator.device):
+            cut_here = () if self.whole_matrices is None else self.whole_matrices.shapes
+            same: dict[Tensor, dist.ProcessGroup] = {
+                held.local: (meshes.experts if held.of_experts else meshes.rest).get_group("replicate")
+                for held in self._held.values()
+                if held.local not in cut_here
+            }
+            self.copies = Copies(same)
 
     def local(self, name: str) -> nn.Parameter:
         return self._held[name].local

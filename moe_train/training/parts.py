@@ -94,7 +94,13 @@ def put_together(
 
     spread, part = runtime.spread_out(model)
     optimizers = build_optimizers(
-        model, config.optimizer, config.seed, local=spread.local, whole=spread.whole_matrices, part=part
+        model,
+        config.optimizer,
+        config.seed,
+        local=spread.local,
+        whole=spread.whole_matrices,
+        copies=spread.copies,
+        part=part,
     )
     spreading = Spreading(model, spread, optimizers)
     saver = None

@@ -36,7 +36,7 @@ from moe_train.parallel.expert_exchange import _Flight
 from moe_train.parallel.narrow_gather import NarrowGather
 from moe_train.parallel.packed_rows import packed, rounded_once, unpacked
 from moe_train.parallel.sharded import Sharded
-from moe_train.parallel.whole_matrices import WholeMatrices
+from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 from moe_train.precision import recipes
 from moe_train.training.checkpoints import load_weights, save_checkpoint
 from moe_train.training.optimizers import build_optimizers
@@ -82,7 +82,13 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     else:
         spread, part = runtime.spread_out(model)
     optimizers = build_optimizers(
-        model, config.optimizer, config.seed, local=spread.local, whole=spread.whole_matrices, part=part
+        model,
+        config.optimizer,
+        config.seed,
+        local=spread.local,
+        whole=spread.whole_matrices,
+        copies=spread.copies,
+        part=part,
     )
     tokens = np.random.default_rng(0).integers(0, VOCAB, 4001).astype(np.uint16)
     tokens[::3] = tokens[0]  # something to learn
@@ -118,6 +124,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "begun": begun,
         "files": files,
         "made_whole": made_whole(spread.whole_matrices),
+        "done_once": done_once(spread.copies, runtime),
         "loaded": loaded,
         "saved": saved,
         "first": first,
@@ -254,6 +261,24 @@ def made_whole(matrices: WholeMatrices | None) -> list[float]:
         assert done.shape == pieces.shape
         errors.append((done - expected[:, first : first + done.shape[1]]).abs().sum().item())
     return errors
+
+
+def done_once(copies: Copies | None, runtime: Runtime) -> list[tuple[float, list[int]]]:
+    """For numbers of matrices: the largest error in doing something to copies, and how many each process did."""
+    found = []
+    for count in (1, 3, 4, 9) if copies is not None and copies.groups else ():
+        matrices, done = torch.randn(count, 3, 5, generator=torch.Generator().manual_seed(count)), torch.zeros(1)
+
+        def function(some: Tensor) -> Tensor:
+            done.add_(len(some))  # noqa: B023
+            return some @ some.mT @ some
+
+        out = copies.done_once(function, matrices, dist.group.WORLD)
+        error = (out - matrices @ matrices.mT @ matrices).abs().max().item()
+        everyone = [torch.zeros(1) for _ in range(runtime.world_size)]
+        dist.all_gather(everyone, done)
+        found.append((error, [int(each) for each in everyone]))
+    return found
 
 
 def weights(model: Transformer, spread: Any) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from spread_cases import Results
 from moe_train.cost.communication import Exchanged
 from moe_train.parallel import clocks
 from moe_train.parallel.clocks import HostClock
+from moe_train.training.muon import fast_dtype
 
 pytestmark = pytest.mark.xdist_group("spread")
 
@@ -53,6 +55,17 @@ def numbers(results: Results, of_experts: bool) -> int:
 def test_ddp_sends_a_gradient_twice_round_the_ring(spread_results: Results) -> None:
     weights = numbers(spread_results, True) + numbers(spread_results, False)  # after the last of two micro-batches
     assert sent(spread_results, "muon/ddp")["gradients"] == 2 * 3 / 4 * 4 * weights
+
+
+def test_ddp_sends_what_a_process_made_of_its_share_of_muons_matrices(spread_results: Results) -> None:
+    alike: Counter[tuple[int, int]] = Counter()  # matrices of each shape
+    for name, weight in parameters(spread_results).items():
+        if weight.ndim > 1 and not name.startswith(("embedding", "lm_head")) and not name.endswith("router.weight"):
+            halves = 2 if "gate_up_proj" in name else 1  # gate and up are two
+            alike[weight.shape[-2] // halves, weight.shape[-1]] += halves * (len(weight) if weight.ndim == 3 else 1)
+    padded = sum(4 * -(-count // 4) * rows * columns for (rows, columns), count in alike.items())
+    number = fast_dtype(torch.device("cpu")).itemsize
+    assert sent(spread_results, "muon/ddp")["whole_matrices"] == 3 / 4 * number * padded
 
 
 def test_experts_are_summed_over_those_that_hold_them(spread_results: Results) -> None:

@@ -60,6 +60,13 @@ def test_matrices_that_are_cut_come_back_as_if_done_whole(spread_results: Result
     assert max(errors) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["ddp", "ep"])
+def test_what_all_have_one_does_for_all(spread_results: Results, layout: str) -> None:
+    found = spread_results[f"muon/{layout}"]["done_once"]
+    assert [counts for _, counts in found] == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [3, 3, 3, 0]]
+    assert max(error for error, _ in found) < 1e-6
+
+
 @pytest.mark.parametrize("layout", ["ep", "ep_fsdp2"])
 def test_a_process_without_tokens_for_its_experts_waits_for_none(spread_results: Results, layout: str) -> None:
     one, other = spread_results["crowded/single"], spread_results[f"crowded/{layout}"]
