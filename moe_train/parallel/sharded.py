@@ -45,7 +45,10 @@ class _Held(NamedTuple):
 
 
 class Sharded:
-    """Needs all processes: building, gradients, and every call of `wrapped`."""
+    """Needs all processes: building, gradients, and every call of `wrapped`.
+
+    `model` may be on torch's meta device: what a process holds of it is then left for somebody to fill.
+    """
 
     loss_scale = 1.0
 
@@ -67,6 +70,10 @@ class Sharded:
             share_out_experts(model, meshes.experts.get_group("expert"), fp8_dispatch)
         self._modules, gathers = _cut(model, meshes, gathers_bf16)
         self._model = model
+        if any(parameter.is_meta for parameter in model.parameters()):
+            model.to_empty(device=accelerator.device)
+            for buffer in model.buffers():  # biases of routers, which begin at zero
+                buffer.zero_()
         expert_weights = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
         # By name: between a forward pass and what follows it the model has gathered weights in their place.
         self._held = {

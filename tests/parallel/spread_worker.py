@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,12 +39,13 @@ from moe_train.parallel.packed_rows import packed, rounded_once, unpacked
 from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 from moe_train.precision import recipes
-from moe_train.training.checkpoints import load_weights, save_checkpoint
+from moe_train.training.checkpoints import save_checkpoint
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import find_checkpoint
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
 from moe_train.training.step import Stepper
+from moe_train.training.weights import draw_weights, read_weights_here
 
 VOCAB = 64
 
@@ -58,16 +60,11 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state()  # a case may have another precision; the process group stays
     runtime = start_runtime(config)
     model_config = config.model.resolved()
-    model = Transformer(model_config, VOCAB, config.z_loss_weight, config.activation_checkpointing)
-    model.initialise(config.seed)
-    if "load" in case:
-        checkpoint = find_checkpoint(Path(case["load"]), "load")
-        load_weights(checkpoint, model)
+    with torch.device("meta") if runtime.cuts else nullcontext():
+        model = Transformer(model_config, VOCAB, config.z_loss_weight, config.activation_checkpointing)
+    whole_on_host = not all(parameter.is_meta for parameter in model.parameters())
     if case.get("double"):
         model.double()
-    if case.get("crowded"):  # every token goes to the first experts
-        for router in model.routers():
-            router.selection_bias[: model_config.moe.top_k] = 100.0
     recipes.apply(model, config.precision, runtime.device)
     if case.get("rounded"):
         for module in model.modules():
@@ -81,6 +78,14 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             spread, part = runtime.spread_out(model)
     else:
         spread, part = runtime.spread_out(model)
+    if "load" in case:
+        checkpoint = find_checkpoint(Path(case["load"]), "load")
+        read_weights_here(checkpoint, model, spread)
+    else:
+        draw_weights(model, spread, config.seed)
+    if case.get("crowded"):  # every token goes to the first experts
+        for router in model.routers():
+            router.selection_bias[: model_config.moe.top_k] = 100.0
     optimizers = build_optimizers(
         model,
         config.optimizer,
@@ -122,6 +127,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "norms": norms,
         "counts": torch.stack(counts) if counts else None,
         "begun": begun,
+        "whole_on_host": whole_on_host,
         "files": files,
         "made_whole": made_whole(spread.whole_matrices),
         "done_once": done_once(spread.copies, runtime),
