@@ -13,6 +13,11 @@ for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")
 
+from moe_train.training import before_first_step
+
+if __name__ == "__main__":
+    before_first_step.take_signals()
+
 import hydra
 from omegaconf import DictConfig
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -25,6 +26,18 @@ class UsageError(UserError):
     """The command line itself cannot be read. Exit status 2."""
 
     exit_status = 2
+
+
+class BeforeFirstStep(KeyboardInterrupt):
+    """A signal ends a run that has made no step yet. The exit status is the shell's for the signal."""
+
+    def __init__(self, number: int, saved_step: int | None = None) -> None:
+        """saved_step: of an earlier attempt."""
+        what = "nothing is saved, and the same command starts it again"
+        if saved_step is not None:
+            what = f"step_{saved_step} is as it was: go on with resume=auto"
+        super().__init__(f"interrupted by {signal.Signals(number).name} before its first step: {what}")
+        self.exit_status = 128 + number
 
 
 def one_line(text: object) -> str:
@@ -60,7 +73,7 @@ def in_words(error: Exception) -> str:
     return one_line(error) if isinstance(error, UserError) else describe_known_failure(error) or unexpected
 
 
-def _say(line: str, of_one_process: bool = False) -> None:
+def say(line: str, of_one_process: bool = False) -> None:
     """Once a machine, unless it is `of_one_process`: the other processes of a run there make the same mistake."""
     if of_one_process or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         sys.stderr.write(line + "\n")
@@ -74,13 +87,16 @@ def reported(traceback: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output is gone (| head): nothing left to say
         sys.stderr.close()
         os._exit(1)
+    except BeforeFirstStep as end:
+        say(str(end))
+        sys.exit(end.exit_status)
     except KeyboardInterrupt:
         if traceback:
             raise
-        _say("interrupted: go on with resume=auto (work after the last checkpoint is repeated)")
+        say("interrupted: go on with resume=auto (work after the last checkpoint is repeated)")
         sys.exit(130)
     except Exception as error:
         if traceback:
             raise
-        _say(f"error: {in_words(error)}", isinstance(error, UserError) and error.of_one_process)
+        say(f"error: {in_words(error)}", isinstance(error, UserError) and error.of_one_process)
         sys.exit(error.exit_status if isinstance(error, UserError) else 1)

@@ -4,7 +4,7 @@
     gradients        summed, by reduce-scatter or all-reduce
     dispatch         towards experts: tokens, and backwards the gradients of what experts made of them
     combine          back from experts: what they made of tokens, and backwards the gradients of tokens
-    whole_matrices   for Muon's iteration, there and back
+    whole_matrices   for Muon's iteration, there and back, or its results alone where all had them
     other            norms, counts, agreement
 
 An exchange takes from its beginning to its end. What of that a step stood still for is exposed, the rest hidden behind

@@ -1,7 +1,7 @@
 """Which tensors an MoE layer makes, keeps and lets go, forward and backward, as `model/experts.py` runs it.
 
 Experts are taken to be evenly loaded. Spread over devices, as many rows come in as go out, and exist on both sides of
-an exchange at once.
+an exchange at once; shared experts are computed while rows travel towards routed ones, otherwise after these.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
     tape.make(layer.kept, across)  # rows of tokens
     if layer.keeps_fp8_inputs:
         tape.make(ACTIVATIONS, layer.product_input(hidden, rows))
-    tape.passing(WORKSPACE, exchanged)
+    tape.make(WORKSPACE, exchanged)
+    if moe.num_shared_experts and exchanged:
+        layer.swiglu_forward(moe.num_shared_experts * width)
+    tape.drop(WORKSPACE, exchanged)
     experts = moe.num_experts * width * hidden // layout.expert_parallel
     layer.weight_cast(3 * experts)
     layer.gated_forward(rows, width)
@@ -59,7 +62,8 @@ def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
     if layer.kept == WORKSPACE:
         tape.drop(WORKSPACE, across)
     if moe.num_shared_experts:
-        layer.swiglu_forward(moe.num_shared_experts * width)
+        if not exchanged:
+            layer.swiglu_forward(moe.num_shared_experts * width)
         tape.passing(WORKSPACE, layer.narrowed)
         tape.drop(WORKSPACE, layer.narrowed)
         if layer.kept == WORKSPACE:
@@ -85,7 +89,8 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
         tape.make(WORKSPACE, layer.narrowed)
     if remakes:  # the norm's result, for products and the router
         tape.make(WORKSPACE, layer.residual + narrowed)
-    if moe.num_shared_experts:
+    spread = layout.expert_parallel > 1
+    if moe.num_shared_experts and not spread:
         layer.swiglu_backward(moe.num_shared_experts * width)
     if moe.capacity_factor is not None and narrow:
         tape.make(WORKSPACE, layer.residual)
@@ -102,8 +107,6 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     share = layout.expert_share // layout.expert_parallel
     layer.gated_backward(rows, width, experts, share)
     tape.make(WORKSPACE, across)
-    if layout.expert_parallel > 1:
-        tape.passing(WORKSPACE, across)  # the side of the exchange that sends
     tape.drop(WORKSPACE, 2 * part + across)
     tape.drop(ACTIVATIONS, layer.kept_gate_up(rows, width))
     if layer.keeps_fp8_inputs:
@@ -111,6 +114,11 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     else:
         tape.drop(layer.kept, across)
     layer.gated_weights(experts, share)
+    if spread:
+        tape.make(WORKSPACE, across)  # the side of the exchange that sends
+        if moe.num_shared_experts:
+            layer.swiglu_backward(moe.num_shared_experts * width)
+        tape.drop(WORKSPACE, across)
     if moe.capacity_factor is not None:
         tape.passing(WORKSPACE, layer.narrowed)
     tape.make(WORKSPACE, layer.narrowed)  # by tokens

@@ -6,6 +6,7 @@ down-projection rather than the output after it: the same sum, on the narrower t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,17 +31,41 @@ class Routed(NamedTuple):
     dropped: Tensor  # pairs that got no place over top_k (with expert choice: tokens); 0 where dropless
 
 
-class Products(Protocol):
-    """Rows (n, d) sorted by expert, their gates (n, 1) and where each expert's rows end → outputs (n, d)."""
+class Sorted(NamedTuple):
+    """Tokens on their way to experts."""
 
-    def __call__(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, /) -> Tensor: ...
+    rows_nd: Tensor  # sorted by expert
+    gate_n1: Tensor
+    ends_e: Tensor  # int32: where each expert's rows end
+    counts_e: Tensor
+    dropped: Tensor
+    collect: Callable[[Tensor], Tensor]  # the experts' outputs (n, d) → their sums (t, d)
+
+
+class Outputs(NamedTuple):
+    """Of an MoE layer's experts."""
+
+    routed_td: Tensor
+    shared_td: Tensor | None  # where tokens travelled meanwhile
+    counts_e: Tensor
+    dropped: Tensor
+
+
+class Sent(Protocol):
+    """Rows that have left for the processes that have their experts."""
+
+    def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Wait for those of the others: rows (m, d) sorted by expert of this process, their gates, where each ends."""
+
+    def back(self, out_md: Tensor, /) -> Tensor:
+        """The outputs of those rows → the outputs of the rows that were sent (n, d)."""
 
 
 class Exchange(Protocol):
-    """Products with experts that other processes hold too: parallel/expert_exchange.py."""
+    """Between processes that each have some of the experts: parallel/expert_exchange.py."""
 
-    def __call__(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, products: Products, may_round: bool, /) -> Tensor:
-        """`may_round`: this pass may be in FP8, as in training."""
+    def sent(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, may_round: bool, /) -> Sent:
+        """Begin to send rows, without waiting for them. `may_round`: this pass may be in FP8, as in training."""
 
 
 class Experts(nn.Module):
@@ -48,7 +73,6 @@ class Experts(nn.Module):
 
     fp8: tuple[Fp8Layer, Fp8Layer] | None = None  # of the two products, given by precision/recipes.py
     evaluates_in_fp8 = False
-    exchange: Exchange | None = None  # where a process has a part of them
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -58,31 +82,28 @@ class Experts(nn.Module):
 
     def forward(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor) -> Tensor:
         """Rows sorted by expert, and the gate value of each → their gated outputs (n, d)."""
-        if self.exchange is not None:
-            return self.exchange(x_nd, gate_n1, ends_e, self._products, self._may_round)
-        return self._products(x_nd, gate_n1, ends_e)
+        fp8 = self.fp8 if self.may_round else None
+        return swiglu_linear(x_nd, self.gate_up_proj, self.down_proj, row_weight=gate_n1, ends_e=ends_e, fp8=fp8)
+
+    def take_tokens(self, x_td: Tensor) -> bool:
+        """Whether `of_tokens` can be asked for."""
+        return (self.fp8 is None or not self.may_round) and compiled.takes(x_td, self.gate_up_proj, self.down_proj)
 
     def of_tokens(self, x_td: Tensor, gate_n1: Tensor, plan: dispatch.Plan) -> Tensor:
-        """Each token through the experts of `plan`, their gated outputs summed: (t, d)."""
-        multiplies_here = self.exchange is None and (self.fp8 is None or not self._may_round)
-        if multiplies_here and compiled.takes(x_td, self.gate_up_proj, self.down_proj):
-            gate_n1, places = gate_n1.to(x_td.dtype), (plan.ends_e, plan.token_n, plan.place_tk)
-            out: Tensor = compiled.SwiGLUOfTokens.apply(x_td, self.gate_up_proj, self.down_proj, gate_n1, *places)  # type: ignore[no-untyped-call]
-            return out
-        rows_nd = remade(lambda x: dispatch.to_experts(x, plan), x_td)
-        return dispatch.from_experts(self(rows_nd, gate_n1, plan.ends_e), plan)
+        """Each token through the experts of `plan`, their gated outputs summed: (t, d). No row is copied for it."""
+        weights, places = (self.gate_up_proj, self.down_proj), (plan.ends_e, plan.token_n, plan.place_tk)
+        out: Tensor = compiled.SwiGLUOfTokens.apply(x_td, *weights, gate_n1.to(x_td.dtype), *places)  # type: ignore[no-untyped-call]
+        return out
 
     @property
-    def _may_round(self) -> bool:
+    def may_round(self) -> bool:
         return self.training or self.evaluates_in_fp8
-
-    def _products(self, x_nd: Tensor, gate_n1: Tensor, ends_e: Tensor) -> Tensor:
-        fp8 = self.fp8 if self._may_round else None
-        return swiglu_linear(x_nd, self.gate_up_proj, self.down_proj, row_weight=gate_n1, ends_e=ends_e, fp8=fp8)
 
 
 class MoELayer(nn.Module):
     """Shared experts on every token plus routed ones on those that go there: (b, t, d) → (b, t, d)."""
+
+    exchange: Exchange | None = None  # where a process has a part of the routed ones
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -106,29 +127,54 @@ class MoELayer(nn.Module):
         if self.training and c.router_z_loss_weight:
             auxiliary = auxiliary + router_z_loss(logits_te, real_t, c.router_z_loss_weight)
         if c.routing == "expert_choice":
-            y_td, counts_e, dropped = self._through_slots(x_td, slots.by_experts(scores_te, real_t, c))
+            places = slots.by_experts(scores_te, real_t, c)
+            y_td, shared_td, counts_e, dropped = self._outputs(_in_slots(x_td, places), x_td)
         else:
             choice = self.router.choose_experts(scores_te)
             if c.capacity_factor is None or not self.training:
-                y_td, counts_e, dropped = self._dropless(x_td, real_t, choice)
+                plan = dispatch.plan(choice.expert_tk, real_t, c.num_experts)
+                y_td, shared_td, counts_e, dropped = self._dropless(x_td, choice, plan)
             else:
-                y_td, counts_e, dropped = self._through_slots(x_td, slots.by_tokens(choice, real_t, c))
+                places = slots.by_tokens(choice, real_t, c)
+                y_td, shared_td, counts_e, dropped = self._outputs(_in_slots(x_td, places), x_td)
             if self.training and c.sequence_loss_weight:
                 loss = sequence_balance_loss(scores_te, choice.expert_tk, real_bt, c.sequence_loss_weight)
                 auxiliary = auxiliary + loss
             if self.training and c.batch_loss_weight:
                 auxiliary = auxiliary + batch_balance_loss(scores_te, counts_e, real_t, c.batch_loss_weight)
         if self.shared_experts is not None:
-            y_td = y_td + self.shared_experts(x_td)
+            y_td = y_td + (self.shared_experts(x_td) if shared_td is None else shared_td)
         return y_td.view_as(x_btd), Routed(auxiliary, counts_e, dropped)
 
-    def _dropless(self, x_td: Tensor, real_t: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
-        plan = dispatch.plan(choice.expert_tk, real_t, self.config.num_experts)
+    def _dropless(self, x_td: Tensor, choice: Choice, plan: dispatch.Plan) -> Outputs:
         gate_n1 = dispatch.gates_to_experts(choice.gate_tk, plan)
-        y_td = self.experts.of_tokens(x_td, gate_n1, plan)
-        return y_td, plan.counts_e, x_td.new_zeros((), dtype=torch.float32)
+        dropped = x_td.new_zeros((), dtype=torch.float32)
+        if self.exchange is None and self.experts.take_tokens(x_td):
+            return Outputs(self.experts.of_tokens(x_td, gate_n1, plan), None, plan.counts_e, dropped)
+        rows_nd = remade(lambda x: dispatch.to_experts(x, plan), x_td)
+        collect = lambda y_nd: dispatch.from_experts(y_nd, plan)  # noqa: E731
+        return self._outputs(Sorted(rows_nd, gate_n1, plan.ends_e, plan.counts_e, dropped, collect), x_td)
 
-    def _through_slots(self, x_td: Tensor, places: slots.Slots) -> tuple[Tensor, Tensor, Tensor]:
-        rows_nd = remade(lambda x: slots.to_experts(x, places), x_td)
-        y_nd = self.experts(rows_nd, places.gate_n1, places.ends_e)
-        return slots.from_experts(y_nd, places, len(x_td)), places.counts_e, places.dropped
+    def _outputs(self, to: Sorted, x_td: Tensor) -> Outputs:
+        """The backward pass takes the nodes that were made last first: there the gradients of tokens travel while those
+        of the shared experts are computed.
+        """
+        if self.exchange is None:  # shared experts come later, when there are fewer tensors
+            y_nd, shared_td = self.experts(to.rows_nd, to.gate_n1, to.ends_e), None
+        else:
+            sent = self.exchange.sent(to.rows_nd, to.gate_n1, to.ends_e, self.experts.may_round)
+            shared_td = None if self.shared_experts is None else self.shared_experts(x_td)
+            y_nd = sent.back(self.experts(*sent.arrived()))
+        return Outputs(to.collect(y_nd), shared_td, to.counts_e, to.dropped)
+
+
+def _in_slots(x_td: Tensor, places: slots.Slots) -> Sorted:
+    rows_nd = remade(lambda x: slots.to_experts(x, places), x_td)
+    return Sorted(
+        rows_nd,
+        places.gate_n1,
+        places.ends_e,
+        places.counts_e,
+        places.dropped,
+        lambda y_nd: slots.from_experts(y_nd, places, len(x_td)),
+    )

@@ -6,7 +6,7 @@ residual stream are FP32; matrix products follow autocast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,18 +72,11 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def initialise(self, seed: int) -> None:
-        """Draw every matrix from N(0, initializer_range²), set norms to one: the same for the same seed, anywhere.
-
-        Drawn on the CPU, since GPU generators differ from it and from each other.
-        """
-        generator = torch.Generator().manual_seed(seed)
+        """Draw every matrix from N(0, initializer_range²), set norms to one: the same for the same seed, anywhere."""
+        shapes = [parameter.shape for parameter in self.parameters()]
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.ndim < 2:
-                    parameter.fill_(1.0)
-                else:
-                    drawn = torch.empty(parameter.shape).normal_(0, self.config.initializer_range, generator=generator)
-                    parameter.copy_(drawn)
+            for parameter, values in zip(self.parameters(), drawn(shapes, self.config.initializer_range, seed)):
+                parameter.copy_(values)
 
     def rotary(self, start: int, length: int, device: torch.device) -> Rotary:
         """Rotation tables of `length` positions from `start`."""
@@ -160,6 +153,17 @@ class Transformer(nn.Module):
     def scores(self, hidden_btd: Tensor) -> Tensor:
         """Scores of the token that follows normed hidden states, the main model's or an MTP module's: (b, t, v)."""
         return linear(hidden_btd, self.head_weight)
+
+
+def drawn(shapes: Iterable[torch.Size], deviation: float, seed: int) -> Iterator[Tensor]:
+    """First values of parameters of these shapes, in FP32, one after the other as one generator gives them.
+
+    Drawn on the CPU, since GPU generators differ from it and from each other.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for shape in shapes:
+        values = torch.empty(shape, dtype=torch.float32, device="cpu")
+        yield values.fill_(1.0) if len(shape) < 2 else values.normal_(0, deviation, generator=generator)
 
 
 def _stacked(scalars: list[Tensor], like: Tensor) -> Tensor:

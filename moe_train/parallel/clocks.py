@@ -7,8 +7,10 @@ where it is told to wait for another one's event. What a GPU's host exchanges wi
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -32,11 +34,17 @@ class Clock(Protocol):
     def begin(self) -> None:
         """A step begins."""
 
-    def called(self, kind: str, call: Callable[[], Any], asynchronous: bool) -> Any:
-        """What `call` returns, a collective operation's result with its work last, timed."""
+    def called(self, kind: str, call: Callable[[], Any], asynchronous: bool, waited_for: bool) -> Any:
+        """What `call` returns, a collective operation's result with its work last, timed.
+
+        waited_for: if it is asynchronous, `standing_still` will say when it is waited for; else `waited` will.
+        """
+
+    def standing_still(self) -> AbstractContextManager[None]:
+        """Within, an exchange is waited for."""
 
     def waited(self) -> None:
-        """Since the last asynchronous exchange began there was nothing else to do."""
+        """Since the last asynchronous exchange began, of those not waited for, there was nothing else to do."""
 
     def end(self) -> None:
         """The step ends."""
@@ -54,19 +62,26 @@ class HostClock:
         self._launched = 0.0
         self._began = time.perf_counter()
 
-    def called(self, kind: str, call: Callable[[], Any], asynchronous: bool) -> Any:
+    def called(self, kind: str, call: Callable[[], Any], asynchronous: bool, waited_for: bool) -> Any:
         times = [time.perf_counter()]
         self._exchanges.append((kind, times))
         result = call()
         work = work_of(result)
         if asynchronous:
-            self._launched = time.perf_counter()
+            if not waited_for:
+                self._launched = time.perf_counter()
             work.get_future().add_done_callback(lambda _: times.append(time.perf_counter()))
         else:
             work.wait()
             times.append(time.perf_counter())
             self._stalls.append((times[0], times[1]))
         return result
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._stalls.append((began, time.perf_counter()))
 
     def waited(self) -> None:
         if self._launched:
@@ -114,11 +129,12 @@ class DeviceClock:
 
         return wait_event
 
-    def called(self, kind: str, call: Callable[[], Any], asynchronous: bool) -> Any:
+    def called(self, kind: str, call: Callable[[], Any], asynchronous: bool, waited_for: bool) -> Any:
         start = _mark()
         result = call()
         if asynchronous:
-            self._launched = _mark(self._compute)
+            if not waited_for:
+                self._launched = _mark(self._compute)
             with torch.cuda.stream(self._beside):
                 work_of(result).get_future().wait()  # the stream does; the host goes on
                 end = _mark()
@@ -128,6 +144,12 @@ class DeviceClock:
                 self._stalls.append((start, end))
         self._exchanges.append((kind, start, end))
         return result
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        before = _mark()
+        yield
+        self._stalls.append((before, _mark()))
 
     def waited(self) -> None:
         if self._launched is not None:

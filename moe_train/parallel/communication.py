@@ -20,6 +20,7 @@ from moe_train.parallel.collectives import COLLECTIVES, sent_bytes
 
 # Not a thread's own: on a GPU the backward pass runs in others.
 _label: str | None = None
+_waited_for = False
 _in_backward = False
 _current: Communication | None = None
 _kernels: torch.library.Library | None = None
@@ -59,7 +60,7 @@ class Communication:
             self._sums.steps += 1
 
     def waited(self) -> None:
-        """Since the last asynchronous exchange began, if one did, the process had nothing else to do."""
+        """Since the last asynchronous exchange that `wait_for` does not wait for, there was nothing else to do."""
         if self._timing:
             self._clock.waited()
 
@@ -86,19 +87,32 @@ class Communication:
         kind = _label or ("gradients" if _in_backward and name == "allreduce_" else COLLECTIVES[name].kind)
         self._sums.sent[kind] += sent
         if self._timing and device_type == self._clock.device_type:
-            return self._clock.called(kind, call, asynchronous=not any(each is False for each in arguments))
+            asynchronous = not any(each is False for each in arguments)
+            return self._clock.called(kind, call, asynchronous, waited_for=_waited_for)
         return call()
+
+    def wait_for(self, work: dist.Work) -> None:
+        with self._clock.standing_still() if self._timing else contextlib.nullcontext():
+            work.wait()
 
 
 @contextlib.contextmanager
-def labelled(kind: str) -> Iterator[None]:
-    """What is exchanged in here is of this kind."""
-    global _label
-    before, _label = _label, kind
+def labelled(kind: str, *, waited_for: bool = False) -> Iterator[None]:
+    """What is exchanged in here is of this kind; what is asynchronous, `wait_for` waits for."""
+    global _label, _waited_for
+    before, (_label, _waited_for) = (_label, _waited_for), (kind, waited_for)
     try:
         yield
     finally:
-        _label = before
+        _label, _waited_for = before
+
+
+def wait_for(work: dist.Work) -> None:
+    """Stand still until an asynchronous exchange is done; on a GPU the computing stream does, and the host goes on."""
+    if _current is None:
+        work.wait()
+    else:
+        _current.wait_for(work)
 
 
 @contextlib.contextmanager

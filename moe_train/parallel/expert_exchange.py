@@ -4,9 +4,9 @@
 
 Every process sends each other one as many rows as its tokens chose experts there, none perhaps (GShard, arXiv
 2006.16668; DeepSeek-V3, arXiv 2412.19437, section 3.2.2). How many is exchanged first and read by the host, since an
-all-to-all has to know: one wait for the device a layer and pass. Backwards gradients travel the same ways. What goes
-towards experts, tokens and the gradients of their outputs, can go in FP8; what comes back keeps its format (section
-3.3.3).
+all-to-all has to know: one wait for the device a layer and pass. Backwards gradients travel the same ways. Rows leave
+before the shared experts are computed and are waited for after, and so do the gradients of tokens. What goes towards
+experts, tokens and the gradients of their outputs, can go in FP8; what comes back keeps its format (section 3.3.3).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_train.model import dispatch
-from moe_train.model.experts import Experts, Products
+from moe_train.model.experts import MoELayer
 from moe_train.model.transformer import Transformer
-from moe_train.parallel.communication import labelled
+from moe_train.parallel.communication import labelled, wait_for
 from moe_train.parallel.packed_rows import packed, rounded_once, unpacked
 
 
@@ -34,24 +34,30 @@ class ExpertExchange:
         self.group, self.fp8 = group, fp8
         self.parts = dist.get_world_size(group)
 
-    def __call__(self, rows_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, products: Products, may_round: bool) -> Tensor:
-        """Rows sorted by expert, their gates, and where each of all experts' rows end → their outputs (n, d).
-
-        `products` takes the same of the rows of this process's experts.
-        """
-        fp8 = self.fp8 and may_round
+    def sent(self, rows_nd: Tensor, gate_n1: Tensor, ends_e: Tensor, may_round: bool) -> _Sent:
+        """Rows sorted by expert, their gates, and where each of all experts' rows end: they leave."""
         sent_e = torch.diff(ends_e.long(), prepend=ends_e.new_zeros(1, dtype=torch.int64))
         received_pe = torch.empty_like(sent_e)  # by process, then by expert of this one
         dist.all_to_all_single(received_pe, sent_e, group=self.group)
-        per_process = torch.stack([sent_e.view(self.parts, -1).sum(1), received_pe.view(self.parts, -1).sum(1)])
-        sent, received = per_process.tolist()
-        order_m, inverse_m, ends_l = _by_expert(received_pe.view(self.parts, -1), sum(received))
+        received_pl = received_pe.view(self.parts, -1)
+        sent, received = torch.stack([sent_e.view(self.parts, -1).sum(1), received_pl.sum(1)]).tolist()
+        way = _Way(sent, received, self.group, True, self.fp8 and may_round)
+        return _Sent(_Journey(rows_nd, way), _Journey(gate_n1, way._replace(fp8=False)), way, received_pl)
 
-        there, back = _Way(sent, received, self.group, True, fp8), _Way(received, sent, self.group, False, fp8)
-        rows_md = dispatch.permuted(_travelled(rows_nd, there), order_m, inverse_m)
-        gate_m1 = dispatch.permuted(_travelled(gate_n1, there._replace(fp8=False)), order_m, inverse_m)
-        out_md = products(rows_md, gate_m1, ends_l)
-        return _travelled(dispatch.permuted(out_md, inverse_m, order_m), back)
+
+class _Sent:
+    def __init__(self, rows: _Journey, gates: _Journey, way: _Way, received_pl: Tensor) -> None:
+        self._rows, self._gates, self._way, self._received_pl = rows, gates, way, received_pl
+
+    def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
+        self._order_m, self._inverse_m, ends_l = _by_expert(self._received_pl, sum(self._way.received))
+        rows_md, gate_m1 = (
+            dispatch.permuted(each.end(), self._order_m, self._inverse_m) for each in (self._rows, self._gates)
+        )
+        return rows_md, gate_m1, ends_l
+
+    def back(self, out_md: Tensor) -> Tensor:
+        return _Journey(dispatch.permuted(out_md, self._inverse_m, self._order_m), self._way.back).end()
 
 
 def _by_expert(received_pl: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,30 +88,67 @@ class _Way(NamedTuple):
         return self._replace(sent=self.received, received=self.sent, towards_experts=not self.towards_experts)
 
 
-class _AllToAll(torch.autograd.Function):
+class _Journey:
+    """Rows that go `way`, from now on; gradients come back while whatever was computed in between is gone through."""
+
+    def __init__(self, x_nd: Tensor, way: _Way) -> None:
+        self.way = way
+        self._flights: list[_Flight] = []  # forwards; later backwards
+        self._left: Tensor | None = _Leave.apply(x_nd, self)  # type: ignore[no-untyped-call]
+
+    def end(self) -> Tensor:
+        """Wait for the rows that others sent here, by process."""
+        left, self._left = self._left, None  # the graph has this object, which must not keep the graph
+        out: Tensor = _Arrive.apply(left, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def leave(self, x_nd: Tensor, way: _Way) -> Tensor:
+        """What stands for the rows in the graph until they are there: one number."""
+        self._flights.append(_Flight(x_nd, way))
+        return x_nd.new_zeros(())
+
+    def arrive(self) -> Tensor:
+        return self._flights.pop().landed()
+
+
+class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, way: _Way) -> Tensor:
-        ctx.way = way
-        return _exchanged(x, way)
+    def forward(ctx: Any, x_nd: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.leave(x_nd, journey.way)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return _exchanged(grad_outputs[0], ctx.way.back), None
+        return ctx.journey.arrive(), None
 
 
-def _travelled(x: Tensor, way: _Way) -> Tensor:
-    """The rows that others sent here, by process; gradients go back."""
-    out: Tensor = _AllToAll.apply(x, way)  # type: ignore[no-untyped-call]
-    return out
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return ctx.journey.leave(grad_outputs[0], ctx.journey.way.back), None
 
 
-def _exchanged(x_nd: Tensor, way: _Way) -> Tensor:
-    in_fp8 = way.fp8 and way.towards_experts
-    leaving = packed(x_nd) if in_fp8 else x_nd.contiguous()
-    arriving = leaving.new_empty(sum(way.received), leaving.shape[1])
-    with labelled("dispatch" if way.towards_experts else "combine"):
-        dist.all_to_all_single(arriving, leaving, way.received, way.sent, group=way.group)
-    return unpacked(arriving, x_nd.shape[1], x_nd.dtype) if in_fp8 else arriving
+class _Flight:
+    """One all-to-all under way."""
+
+    def __init__(self, x_nd: Tensor, way: _Way) -> None:
+        self._in_fp8 = way.fp8 and way.towards_experts
+        self._width, self._dtype = x_nd.shape[1], x_nd.dtype
+        self._leaving = packed(x_nd) if self._in_fp8 else x_nd.contiguous()  # kept until it has left
+        self._arriving = self._leaving.new_empty(sum(way.received), self._leaving.shape[1])
+        with labelled("dispatch" if way.towards_experts else "combine", waited_for=True):
+            self._work = dist.all_to_all_single(
+                self._arriving, self._leaving, way.received, way.sent, group=way.group, async_op=True
+            )
+
+    def landed(self) -> Tensor:
+        wait_for(self._work)
+        return unpacked(self._arriving, self._width, self._dtype) if self._in_fp8 else self._arriving
 
 
 def share_out_experts(model: Transformer, group: dist.ProcessGroup, fp8: bool) -> None:
@@ -113,10 +156,10 @@ def share_out_experts(model: Transformer, group: dist.ProcessGroup, fp8: bool) -
     part, parts = dist.get_rank(group), dist.get_world_size(group)
     exchange = ExpertExchange(group, fp8)
     for module in model.modules():
-        if isinstance(module, Experts):
-            for name, weight in list(module.named_parameters()):
+        if isinstance(module, MoELayer):
+            for name, weight in list(module.experts.named_parameters()):
                 mine = weight.detach().chunk(parts)[part].clone()
-                setattr(module, name, nn.Parameter(mine))
+                setattr(module.experts, name, nn.Parameter(mine))
             module.exchange = exchange
             if fp8:
-                rounded_once(module)
+                rounded_once(module.experts)

@@ -30,8 +30,8 @@ from moe_train.model.transformer import Losses, Transformer
 from moe_train.parallel.expert_exchange import share_out_experts
 from moe_train.parallel.meshes import Meshes
 from moe_train.parallel.narrow_gather import NarrowGather
-from moe_train.parallel.spread import Part
-from moe_train.parallel.whole_matrices import WholeMatrices
+from moe_train.parallel.spread import Part, shares_copies
+from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 
 
 class _Held(NamedTuple):
@@ -45,7 +45,10 @@ class _Held(NamedTuple):
 
 
 class Sharded:
-    """Needs all processes: building, gradients, and every call of `wrapped`."""
+    """Needs all processes: building, gradients, and every call of `wrapped`.
+
+    `model` may be on torch's meta device: what a process holds of it is then left for somebody to fill.
+    """
 
     loss_scale = 1.0
 
@@ -67,6 +70,10 @@ class Sharded:
             share_out_experts(model, meshes.experts.get_group("expert"), fp8_dispatch)
         self._modules, gathers = _cut(model, meshes, gathers_bf16)
         self._model = model
+        if any(parameter.is_meta for parameter in model.parameters()):
+            model.to_empty(device=accelerator.device)
+            for buffer in model.buffers():  # biases of routers, which begin at zero
+                buffer.zero_()
         expert_weights = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
         # By name: between a forward pass and what follows it the model has gathered weights in their place.
         self._held = {
@@ -80,6 +87,16 @@ class Sharded:
             self.whole_matrices = WholeMatrices(
                 meshes.rest.get_group("shard"), {held.local: held.part.shape for held in cut}
             )
+
+        self.copies = None
+        if shares_copies(accelerator.device):
+            cut_here = () if self.whole_matrices is None else self.whole_matrices.shapes
+            same: dict[Tensor, dist.ProcessGroup] = {
+                held.local: (meshes.experts if held.of_experts else meshes.rest).get_group("replicate")
+                for held in self._held.values()
+                if held.local not in cut_here
+            }
+            self.copies = Copies(same)
 
     def local(self, name: str) -> nn.Parameter:
         return self._held[name].local

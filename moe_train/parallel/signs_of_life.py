@@ -7,6 +7,7 @@ checkpoints need anyway.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
@@ -53,6 +54,13 @@ class SignsOfLife:
 
     def failed(self, error: BaseException) -> None:
         self.say(f"{_FAILED}\n" + "".join(traceback.format_exception(error)).rstrip())
+
+    def discard(self) -> None:
+        """Take this process's log away, and what is empty without it, as of a run that has not begun."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
 
     def failed_alone(self) -> bool:
         """Whether the first process, which would speak for all, has not failed too. Takes a moment to be sure."""

@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_train.model.transformer import Losses, Transformer
-from moe_train.parallel.whole_matrices import WholeMatrices
+from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 
 
 class Part(NamedTuple):
@@ -48,6 +49,7 @@ class Spread(Parts, Protocol):
 
     loss_scale: float  # of a process's loss, for gradients that are sums over the processes
     whole_matrices: WholeMatrices | None  # for an optimizer that needs them, where a process has parts
+    copies: Copies | None  # for the same, where several processes have a matrix and one does for all of them
 
     def wrapped(self, *inputs: object) -> Losses:
         """The model's forward pass, in the compute format."""
@@ -79,6 +81,15 @@ class Whole:
         return local
 
 
+def shares_copies(device: torch.device) -> bool:
+    """Whether processes share out what is done to matrices that all of them have, and send each other the results.
+
+    A number takes about 15 FLOPs for each row of the smaller side, and two bytes or four to send. On CPUs that pays;
+    on GPUs over NVLink alone, and little there (docs/log.md, 2026-11-26).
+    """
+    return device.type == "cpu"
+
+
 class Replicated(Whole):
     """Every process has the whole model."""
 
@@ -92,6 +103,10 @@ class Replicated(Whole):
             raise RuntimeError(f"accelerate prepared a {type(self._prepared).__name__} for {processes} processes")
         self.loss_scale = float(processes)  # DDP averages gradients
         self._accelerator = accelerator
+        self.copies = None
+        if processes > 1 and shares_copies(accelerator.device):
+            assert dist.group.WORLD is not None
+            self.copies = Copies(dict.fromkeys(model.parameters(), dist.group.WORLD))
 
     def wrapped(self, *inputs: object) -> Losses:
         losses: Losses = self._prepared(*inputs)

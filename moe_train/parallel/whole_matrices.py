@@ -1,8 +1,8 @@
-"""Matrices that are cut by rows over processes, whole on one of them each while something is done to them.
+"""What is done to whole matrices, shared out among processes: each does some, whether they are cut or copies.
 
-Muon's iteration mixes all entries of a matrix. Gathered on every process it would be done as many times over; instead
-the k-th matrix of a batch goes to process k mod p, which does it, and its rows go back: two all-to-alls a batch, and
-the work is shared out.
+Muon's iteration mixes all entries of a matrix. Of matrices that are cut by rows, the k-th of a batch goes to process
+k mod p, which does it, and its rows go back: two all-to-alls a batch. Of copies, each process does its p-th part of the
+batch and all gather the results.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_train.parallel.communication import labelled
+
+# torch 2.13 renamed it, torch 2.11 knows the old name only.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class WholeMatrices:
@@ -53,3 +56,29 @@ class WholeMatrices:
             dist.all_to_all_single(out, back, sizes, arriving, group=self.group)
         returned[order_n] = out.view_as(pieces)
         return returned
+
+
+class Copies:
+    """`groups`: the processes that have the same matrices as this one, by what this one holds."""
+
+    def __init__(self, groups: Mapping[Tensor, dist.ProcessGroup]) -> None:
+        self.groups = {local: group for local, group in groups.items() if dist.get_world_size(group) > 1}
+
+    def done_once(
+        self, function: Callable[[Tensor], Tensor], matrices: Tensor, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        """`function` of matrices (N, rows, columns) that all of the group have, and call this for.
+
+        `function` gets some of the matrices, none perhaps, and keeps their shape.
+        """
+        if group is None:
+            return function(matrices)
+        parts, count = dist.get_world_size(group), len(matrices)
+        most = -(-count // parts)
+        mine = function(matrices[most * dist.get_rank(group) :][:most])
+        leaving = mine.new_zeros(most, *matrices.shape[1:])
+        leaving[: len(mine)] = mine
+        done = mine.new_empty(most * parts, *matrices.shape[1:])
+        with labelled("whole_matrices"):
+            _all_gather(done, leaving, group=group)
+        return done[:count]

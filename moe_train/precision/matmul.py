@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.kernels.cpu import experts
 from moe_train.kernels.cpu import linear as compiled
 from moe_train.precision import grouped
 from moe_train.precision.formats import compute_dtype
@@ -86,8 +87,13 @@ def swiglu_linear(
         rows = x.flatten(0, -2).bfloat16()
         y: Tensor = compiled.SwiGLUOfRows.apply(rows, gate_up_weight, down_weight)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
+    x_nd = x.flatten(0, -2).to(dtype)
+    if ends_e is not None and row_weight is not None and experts.takes(x_nd, gate_up_weight, down_weight):
+        weights, token_n = (gate_up_weight, down_weight), torch.arange(len(x_nd))
+        y_nd: Tensor = experts.SwiGLUOfTokens.apply(x_nd, *weights, row_weight.to(dtype), ends_e, token_n, None)  # type: ignore[no-untyped-call]
+        return y_nd
     out: Tensor = SwiGLUProducts.apply(  # type: ignore[no-untyped-call]
-        x.flatten(0, -2).to(dtype),
+        x_nd,
         gate_up_weight.to(dtype),
         down_weight.to(dtype),
         None if row_weight is None else row_weight.to(dtype),

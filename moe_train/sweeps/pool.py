@@ -26,8 +26,8 @@ from moe_train.sweeps.job import Job, Outcome
 from moe_train.sweeps.metrics import MetricsTail, Row
 from moe_train.sweeps.running import Orphan, Running, Start
 from moe_train.sweeps.runs import RunsByHash
+from moe_train.training.keepers import held_by_this_process
 from moe_train.training.signals import Interruption
-from moe_train.training.sweep_alive import held_by_this_process
 
 POLL_SECONDS = 0.2
 BUDGET_SECONDS = 1.0  # between two looks into the ledger, to which runs write once a second

@@ -176,21 +176,23 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Put the checkpoint's weights into `model`, which must have the same tensors."""
     weights = read_weights(checkpoint)
-    _check_same_tensors(checkpoint.path, weights, model.state_dict())
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    check_same_tensors(checkpoint.path, {name: tensor.shape for name, tensor in weights.items()}, expected)
     model.load_state_dict(weights)
 
 
-def _check_same_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_same_tensors(path: Path, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> None:
+    """Of the same names and shapes. Raises UserError."""
     for name in sorted(set(found) ^ set(expected)):
         where = "only in the checkpoint" if name in found else "missing from the checkpoint"
         raise UserError(
             f"{path} is a checkpoint of another model: {name} is {where}; give the model it was trained with"
         )
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
+    for name, shape in found.items():
+        if shape != expected[name]:
             raise UserError(
-                f"{path} is a checkpoint of another model: {name} is {tuple(tensor.shape)} there and "
-                f"{tuple(expected[name].shape)} here; give the model it was trained with"
+                f"{path} is a checkpoint of another model: {name} is {tuple(shape)} there and "
+                f"{tuple(expected[name])} here; give the model it was trained with"
             )
 
 

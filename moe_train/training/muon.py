@@ -8,8 +8,8 @@ Gate and up projection, joined for the sake of the model's products, are two mat
 and 11 million multiplications do instead of 26 for each iteration of an expert of 96 × 256.
 torch.optim.Muon takes 2-D parameters only.
 
-The iteration mixes all entries of a matrix, so matrices that are cut over processes are made whole for it
-(parallel/whole_matrices.py).
+The iteration mixes all entries of a matrix, so matrices that are cut over processes are made whole for it, and those
+that several processes have alike are shared out where that is faster (parallel/whole_matrices.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moe_train.cost.optimizer_memory import MUON_BATCH_ELEMENTS, chunk_elements
 from moe_train.kernels.cpu import muon as compiled
-from moe_train.parallel.whole_matrices import WholeMatrices
+from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 from moe_train.precision.support import multiplies_bfloat16
 from moe_train.training.moments import NEAREST, Rounding, load_states, store
 
@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
     The update is scaled by 0.2·sqrt(max(out, in)), which gives it the root mean square of AdamW's, so that AdamW's
     learning rate and weight decay carry over (arXiv 2502.16982, section 2.2). `momentum_dtype`: what the momentum is
     stored in, FP32 or BF16; in BF16, `rounding` says how. It is updated and used in FP32 either way. `whole`: knows the
-    parameters that are a process's rows of a matrix.
+    parameters that are a process's rows of a matrix. `copies`: those that other processes have too, to be shared out.
     """
 
     def __init__(
@@ -76,11 +76,13 @@ class Muon(torch.optim.Optimizer):
         rounding: Rounding = NEAREST,
         joined: Collection[Tensor] = (),
         whole: WholeMatrices | None = None,
+        copies: Copies | None = None,
     ) -> None:
         """joined: those whose rows are two matrices, one above the other."""
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
         self.momentum_dtype, self.rounding, self.whole = momentum_dtype, rounding, whole
+        self.copies = copies
         self._joined = {id(parameter) for parameter in joined}
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.numbers = {parameter: number for number, parameter in enumerate(parameters)}
@@ -122,6 +124,9 @@ class Muon(torch.optim.Optimizer):
 
         if self.whole is not None and parameters[0] in self.whole:
             updates = self.whole.done_whole(iterated, pieces, rows=self.whole.shapes[parameters[0]][0])
+        elif self.copies is not None:
+            group_of_copies = self.copies.groups.get(parameters[0])
+            updates = self.copies.done_once(lambda some: orthogonalized(some, steps), pieces, group_of_copies)
         else:
             updates = orthogonalized(pieces, steps)
         scale = 0.2 * math.sqrt(max(shape))
@@ -131,7 +136,8 @@ class Muon(torch.optim.Optimizer):
 
     def _step_compiled(self, parameters: list[Tensor], group: dict[str, Any]) -> bool:
         """The same by kernels/cpu, if that takes them."""
-        if self.momentum_dtype != torch.float32 or (self.whole is not None and parameters[0] in self.whole):
+        cut = self.whole is not None and parameters[0] in self.whole
+        if self.momentum_dtype != torch.float32 or cut or self.copies is not None:
             return False
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         shape, momenta = self.matrix_shape(parameters[0]), [self._momentum(parameter) for parameter in parameters]
@@ -199,14 +205,15 @@ class Muon(torch.optim.Optimizer):
     def _batches(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS` a process.
 
-        What is cut is apart from what is not, and its batches are the same on all processes.
+        What is cut is apart from what is not, and copies by who has them; batches are the same on all processes.
         """
-        by_shape: dict[tuple[torch.device, bool, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+        by_shape: dict[tuple[torch.device, bool, tuple[Any, ...]], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             if parameter.grad is not None:
                 cut = self.whole is not None and parameter in self.whole
-                shape = (*self.matrix_shape(parameter), *(self._shape(parameter) if cut else ()))
-                by_shape[parameter.device, cut, shape].append(parameter)
+                others = None if self.copies is None else self.copies.groups.get(parameter)
+                alike_in = (*self.matrix_shape(parameter), others, *(self._shape(parameter) if cut else ()))
+                by_shape[parameter.device, cut, alike_in].append(parameter)
         for (device, cut, _), alike in by_shape.items():
             batch: list[Tensor] = []
             most = MUON_BATCH_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]

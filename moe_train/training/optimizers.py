@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moe_train.config import AdamWConfig, OptimizerConfig
-from moe_train.parallel.whole_matrices import WholeMatrices
+from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 from moe_train.training.adamw import BF16AdamW
 from moe_train.training.moments import Rounding
 from moe_train.training.muon import Muon
@@ -28,13 +28,15 @@ def build_optimizers(
     *,
     local: Callable[[str], nn.Parameter] | None = None,
     whole: WholeMatrices | None = None,
+    copies: Copies | None = None,
     part: int = 0,
 ) -> list[torch.optim.Optimizer]:
     """One or two optimizers over all trainable parameters of the bare model (before any wrapper renames them).
 
     `seed`: of stochastic rounding, where the configuration has it. Every group keeps its peak rate under "base_lr", for
     `set_lr`. A head tied to the embedding is the embedding. Of a model that is spread over processes: `local` gives
-    what this one, the `part`-th, holds of the parameter of a name, `whole` knows the matrices that it holds rows of.
+    what this one, the `part`-th, holds of the parameter of a name, `whole` knows the matrices that it holds rows of,
+    `copies` those that others have as well.
     """
     # id, as tensors compare by value
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
@@ -61,6 +63,7 @@ def build_optimizers(
                     momentum_dtype=getattr(torch, config.moments),
                     rounding=dataclasses.replace(rounding, stream=1),
                     whole=whole,
+                    copies=copies,
                     joined=[here[id(p)] for name, p in trainable.items() if "gate_up_proj" in name.split(".")],
                 )
             )

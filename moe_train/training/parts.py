@@ -1,16 +1,18 @@
 """What a run is made of, put together in the order in which one needs the other.
 
-    run folder → data → model and its weights → precision → layout → optimizers and their states → stepper
+    run folder → data → model → precision → layout → its weights → optimizers and their states → stepper
 
-A run that goes on has its weights before they are spread over processes, and its optimizers' states after.
+Weights come after the model is spread over processes: each reads or draws what it holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch.optim import Optimizer
 
 from moe_train.config import ModelConfig, RunConfig
@@ -23,7 +25,7 @@ from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.signs_of_life import SignsOfLife
 from moe_train.precision import recipes
 from moe_train.training.account import Account
-from moe_train.training.checkpoints import Checkpoint, load_weights
+from moe_train.training.checkpoints import Checkpoint
 from moe_train.training.fp8_health import Fp8Health, precision_notes
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import RunFolder
@@ -31,6 +33,7 @@ from moe_train.training.runtime import Runtime
 from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import Stepper
+from moe_train.training.weights import draw_weights, read_weights_here
 
 
 class Shared(NamedTuple):
@@ -39,6 +42,7 @@ class Shared(NamedTuple):
     path: Path
     checkpoint: Checkpoint | None  # that it goes on from
     start: Checkpoint | None  # of another run, whose weights it begins with
+    fresh: bool  # nothing was in it
     signs: SignsOfLife | None  # of the other processes, where there are some
 
 
@@ -47,7 +51,8 @@ def known_to_all(runtime: Runtime, folder: RunFolder | None) -> Shared:
     path: Path = runtime.from_main(folder.path if folder else None)
     checkpoint: Checkpoint | None = runtime.from_main(folder.checkpoint if folder else None)
     start: Checkpoint | None = runtime.from_main(folder.start if folder else None)
-    return Shared(path, checkpoint, start, SignsOfLife(path, runtime.rank) if runtime.world_size > 1 else None)
+    fresh: bool = runtime.from_main(folder is not None and folder.fresh)
+    return Shared(path, checkpoint, start, fresh, SignsOfLife(path, runtime.rank) if runtime.world_size > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def put_together(
     config: RunConfig, runtime: Runtime, folder: RunFolder | None, account: Account, shared: Shared
 ) -> Parts:
     """Raises UserError."""
-    path, checkpoint, start, signs = shared
+    path, checkpoint, start, _, signs = shared
     resumed: dict[str, Any] | None = checkpoint.state if checkpoint else None
 
     data = prepare(config.data, progress=runtime.is_main)
@@ -80,8 +85,9 @@ def put_together(
         check_same_text_everywhere(data.fingerprint)
     batches = Batches(data.train, config.data.sequence_length, config.batch_size, config.seed, config.batch_ramp)
     model_config, vocab_size = config.model.resolved(), vocabulary(config, data)
-    model = Transformer(model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
-    notes = _weights(model, config, data, checkpoint, start)
+    notes = _check_weights(config, data, checkpoint, start)
+    with torch.device("meta") if runtime.cuts else contextlib.nullcontext():
+        model = Transformer(model_config, vocab_size, config.z_loss_weight, config.activation_checkpointing)
 
     products = recipes.apply(model, config.precision, runtime.device)
     account.set_work(vocab_size, None if products is None else products.backend.multiplies_in)
@@ -91,8 +97,18 @@ def put_together(
         account.formats_changed()
 
     spread, part = runtime.spread_out(model)
+    if (source := checkpoint or start) is None:
+        draw_weights(model, spread, config.seed)
+    else:
+        read_weights_here(source, model, spread)
     optimizers = build_optimizers(
-        model, config.optimizer, config.seed, local=spread.local, whole=spread.whole_matrices, part=part
+        model,
+        config.optimizer,
+        config.seed,
+        local=spread.local,
+        whole=spread.whole_matrices,
+        copies=spread.copies,
+        part=part,
     )
     spreading = Spreading(model, spread, optimizers)
     saver = None
@@ -133,20 +149,17 @@ def put_together(
     )
 
 
-def _weights(
-    model: Transformer, config: RunConfig, data: PreparedData, checkpoint: Checkpoint | None, start: Checkpoint | None
+def _check_weights(
+    config: RunConfig, data: PreparedData, checkpoint: Checkpoint | None, start: Checkpoint | None
 ) -> list[str]:
-    """The run's own where it goes on, those of another where it starts from them, else drawn; and what to say of it."""
+    """That what it goes on from, or the other run it starts from, belongs to it; and what to say of that."""
     if checkpoint is not None:
         check_same_text(checkpoint, data)
-        load_weights(checkpoint, model)
         return []
     if start is None:
-        model.initialise(config.seed)
         return []
     check_same_tokenizer(start, data)
     used_otherwise = check_same_shape(start, config.model.resolved())
-    load_weights(start, model)
     notes = [f"starting from the weights of {start.path}"]
     return notes + ([f"not as its model had it: {', '.join(used_otherwise)}"] if used_otherwise else [])
 

@@ -25,12 +25,13 @@ from moe_train.precision import recipes
 from moe_train.tracking.console import print_notes
 from moe_train.tracking.progress import Progress, check_console, open_progress
 from moe_train.tracking.tracker import Tracker
-from moe_train.training import metrics
+from moe_train.training import before_first_step, metrics
 from moe_train.training import summary as summaries
 from moe_train.training.account import Account
 from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
 from moe_train.training.fp8_health import where_not_finite
+from moe_train.training.keepers import end_with_launcher, end_with_sweep, launcher
 from moe_train.training.parts import Shared, known_to_all, put_together
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder, write_keeping
 from moe_train.training.runtime import Runtime, start_runtime
@@ -38,41 +39,39 @@ from moe_train.training.saving import Saving
 from moe_train.training.schedules import lr_factor
 from moe_train.training.signals import Interruption
 from moe_train.training.step import StepFigures
-from moe_train.training.sweep_alive import end_with_sweep
 
 
 def train(config: RunConfig) -> None:
     """Make the run `config` describes, or go on with it, and write its folder. Raises UserError."""
+    before_first_step.unwind()
     end_with_sweep()
+    started_by = launcher()
     # Process groups are left as they are, for the process to end with (train.py): taking them apart joins threads of
     # gloo's, and once in a few dozen runs one of them did not wake up.
     runtime = start_runtime(config)
+    before_first_step.hold()
     folder = _open_folder(config, runtime)
-    if folder is not None and folder.finished_summary is not None:
-        print_notes(["this run is finished already: nothing is done"])
-        summaries.show(folder.finished_summary, folder.path, None)
-    if runtime.from_main(folder is not None and folder.finished_summary is not None):
-        return
-    shared = known_to_all(runtime, folder)
-    signs, checkpoint = shared.signs, shared.checkpoint
+    shared: Shared | None = None
     account: Account | None = None
     try:
+        before_first_step.release()
+        if folder is not None and folder.finished_summary is not None:
+            print_notes(["this run is finished already: nothing is done"])
+            summaries.show(folder.finished_summary, folder.path, None)
+        if runtime.from_main(folder is not None and folder.finished_summary is not None):
+            return
+        shared = known_to_all(runtime, folder)
+        if shared.signs is not None and started_by is not None:
+            end_with_launcher(started_by, shared.signs.say)
         account = Account(config, runtime)
         if folder is not None:
-            account.open_ledger(folder.path, checkpoint.state if checkpoint else None)
+            account.open_ledger(folder.path, shared.checkpoint.state if shared.checkpoint else None)
         run = Run(config, runtime, folder, account, shared)
     except BaseException as error:
-        if account is not None:
-            account.close(FAILED)
-        if signs is not None:
-            signs.failed(error)
-            if is_of_the_network(error):  # another failed alone: the folder stays, since its log says why
-                raise LostProcesses(signs, runtime.world_size, checkpoint.step if checkpoint else None) from error
-            if isinstance(error, Exception) and signs.failed_alone():
-                raise FailedAlone(signs, error) from error
-        if folder is not None:
-            folder.discard()
-        raise
+        said = _not_begun(error, runtime, folder, shared, account)
+        if said is error:
+            raise
+        raise said from error
     try:
         run.train()
     except BaseException as error:
@@ -85,6 +84,33 @@ def train(config: RunConfig) -> None:
     if run.interrupted is not None:
         run.interruption.hand_on()
         raise summaries.Interrupted(run.interrupted, run.steps_done)
+
+
+def _not_begun(
+    error: BaseException, runtime: Runtime, folder: RunFolder | None, shared: Shared | None, account: Account | None
+) -> BaseException:
+    """Clear away what a run that could not begin has made; returns what is to be said of it."""
+    checkpoint = None if shared is None else shared.checkpoint
+    saved_step = None if checkpoint is None else checkpoint.step
+    end = before_first_step.asked(saved_step)
+    signs = None if shared is None else shared.signs
+    if account is not None:
+        account.close(FAILED if end is None else "interrupted")
+    if signs is not None and end is None:
+        signs.failed(error)
+        if is_of_the_network(error):  # another failed alone: the folder stays, since its log says why
+            lost = LostProcesses(signs, runtime.world_size, saved_step)
+            if (end := before_first_step.asked(saved_step)) is None:  # or was told to end before this one was
+                return lost
+        elif isinstance(error, Exception) and signs.failed_alone():
+            return FailedAlone(signs, error)
+    if end is not None and signs is not None:
+        signs.say(str(end))
+    if folder is not None:
+        folder.discard()
+    elif end is not None and shared is not None and shared.fresh and signs is not None:
+        signs.discard()  # written after the first process, which is told to end as well, had taken the folder away
+    return error if end is None else end
 
 
 def _open_folder(config: RunConfig, runtime: Runtime) -> RunFolder | None:
@@ -110,6 +136,8 @@ class Run:
     ) -> None:
         self.config, self.runtime, self.account = config, runtime, account
         parts = put_together(config, runtime, folder, account, shared)
+        self.interruption = Interruption(alone=runtime.world_size == 1)
+        self.interruption.listen()
         self.path, self.signs, self.data, self.batches = shared.path, shared.signs, parts.data, parts.batches
         self.model, self.model_config, self.compute_format = parts.model, parts.model_config, parts.compute_format
         self.fp8_health, self.stepper = parts.fp8_health, parts.stepper
@@ -128,7 +156,6 @@ class Run:
             step=parts.step,
         )
         self.startup_seconds = 0.0  # of this attempt, until its first step
-        self.interruption = Interruption(alone=runtime.world_size == 1)
         self.stopped_by: str | None = None  # the limit that did
         self.tracker: Tracker | None = None
         if runtime.is_main:

@@ -99,9 +99,17 @@ class Runtime:
             self.communication.apart(group)
         return group
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a process holds less than the whole model."""
+        return self.layout.name not in ("single", "ddp")
+
     def spread_out(self, model: Transformer) -> tuple[Spread, int]:
-        """`model`, still on the host, on the devices of the layout; and which part of what is cut this process has."""
-        if self.layout.name in ("single", "ddp"):
+        """`model` on the devices of the layout, and which part of what is cut this process has.
+
+        It comes from the host or, where it is cut, from the meta device.
+        """
+        if not self.cuts:
             return Replicated(model, self.accelerator), 0
         meshes = build_meshes(self.layout, self.device_type)
         sharded = Sharded(

@@ -29,7 +29,16 @@ from torch.distributed.tensor import DTensor
 from moe_train.errors import UserError, in_words, one_line
 from moe_train.parallel.signs_of_life import is_of_the_network
 from moe_train.parallel.spread import Part, Parts
-from moe_train.training.checkpoints import SHARDS, Checkpoint, begin, commit, damaged, load_optimizers, put_back
+from moe_train.training.checkpoints import (
+    SHARDS,
+    Checkpoint,
+    begin,
+    check_same_tensors,
+    commit,
+    damaged,
+    load_optimizers,
+    put_back,
+)
 from moe_train.training.new_folder import flush
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -142,6 +151,13 @@ def read_sharded_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     weights = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in stored.items()}
     _read(checkpoint, weights)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
+
+
+def read_parts_of_weights(checkpoint: Checkpoint, spreading: Spreading, expected: dict[str, torch.Size]) -> None:
+    """Into the memory of the model, what this process holds of it. `expected`: names and whole shapes."""
+    stored = {name.removeprefix(_MODEL): e.size for name, e in _stored(checkpoint).items() if name.startswith(_MODEL)}
+    check_same_tensors(checkpoint.path, stored, expected)
+    _read(checkpoint, spreading.tensors())
 
 
 def load_spread_optimizers(checkpoint: Checkpoint, spreading: Spreading) -> None:

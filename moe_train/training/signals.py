@@ -12,6 +12,8 @@ import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from moe_train.training import before_first_step
+
 if TYPE_CHECKING:  # grids note signals too, and have no use for torch
     import torch.distributed as dist
 
@@ -38,9 +40,8 @@ class Interruption:
             dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
             self.signal = int(highest) or None
 
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Within, a signal is noted instead of followed.
+    def listen(self) -> None:
+        """From now on a signal is noted instead of followed. Raises BeforeFirstStep where one came before.
 
         A second one is followed at once by a process that is alone. Others get several, from the terminal and from
         their launcher, one more when the first of them has ended: they go on noting them, to have their say, until the
@@ -48,7 +49,14 @@ class Interruption:
         """
         listened_to = [number for number in _BEFORE_THE_END if callable(signal.getsignal(number))]
         numbers = (signal.SIGINT, signal.SIGTERM, *listened_to)
-        self._previous = {number: signal.signal(number, self._note) for number in numbers}
+        found = {number: signal.signal(number, self._note) for number in numbers}
+        self._previous = found | before_first_step.hand_over()
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Listen until its end, from its beginning or from before."""
+        if not self._previous:
+            self.listen()
         try:
             yield
         finally:

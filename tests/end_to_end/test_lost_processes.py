@@ -26,9 +26,13 @@ def started(commands: Commands) -> Iterator[Callable[..., subprocess.Popen[str]]
     """Starts a run of several processes, and ends what the test leaves of it."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(number: int, *overrides: str) -> subprocess.Popen[str]:
-        command = ["torchrun", "--standalone", "--nproc-per-node", str(number), str(ROOT / "train.py")]
-        processes.append(commands.start([*command, *commands.tiny, *overrides]))
+    def start(number: int, *overrides: str, starter: str = "torchrun") -> subprocess.Popen[str]:
+        command = ["torchrun", "--standalone", "--nproc-per-node", str(number)]
+        if starter == "accelerate":
+            commands.environment["ACCELERATE_USE_CPU"] = "1"
+            command = ["accelerate", "launch", "--quiet", "--multi_gpu", "--num_processes", str(number)]
+            command += ["--main_process_port", "0"]
+        processes.append(commands.start([*command, str(ROOT / "train.py"), *commands.tiny, *overrides]))
         return processes[-1]
 
     yield start
@@ -109,3 +113,22 @@ def test_a_process_that_dies_or_hangs_ends_the_run_and_its_log_is_named(
     )
     assert f"going on from step {saved}" in again.stderr
     assert commands.summary("run")["steps"] == saved + 2
+
+
+@pytest.mark.parametrize("starter", ["torchrun", "accelerate"])
+def test_processes_whose_launcher_is_killed_save_their_step_and_end(
+    commands: Commands, started: Callable[..., subprocess.Popen[str]], starter: str
+) -> None:
+    process = started(2, *LONG, "parallel=ep", "run_dir=run", starter=starter)
+    run = commands.folder / "run"
+    wait_for_step(run, 3, process)
+    process.kill()
+    _, errors = process.communicate(timeout=60)  # until nobody can write there any more
+    assert f"note: the launcher (process {process.pid}) is gone: this run ends with a checkpoint" in errors
+    assert errors.count("note: the launcher") == 1
+    assert "interrupted by SIGTERM after step" in errors
+    assert running(run, 2) == []
+    assert commands.summary("run")["status"] == "interrupted"
+    assert (run / f"checkpoints/step_{commands.summary('run')['steps']}").is_dir()
+    for rank in range(2):
+        assert f"the launcher (process {process.pid}) is gone" in (run / f"logs/process_{rank}.log").read_text()

@@ -68,11 +68,14 @@ def through(case: SimpleNamespace, kind: str) -> list[Tensor]:
         assert takes(x, first, second)
         y = SwiGLUOfTokens.apply(x, first, second, weight, case.plan.ends_e, case.plan.token_n, case.plan.place_tk)
     else:
+        library.use("compiled" if kind == "kernels by rows" else "torch", in_bf16=True)
         rows = dispatch.to_experts(x, case.plan)
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "torch"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind != "float64"):
             rows = matmul.swiglu_linear(rows, first, second, row_weight=weight, ends_e=case.plan.ends_e)
         y = dispatch.from_experts(rows, case.plan)
-    return [y.detach(), *torch.autograd.grad(y, leaves, case.grad.to(y.dtype))]
+    gradients = torch.autograd.grad(y, leaves, case.grad.to(y.dtype))
+    library.use("compiled", in_bf16=True)
+    return [y.detach(), *gradients]
 
 
 SIZES = {  # tokens, experts, a token's, width, an expert's
@@ -92,6 +95,9 @@ def test_experts_are_nearer_to_float64_than_torchs_operations(name: str, favouri
     assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
     for each, other, right in zip(found, torchs, exact, strict=True):
         assert error(each, right) <= allowed(other, right)
+    by_rows = through(case, "kernels by rows")
+    assert all(torch.equal(one, other) for one, other in zip(by_rows[2:4], found[2:4], strict=True))
+    assert torch.equal(by_rows[0], found[0])
 
 
 @settings(max_examples=25, deadline=None)

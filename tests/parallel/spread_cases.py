@@ -134,7 +134,8 @@ def run_all(folder: Path) -> Results:
     four += cases(("ddp", "ep_fsdp2"), uncounted)
     by_hand = [case(f"collectives/{n}", "ddp", collectives=True) for n in (4, 2)]
     found = run(folder, four + written(folder, 4) + by_hand[:1], 4)
-    two = cases(("ddp", "fsdp2", "ep"), FIFTY) + by_hand[1:]
+    watched = ("watched", [*ROUNDED, "micro_batch_size=4"], {"watched": True, "steps": 1})
+    two = cases(("ddp", "fsdp2", "ep"), FIFTY) + by_hand[1:] + cases(("ep", "ep_fsdp2"), watched)
     found |= run(folder, two + written(folder, 2) + read(folder, 2, (4, 2)), 2)
     alone = cases(("single",), FIFTY, MUON, CROWDED, FP8, BF16_MOMENTS, FEW, *rounded(rounded=True))
     alone = [each | {"overrides": [*each["overrides"], "micro_batch_size=4"]} for each in alone]

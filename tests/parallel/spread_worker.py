@@ -4,17 +4,18 @@
 
 A case: {"name", "overrides", "steps"}, and what it may have: "double" (precision), "crowded" (all tokens to the first
 experts), "rounded" (alone, what would travel to experts rounded as on its way), "uncounted" (nothing watches what is
-exchanged), "wide" (weights are gathered in FP32 whatever reads them), "load" (a folder whose newest checkpoint it goes
-on from), "save" (a folder, with a checkpoint after "save_at" steps). OUT.pt: by name, losses and gradient norms of the
-steps, expert counts, all weights, whole, and how many rows of each rank 0 holds; what was loaded and saved; what was
-exchanged a step, the mean over the processes. Under "collectives", bytes of collective operations with tensors of known
-size.
+exchanged), "watched" (what happens round shared experts is noted), "wide" (weights are gathered in FP32 whatever reads
+them), "load" (a folder whose newest checkpoint it goes on from), "save" (a folder, with a checkpoint after "save_at"
+steps). OUT.pt: by name, losses and gradient norms of the steps, expert counts, all weights, whole, and how many rows of
+each rank 0 holds; what was loaded and saved; what was exchanged a step, the mean over the processes. Under
+"collectives", bytes of collective operations with tensors of known size.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,20 +30,22 @@ from torch.distributed.tensor import DTensor
 from moe_train.compose import compose_run
 from moe_train.cost.communication import Exchanged
 from moe_train.data.batches import Batches
-from moe_train.model.experts import Experts, Products
+from moe_train.model.experts import MoELayer
 from moe_train.model.transformer import Transformer
 from moe_train.parallel import communication
+from moe_train.parallel.expert_exchange import _Flight
 from moe_train.parallel.narrow_gather import NarrowGather
 from moe_train.parallel.packed_rows import packed, rounded_once, unpacked
 from moe_train.parallel.sharded import Sharded
-from moe_train.parallel.whole_matrices import WholeMatrices
+from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 from moe_train.precision import recipes
-from moe_train.training.checkpoints import load_weights, save_checkpoint
+from moe_train.training.checkpoints import save_checkpoint
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import find_checkpoint
 from moe_train.training.runtime import Runtime, start_runtime
 from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
 from moe_train.training.step import Stepper
+from moe_train.training.weights import draw_weights, read_weights_here
 
 VOCAB = 64
 
@@ -57,22 +60,17 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state()  # a case may have another precision; the process group stays
     runtime = start_runtime(config)
     model_config = config.model.resolved()
-    model = Transformer(model_config, VOCAB, config.z_loss_weight, config.activation_checkpointing)
-    model.initialise(config.seed)
-    if "load" in case:
-        checkpoint = find_checkpoint(Path(case["load"]), "load")
-        load_weights(checkpoint, model)
+    with torch.device("meta") if runtime.cuts else nullcontext():
+        model = Transformer(model_config, VOCAB, config.z_loss_weight, config.activation_checkpointing)
+    whole_on_host = not all(parameter.is_meta for parameter in model.parameters())
     if case.get("double"):
         model.double()
-    if case.get("crowded"):  # every token goes to the first experts
-        for router in model.routers():
-            router.selection_bias[: model_config.moe.top_k] = 100.0
     recipes.apply(model, config.precision, runtime.device)
     if case.get("rounded"):
         for module in model.modules():
-            if isinstance(module, Experts):
-                module.exchange = rounded_on_the_spot
-                rounded_once(module)
+            if isinstance(module, MoELayer):
+                module.exchange = RoundedOnTheSpot()
+                rounded_once(module.experts)
     if case.get("uncounted"):
         communication._current = None
     if case.get("wide"):
@@ -80,8 +78,22 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             spread, part = runtime.spread_out(model)
     else:
         spread, part = runtime.spread_out(model)
+    if "load" in case:
+        checkpoint = find_checkpoint(Path(case["load"]), "load")
+        read_weights_here(checkpoint, model, spread)
+    else:
+        draw_weights(model, spread, config.seed)
+    if case.get("crowded"):  # every token goes to the first experts
+        for router in model.routers():
+            router.selection_bias[: model_config.moe.top_k] = 100.0
     optimizers = build_optimizers(
-        model, config.optimizer, config.seed, local=spread.local, whole=spread.whole_matrices, part=part
+        model,
+        config.optimizer,
+        config.seed,
+        local=spread.local,
+        whole=spread.whole_matrices,
+        copies=spread.copies,
+        part=part,
     )
     tokens = np.random.default_rng(0).integers(0, VOCAB, 4001).astype(np.uint16)
     tokens[::3] = tokens[0]  # something to learn
@@ -93,6 +105,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         load_spread_optimizers(checkpoint, spreading)
         begin, loaded = checkpoint.step, states(spreading)
     begun = weights(model, spread)
+    events = in_order(model) if case.get("watched") else []
     losses, norms, counts, first, files, exchanged = [], [], [], {}, [], []
     for step in range(begin, case["steps"]):
         with runtime.exchanges_counted(timed=step % 2 == 0):
@@ -107,20 +120,24 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         if step + 1 == case.get("save_at"):
             saved = states(spreading)
             files = save(Path(case["save"]), spreading, runtime, step + 1)
+    mock.patch.stopall()
     held = {name: len(spread.local(name)) for name, _ in model.named_parameters()}
     return {
         "losses": losses,
         "norms": norms,
         "counts": torch.stack(counts) if counts else None,
         "begun": begun,
+        "whole_on_host": whole_on_host,
         "files": files,
         "made_whole": made_whole(spread.whole_matrices),
+        "done_once": done_once(spread.copies, runtime),
         "loaded": loaded,
         "saved": saved,
         "first": first,
         "weights": weights(model, spread),
         "held": held,
         "exchanged": exchanged,
+        "events": events,
         "layout": runtime.layout.name,
     }
 
@@ -137,9 +154,41 @@ class _Rounded(torch.autograd.Function):
         return grad if ctx.forwards else unpacked(packed(grad), grad.shape[1], grad.dtype), None
 
 
-def rounded_on_the_spot(rows: Tensor, gate: Tensor, ends: Tensor, products: Products, may_round: bool) -> Tensor:
+class RoundedOnTheSpot:
     """What goes towards experts, in either direction of the pass, in FP8."""
-    return _Rounded.apply(products(_Rounded.apply(rows, True), gate, ends), False)
+
+    def sent(self, rows: Tensor, gate: Tensor, ends: Tensor, may_round: bool) -> RoundedOnTheSpot:
+        self.rows = _Rounded.apply(rows, True), gate, ends
+        return self
+
+    def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows
+
+    def back(self, out: Tensor) -> Tensor:
+        return _Rounded.apply(out, False)
+
+
+def in_order(model: Transformer) -> list[str]:
+    """A list that fills with what happens from now on: exchanges of rows begun and waited for, shared experts done."""
+    events: list[str] = []
+    begin, wait = _Flight.__init__, _Flight.landed
+
+    def begun(flight: _Flight, x: Tensor, way: Any) -> None:
+        begin(flight, x, way)
+        flight.what = f"{'dispatch' if way.towards_experts else 'combine'} of {'gates' if x.shape[1] == 1 else 'rows'}"
+        events.append(f"{flight.what} begun")
+
+    def landed(flight: _Flight) -> Tensor:
+        events.append(f"{flight.what} waited for")
+        return wait(flight)
+
+    mock.patch.object(_Flight, "__init__", begun).start()
+    mock.patch.object(_Flight, "landed", landed).start()
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.shared_experts.register_forward_hook(lambda *_: events.append("shared experts"))
+            module.shared_experts.register_full_backward_hook(lambda *_: events.append("gradients of shared experts"))
+    return events
 
 
 def taken(runtime: Runtime) -> Exchanged | None:
@@ -218,6 +267,24 @@ def made_whole(matrices: WholeMatrices | None) -> list[float]:
         assert done.shape == pieces.shape
         errors.append((done - expected[:, first : first + done.shape[1]]).abs().sum().item())
     return errors
+
+
+def done_once(copies: Copies | None, runtime: Runtime) -> list[tuple[float, list[int]]]:
+    """For numbers of matrices: the largest error in doing something to copies, and how many each process did."""
+    found = []
+    for count in (1, 3, 4, 9) if copies is not None and copies.groups else ():
+        matrices, done = torch.randn(count, 3, 5, generator=torch.Generator().manual_seed(count)), torch.zeros(1)
+
+        def function(some: Tensor) -> Tensor:
+            done.add_(len(some))  # noqa: B023
+            return some @ some.mT @ some
+
+        out = copies.done_once(function, matrices, dist.group.WORLD)
+        error = (out - matrices @ matrices.mT @ matrices).abs().max().item()
+        everyone = [torch.zeros(1) for _ in range(runtime.world_size)]
+        dist.all_gather(everyone, done)
+        found.append((error, [int(each) for each in everyone]))
+    return found
 
 
 def weights(model: Transformer, spread: Any) -> dict[str, torch.Tensor]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from unittest import mock
+
 import pytest
 import torch
 from spread_cases import Results
 
 from moe_train.cost.communication import Exchanged
+from moe_train.parallel import clocks
+from moe_train.parallel.clocks import HostClock
+from moe_train.training.muon import fast_dtype
 
 pytestmark = pytest.mark.xdist_group("spread")
 
@@ -48,6 +55,17 @@ def numbers(results: Results, of_experts: bool) -> int:
 def test_ddp_sends_a_gradient_twice_round_the_ring(spread_results: Results) -> None:
     weights = numbers(spread_results, True) + numbers(spread_results, False)  # after the last of two micro-batches
     assert sent(spread_results, "muon/ddp")["gradients"] == 2 * 3 / 4 * 4 * weights
+
+
+def test_ddp_sends_what_a_process_made_of_its_share_of_muons_matrices(spread_results: Results) -> None:
+    alike: Counter[tuple[int, int]] = Counter()  # matrices of each shape
+    for name, weight in parameters(spread_results).items():
+        if weight.ndim > 1 and not name.startswith(("embedding", "lm_head")) and not name.endswith("router.weight"):
+            halves = 2 if "gate_up_proj" in name else 1  # gate and up are two
+            alike[weight.shape[-2] // halves, weight.shape[-1]] += halves * (len(weight) if weight.ndim == 3 else 1)
+    padded = sum(4 * -(-count // 4) * rows * columns for (rows, columns), count in alike.items())
+    number = fast_dtype(torch.device("cpu")).itemsize
+    assert sent(spread_results, "muon/ddp")["whole_matrices"] == 3 / 4 * number * padded
 
 
 def test_experts_are_summed_over_those_that_hold_them(spread_results: Results) -> None:
@@ -111,3 +129,48 @@ def test_weights_that_are_read_in_bf16_are_gathered_in_it_and_nothing_changes(sp
     weights = [sent(spread_results, f"{case}/ep_fsdp2")["weights"] for case in ("bf16", "bf16 wide", "muon")]
     assert weights[1] == weights[2]
     assert 0.5 < weights[0] / weights[1] < 0.6  # norms, routers and the embedding are read in FP32
+
+
+@pytest.mark.parametrize("layout", ["ep", "ep_fsdp2"])
+def test_tokens_travel_while_shared_experts_are_computed_and_so_do_their_gradients(
+    spread_results: Results, layout: str
+) -> None:
+    assert spread_results[f"watched/{layout}"]["events"] == [
+        "dispatch of rows begun",
+        "dispatch of gates begun",
+        "shared experts",
+        "dispatch of rows waited for",
+        "dispatch of gates waited for",
+        "combine of rows begun",
+        "combine of rows waited for",
+        # backwards
+        "dispatch of rows begun",
+        "dispatch of rows waited for",
+        "combine of gates begun",
+        "combine of rows begun",
+        "gradients of shared experts",
+        "combine of gates waited for",
+        "combine of rows waited for",
+    ]
+
+
+def test_of_an_exchange_what_is_stood_still_for_is_exposed_and_the_rest_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock, work, done = HostClock(), mock.Mock(), torch.futures.Future()
+    work.get_future.return_value = done
+    monkeypatch.setattr(clocks, "work_of", lambda result: result)
+    clock.begin()
+    now = 1.0
+    clock.called("dispatch", lambda: work, asynchronous=True, waited_for=True)
+    now = 4.0
+    with clock.standing_still():
+        now = 6.0
+        done.set_result(None)
+    now = 7.0
+    clock.waited()  # the end of a backward pass: this exchange was waited for long ago
+    clock.end()
+    exchanged, reading = Exchanged.nothing(), clock.read()
+    exchanged.add_times(reading.by_kind, reading.stalls, reading.seconds)
+    assert (exchanged.hidden["dispatch"], exchanged.exposed["dispatch"]) == (3.0, 2.0)
+    assert (exchanged.waited_seconds, exchanged.timed_seconds) == (2.0, 7.0)

@@ -45,6 +45,16 @@ def test_fifty_steps_are_those_of_one_process_with_accumulation_clipping_and_all
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_begins_with_the_same_numbers_and_one_that_cuts_has_no_whole_model(
+    spread_results: Results, layout: str
+) -> None:
+    one, other = spread_results["muon/single"], spread_results[f"muon/{layout}"]
+    assert one["begun"].keys() == other["begun"].keys()
+    assert all(torch.equal(other["begun"][name], weight) for name, weight in one["begun"].items())
+    assert other["whole_on_host"] == (layout == "ddp")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_muon_makes_whole_what_is_cut(spread_results: Results, layout: str) -> None:
     one, other = spread_results["muon/single"], spread_results[f"muon/{layout}"]
     for name, begun in one["begun"].items():
@@ -58,6 +68,13 @@ def test_matrices_that_are_cut_come_back_as_if_done_whole(spread_results: Result
     errors = spread_results[f"muon/{layout}"]["made_whole"]
     assert len(errors) == 4
     assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["ddp", "ep"])
+def test_what_all_have_one_does_for_all(spread_results: Results, layout: str) -> None:
+    found = spread_results[f"muon/{layout}"]["done_once"]
+    assert [counts for _, counts in found] == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [3, 3, 3, 0]]
+    assert max(error for error, _ in found) < 1e-6
 
 
 @pytest.mark.parametrize("layout", ["ep", "ep_fsdp2"])

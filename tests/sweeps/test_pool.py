@@ -20,7 +20,7 @@ from moe_train.cost.budget import Budget
 from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, Outcome, once
 from moe_train.sweeps.pool import Interrupted
-from moe_train.training.sweep_alive import HELD_BY, is_alive
+from moe_train.training.keepers import HELD_BY, is_alive
 
 Make = Callable[[int], Job]
 

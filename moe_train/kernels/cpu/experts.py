@@ -41,7 +41,8 @@ class SwiGLUOfTokens(torch.autograd.Function):
     """x (t, d) in BF16, w₁ (e, 2f, d) and w₂ (e, d, f) in FP32 → (t, d): each token's gated experts, summed.
 
     Row i of those sorted by expert is token `token_n[i]`; its expert's rows end before `ends_e[e]`; it has the weight
-    `weight_n1[i]`. `place_tk`: where a token's rows are among them. Gradients of the weights are not rounded to BF16.
+    `weight_n1[i]`. `place_tk`: where a token's rows are among them; None: x is rows, each for itself, and so is the
+    result. Gradients of the weights are not rounded to BF16.
     """
 
     @staticmethod
@@ -53,11 +54,11 @@ class SwiGLUOfTokens(torch.autograd.Function):
         weight_n1: Tensor,
         ends_e: Tensor,
         token_n: Tensor,
-        place_tk: Tensor,
+        place_tk: Tensor | None,
     ) -> Tensor:
         y_nd, gate_up = torch.ops.moe_train.experts_forward(x_td, first, second, weight_n1, ends_e, token_n)
         ctx.save_for_backward(x_td, first, second, weight_n1, ends_e, token_n, place_tk, gate_up)
-        return F.embedding_bag(place_tk, y_nd, mode="sum")
+        return _summed(y_nd, place_tk)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -65,8 +66,11 @@ class SwiGLUOfTokens(torch.autograd.Function):
         grad_nd, grad_first, grad_second, grad_weight = torch.ops.moe_train.experts_backward(
             grad_outputs[0].contiguous(), x_td, first, second, weight_n1, ends_e, token_n, gate_up
         )
-        grad_td = F.embedding_bag(place_tk, grad_nd, mode="sum")
-        return grad_td, grad_first, grad_second, grad_weight, None, None, None
+        return _summed(grad_nd, place_tk), grad_first, grad_second, grad_weight, None, None, None
+
+
+def _summed(rows_nd: Tensor, place_tk: Tensor | None) -> Tensor:
+    return rows_nd if place_tk is None else F.embedding_bag(place_tk, rows_nd, mode="sum")
 
 
 def _call(name: str, first: Tensor, second: Tensor, ends_e: Tensor, **tensors: Tensor) -> None:
