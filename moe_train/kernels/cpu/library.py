@@ -90,7 +90,7 @@ def call_on_cores(name: str, arguments: ctypes.Structure) -> None:
 def _missing(in_bf16: bool) -> str | None:
     if not in_bf16:
         return "they multiply in BF16, and this run does not"
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():  # a probe of torch's own, not public
         return "the processor has no AVX512-BF16"
     return None
 
