@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.config import MoEConfig
+from moe_train.kernels.cpu import router as compiled_linear
 from moe_train.kernels.cpu import routing as compiled
 
 
@@ -45,7 +46,9 @@ class Router(nn.Module):
 
     def forward(self, x_td: Tensor) -> Affinities:
         with torch.autocast(x_td.device.type, enabled=False):
-            logits_te = F.linear(x_td.to(self.weight.dtype), self.weight)
+            x_td = x_td.to(self.weight.dtype)
+            takes = compiled_linear.takes(x_td, self.weight)
+            logits_te = (compiled_linear.RouterLinear.apply if takes else F.linear)(x_td, self.weight)
         sigmoid = self.config.scoring_func == "sigmoid"
         return Affinities(logits_te, logits_te.sigmoid() if sigmoid else logits_te.softmax(-1))
 

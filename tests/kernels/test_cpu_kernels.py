@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_train.errors import UserError
-from moe_train.kernels.cpu import attention, library, linear, routing
+from moe_train.kernels.cpu import attention, library, linear, router, routing
 from moe_train.kernels.cpu.experts import SwiGLUOfTokens, takes
 from moe_train.model import dispatch
 from moe_train.model.cpu_attention import CausalAttention
@@ -238,6 +238,21 @@ def test_routing_is_that_of_torch_to_the_bit(t: int, experts: int, k: int, seed:
 def test_scores_that_are_no_numbers_choose_experts_that_there_are() -> None:
     scores = torch.tensor([[torch.nan] * 5, [0.0, torch.nan, torch.inf, 1.0, torch.nan], [-torch.inf] * 5])
     assert routing.top_experts(scores, 4).tolist() == [[0, 1, 2, 3], [1, 2, 4, 3], [0, 1, 2, 3]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(64, 400), st.integers(1, 300), st.integers(1, 280))
+def test_the_router_is_as_near_to_float64_as_torch(t: int, d: int, experts: int) -> None:
+    x, weight, grad = drawn(t, d, seed=1), drawn(experts, d, seed=2), drawn(t, experts, seed=3)
+    found = []
+    for function in (router.RouterLinear.apply, F.linear):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        logits = function(*leaves)
+        found.append([logits.detach(), *torch.autograd.grad(logits, leaves, grad)])
+    exact = [x.double() @ weight.double().T, grad.double() @ weight.double(), grad.double().T @ x.double()]
+    assert router.takes(x, weight)
+    for each, torchs, right in zip(*found, exact, strict=True):
+        assert error(each, right) <= 3 * error(torchs, right) + 1e-6  # sums in another order, of up to 400 terms
 
 
 MUON = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "ns_steps": 5, "weight_decay": 0.1}
