@@ -3,7 +3,7 @@
     claim=NAME|all scale=smoke|cpu|gpu   make the runs that are missing, and judge them; goes on after a kill
     … dry_run=true [hardware=NAME]       runs, FLOPs, hours and dollars beforehand, here or on a GPU you do not have
     self_check=true                      whether the statistics keep what they promise, made up and on real seeds
-    readme=README.md [report=FILE]       write the table of a report between the README's markers
+    readme=README.md [report=FILE,…]     write the tables of reports between the README's markers
 
 python scripts/reproduce.py claim=NAME[,NAME…]|all scale=smoke|cpu|gpu [dry_run=true] [budget.usd=N] [jobs=N] \
 [out=outputs/claims] [json=FILE] [--config-dir DIR] [settings of train.py for all arms: data, tracking, cost, \
@@ -47,7 +47,7 @@ class Arguments:
     json: Path | None = None
     self_check: bool = False
     readme: Path | None = None
-    report: Path | None = None
+    report: str | None = None  # files, with commas between them
 
 
 def main() -> None:
@@ -114,11 +114,10 @@ def _self_check(arguments: Arguments) -> dict[str, Any]:
 def _readme(arguments: Arguments, readme: Path) -> dict[str, Any]:
     from moe_train.claims import markdown, report
 
-    source = arguments.report or arguments.out / report.JSON
-    content = report.read(source)
-    link = os.path.relpath(source.absolute(), readme.absolute().parent)
-    markdown.write_readme(readme, content, link)
-    return {"claims": content["claims"]}
+    sources = [Path(name) for name in (arguments.report or str(arguments.out / report.JSON)).split(",")]
+    contents = {os.path.relpath(file.absolute(), readme.absolute().parent): report.read(file) for file in sources}
+    markdown.write_readme(readme, contents)
+    return {"claims": [claim for content in contents.values() for claim in content["claims"]]}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ def readme_section(content: Content, link: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_readme(readme: Path, content: Content, link: str) -> None:
-    """Replace what stands between the markers. Raises UserError where they are missing."""
+def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
+    """Replace what stands between the markers. `contents`: of reports, by link. Raises UserError where it cannot."""
     try:
         text = readme.read_text()
         before, rest = text.split(BEGIN)
@@ -70,7 +70,8 @@ def write_readme(readme: Path, content: Content, link: str) -> None:
         raise UserError(f"readme={readme} cannot be read ({error.strerror}): give the path of one") from None
     except ValueError:
         raise UserError(f"readme={readme} has no place for it: write the lines {BEGIN} and {END} into it") from None
-    readme.write_text(f"{before}{BEGIN}\n{readme_section(content, link)}{END}{after}")
+    sections = "\n".join(readme_section(content, link) for link, content in contents.items())
+    readme.write_text(f"{before}{BEGIN}\n{sections}{END}{after}")
 
 
 def table(claims: Sequence[dict[str, Any]]) -> list[str]:

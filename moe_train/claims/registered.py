@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder, Result
 from moe_train.cli import write_json
 from moe_train.config import differences, to_dict
+from moe_train.config.claim import TuningConfig
 from moe_train.cost.ledger import read_account
 from moe_train.errors import UserError
 
@@ -46,6 +48,9 @@ def check(plan: Plan, folder: Folder) -> str | None:
         before = json.loads(file.read_text())
         date: str = before["date"]
         was = before["protocol"]
+        if was["scale"]["tuning"] is not None:  # settings that it did not know had their defaults
+            defaults = {each.name: each.default for each in fields(TuningConfig) if each.default is not MISSING}
+            was["scale"]["tuning"] = defaults | was["scale"]["tuning"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} cannot be read: put it back, or give another out=") from None
     for key, old, new in differences(was, json.loads(json.dumps(protocol(plan)))):

@@ -14,7 +14,7 @@ import pytest
 from made_up_claims import HERE, TWO_ARMS, MadeUpRuns
 from rich.console import Console
 
-from moe_train.claims import markdown, report, suite
+from moe_train.claims import markdown, registered, report, suite
 from moe_train.claims.library import load_claims
 from moe_train.claims.made_up import PRICE
 from moe_train.claims.plan import Plan, PlannedRun, make_plan
@@ -157,6 +157,21 @@ def test_arms_of_other_rates_are_not_tuned_together(asked: Make, claim_dir: Make
     claim_dir(arms=arms, varies=varies, scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
     with pytest.raises(UserError, match=r"tuning\.together gives all arms one rate, .*two 0\.007\): make them equal"):
         plans(asked())
+
+
+def test_what_was_registered_before_arms_could_be_tuned_together_still_holds(asked: Make, claim_dir: Make) -> None:
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": {"factors": [0.5, 1.0], "tokens": 1280}}})
+    (plan,) = plans(asked())
+    registered.register(plan, Folder(asked().out))
+    file = registered.file_of(plan, Folder(asked().out))
+    content = json.loads(file.read_text())
+    del content["protocol"]["scale"]["tuning"]["together"]
+    file.write_text(json.dumps(content))
+    assert registered.check(plan, Folder(asked().out)) == content["date"]
+    content["protocol"]["scale"]["tuning"]["tokens"] = 2560
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"scale\.tuning\.tokens=2560, not 1280"):
+        registered.check(plan, Folder(asked().out))
 
 
 def test_a_rate_whose_run_failed_has_not_lost(asked: Make, claim_dir: Make) -> None:
@@ -423,14 +438,16 @@ def test_the_readmes_section_is_the_reports_and_replaces_the_one_before(
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
     for _ in range(2):
-        markdown.write_readme(readme, content, "out/report.json")
+        markdown.write_readme(readme, {"out/report.json": content, "other.json": content})
     text = readme.read_text()
     assert text.startswith(f"before\n{markdown.BEGIN}\n**Claims put to the test** on made up")
     assert text.endswith(f"{markdown.END}\nafter\n")
-    assert "| mine | cpu | **supported** | -0.0497 nats a token |" in text
+    assert text.count("| mine | cpu | **supported** | -0.0497 nats a token |") == 2
+    assert "[figures](out/report.json)" in text
+    assert "[figures](other.json)" in text
     readme.write_text("nothing")
     with pytest.raises(UserError, match="has no place for it"):
-        markdown.write_readme(readme, content, "x")
+        markdown.write_readme(readme, {"x": content})
 
 
 def test_claims_that_were_reported_before_stay_in_the_report(asked: Make, claim_dir: Make) -> None:
