@@ -32,8 +32,9 @@ def takes(x_td: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> bool:
         library.in_use() is not None
         and x_td.device.type == "cpu"
         and x_td.dtype == torch.bfloat16
-        and gate_up_weight.dtype == down_weight.dtype == torch.float32
+        and all(w.device == x_td.device and w.dtype == torch.float32 for w in (gate_up_weight, down_weight))
         and down_weight.shape[1] % 2 == down_weight.shape[2] % 2 == 0
+        and x_td.shape[1] == down_weight.shape[1]
     )
 
 
