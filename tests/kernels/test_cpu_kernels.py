@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe_train.errors import UserError
 from moe_train.kernels.cpu import attention, library, linear, routing
@@ -171,6 +173,17 @@ def test_sizes_that_do_not_go_together_are_refused() -> None:
     for k, v in [(q[:, :2], q[:, :2]), (q[..., :0], q), (q, q[:, :1]), (q[:, :, :3], q), (q.float(), q)]:
         assert not attention.takes(q, k, v)
     assert not takes(x, torch.ones(2, 4, 10), torch.ones(2, 10, 2))
+
+
+def test_experts_that_are_cut_over_processes_are_left_to_the_call_that_gathers_them() -> None:
+    case = layer(*SIZES["smallest"])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        first, second = (distribute_tensor(weight, mesh, [Shard(0)]) for weight in (case.first, case.second))
+        assert not takes(case.x, first, second)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_second_derivatives_are_refused() -> None:
