@@ -54,7 +54,7 @@ def causal_attention(q_bhtc: Tensor, k_bhsc: Tensor, v_bhsc: Tensor, scale: floa
     """Softmax attention of the last t of s positions, each on itself and all before: (b, h, t, c_v)."""
     t, s = q_bhtc.shape[-2], k_bhsc.shape[-2]
     if q_bhtc.device.type == "cpu" and q_bhtc.dtype == torch.bfloat16 and 1 < t == s:
-        kernel = compiled.CausalAttention if compiled.takes(q_bhtc, v_bhsc) else CausalAttention
+        kernel = compiled.CausalAttention if compiled.takes(q_bhtc, k_bhsc, v_bhsc) else CausalAttention
         out: Tensor = kernel.apply(q_bhtc, k_bhsc, v_bhsc, scale)  # type: ignore[no-untyped-call]
         return out
     mask = None

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe_train.errors import UserError
 from moe_train.kernels.cpu import attention, library, linear, router, routing
@@ -164,6 +166,49 @@ def test_few_rows_and_other_formats_are_torchs() -> None:
     assert not linear.takes(torch.ones(64, 5), torch.ones(4, 5))
 
 
+def test_sizes_that_do_not_go_together_are_refused() -> None:
+    """By torch; the kernels would read what is beside a tensor."""
+    x, q = torch.ones(64, 8).bfloat16(), torch.ones(1, 3, 4, 2).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            matmul.linear(x, torch.ones(6, 10))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            matmul.swiglu_linear(x, torch.ones(12, 8), torch.ones(8, 4))
+    assert attention.takes(q, q, q)
+    assert attention.takes(q, q[:, :1], q[:, :1])
+    for k, v in [(q[:, :2], q[:, :2]), (q[..., :0], q), (q, q[:, :1]), (q[:, :, :3], q), (q.float(), q)]:
+        assert not attention.takes(q, k, v)
+    assert not takes(x, torch.ones(2, 4, 10), torch.ones(2, 10, 2))
+
+
+def test_experts_that_are_cut_over_processes_are_left_to_the_call_that_gathers_them() -> None:
+    case = layer(*SIZES["smallest"])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        first, second = (distribute_tensor(weight, mesh, [Shard(0)]) for weight in (case.first, case.second))
+        assert not takes(case.x, first, second)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, weight, q = (drawn(*shape, seed=0).requires_grad_() for shape in [(64, 8), (6, 8), (1, 1, 8, 4)])
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [(matmul.linear(x, weight), x), (attention.CausalAttention.apply(*3 * [q.bfloat16()], 0.5), q)]
+    for y, leaf in results:
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            torch.autograd.grad(gradient.sum(), leaf)
+
+
+def test_numbers_at_odd_places_in_memory_are_read_as_they_are() -> None:
+    x, weight = drawn(64, 6, seed=0).bfloat16(), drawn(4, 6, seed=1)
+    odd_x, odd_weight = (torch.cat((y.flatten()[:1], y.flatten()))[1:].view_as(y) for y in (x, weight))
+    assert odd_x.data_ptr() % 4
+    assert torch.equal(linear.linear_forward(odd_x, odd_weight), linear.linear_forward(x, weight))
+
+
 def heads(b: int, h: int, g: int, t: int, c: int, cv: int) -> list[Tensor]:
     """q, k, v and the gradient of the result, by tokens as projections make them."""
     sizes = [(h, c), (g, c), (g, cv), (h, cv)]
@@ -176,7 +221,7 @@ def attended(tensors: list[Tensor], kind: str) -> list[Tensor]:
     if kind == "float64":
         out = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
     else:
-        assert attention.takes(leaves[0], leaves[2])
+        assert attention.takes(*leaves)
         out = (attention.CausalAttention if kind == "kernels" else CausalAttention).apply(*leaves, 0.3)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
@@ -340,6 +385,7 @@ def test_the_ways_to_training_are_the_same(kind: str) -> None:
         assert not takes(case.x.float(), case.first, case.second)
         assert not takes(case.x, case.first.bfloat16(), case.second.bfloat16())
         assert not takes(case.x, case.first[:, :, :255], case.second[:, :255])
-        assert not attention.takes(case.x[:, :33], case.x)
+        odd = heads(1, 1, 1, 8, 5, 6)[:3]
+        assert not attention.takes(*odd)
     finally:
         library.use("compiled", in_bf16=True)

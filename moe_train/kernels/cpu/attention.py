@@ -25,10 +25,17 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether they are used, and can do it: BF16 on a CPU, heads of even size."""
-    of_them = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return of_them and q.shape[-1] % 2 == v.shape[-1] % 2 == 0 and library.in_use() is not None
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether they are used, and can do it: BF16 on a CPU, heads of even size. What does not fit is left to torch."""
+    batch, groups, t, _ = v.shape
+    return (
+        library.in_use() is not None
+        and all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in (q, k, v))
+        and q.shape[-1] % 2 == v.shape[-1] % 2 == 0
+        and k.shape == (batch, groups, t, q.shape[-1])
+        and q.shape[0] == batch
+        and q.shape[1] % groups == 0
+    )
 
 
 class CausalAttention(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.kernels.cpu import library
@@ -27,13 +28,18 @@ class _Arguments(ctypes.Structure):
 
 
 def takes(x_td: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> bool:
-    """Whether they are used, and can do it: x in BF16 on a CPU, master weights in FP32, even sizes."""
+    """Whether they are used, and can do it: x in BF16 on a CPU, master weights in FP32, even sizes.
+
+    Not while weights are cut over processes: FSDP2 gathers them where the module is called, and in BF16.
+    """
     return (
         library.in_use() is not None
         and x_td.device.type == "cpu"
         and x_td.dtype == torch.bfloat16
-        and gate_up_weight.dtype == down_weight.dtype == torch.float32
+        and not isinstance(gate_up_weight, DTensor)
+        and all(w.device == x_td.device and w.dtype == torch.float32 for w in (gate_up_weight, down_weight))
         and down_weight.shape[1] % 2 == down_weight.shape[2] % 2 == 0
+        and x_td.shape[1] == down_weight.shape[1]
     )
 
 

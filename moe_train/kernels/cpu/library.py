@@ -6,12 +6,14 @@ expert's rows in 87 µs and what lies between two products goes through memory.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -98,7 +100,10 @@ def _missing(in_bf16: bool) -> str | None:
 def _compiler() -> list[str]:
     """Its command. Raises UserError."""
     if given := os.environ.get("CC"):
-        command = shlex.split(given)
+        try:
+            command = shlex.split(given)
+        except ValueError:  # a quotation without an end
+            command = []
         if not command or shutil.which(command[0]) is None:
             raise UserError(f"the environment's CC={given} is no command")
         return command
@@ -114,39 +119,70 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
     made_of = [" ".join([*compiler, *_FLAGS]), _run([*compiler, "--version"]), _processor()]
     content = [*(each.encode() for each in made_of), *(source.read_bytes() for source in sources)]
     name = f"{hashlib.sha256(b'|'.join(content)).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("MOE_TRAIN_CACHE") or platformdirs.user_cache_dir("moe_train")) / "kernels"
     try:
-        folder = Path(os.environ.get("MOE_TRAIN_CACHE") or platformdirs.user_cache_dir("moe_train")) / "kernels"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            if not (folder / name).exists():
-                _run([*compiler, *_FLAGS, "-o", f"{made}/{name}", *(str(s) for s in sources if s.suffix == ".c")])
-                os.replace(f"{made}/{name}", folder / name)
+        if not _is_whole(folder / name):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as made:
+                new = Path(made, name)
+                _run([*compiler, *_FLAGS, "-o", str(new), *(str(s) for s in sources if s.suffix == ".c")])
+                new.write_bytes(_sealed(new.read_bytes()))
+                os.replace(new, folder / name)
         return ctypes.CDLL(str(folder / name))
     except OSError as error:
-        raise UserError(f"the compiled kernels could not be kept or loaded ({error})") from None
+        remedy = "another folder for them is the environment's MOE_TRAIN_CACHE"
+        raise UserError(f"the compiled kernels could not be kept or loaded ({error}): {remedy}") from None
+
+
+def _sealed(library: bytes) -> bytes:
+    """With its hash behind it, where loaders do not look."""
+    return library + hashlib.sha256(library).digest()
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether it is there as it was written: one that ends too soon would kill the process that loads it."""
+    try:
+        content = kept.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content == _sealed(content[: -hashlib.sha256().digest_size])
 
 
 def _openmp_of_torch() -> ctypes.CDLL | None:
     """The library whose threads torch uses, among those that are loaded; GNU's, or another with its entry."""
     try:
-        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+        maps = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+        loaded = {line.split(maxsplit=5)[5] for line in maps if "/" in line}  # a path may have spaces
+        named = sorted(path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+        ours = [path for path in named if path.startswith(str(Path(torch.__file__).parent))] or named
+        library = ctypes.CDLL(ours[0]) if len(ours) == 1 else None  # with several, which of them is torch's is a guess
     except OSError:
         return None
-    named = sorted(path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
-    ours = [path for path in named if path.startswith(str(Path(torch.__file__).parent))] or named
-    library = ctypes.CDLL(ours[0]) if len(ours) == 1 else None  # with several, which of them is torch's is a guess
     return library if library is not None and hasattr(library, "GOMP_parallel") else None
 
 
 def _run(command: list[str]) -> str:
+    """What it says, if it succeeds in time. Raises UserError."""
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, errors="replace", start_new_session=True
+        )
+    except OSError as error:
         raise UserError(f"{command[0]} failed: {error}") from None
-    if done.returncode:
-        said = (done.stderr.strip() or "without a word").splitlines()[0]
-        raise UserError(f"{command[0]} failed: {said}")
-    return done.stdout
+    with process:
+        try:
+            said, complaint = process.communicate(timeout=_SECONDS)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started holds on to the pipes
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise UserError(f"{command[0]} did not end within {_SECONDS:g} s") from None
+            raise
+    if process.returncode:
+        lines = complaint.strip().splitlines() or ["without a word"]
+        raise UserError(f"{command[0]} failed: {next((each for each in lines if 'error' in each), lines[0])}")
+    return said
 
 
 def _processor() -> str:

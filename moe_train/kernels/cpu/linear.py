@@ -33,12 +33,18 @@ class _SwiGLU(ctypes.Structure):
 
 
 def takes(x: Tensor, *weights: Tensor) -> bool:
-    """Whether they are used, and can do it: rows enough on a CPU, weights in FP32, even sizes. x: in any format."""
+    """Whether they are used, and can do it: rows enough on a CPU, weights in FP32, even sizes. x: in any format.
+
+    Sizes that do not go together are left to torch, which refuses them.
+    """
     return (
         library.in_use() is not None
         and x.device.type == "cpu"
         and x.numel() >= _FEWEST_ROWS * x.shape[-1]
-        and all(w.dtype == torch.float32 and w.shape[0] % 2 == w.shape[1] % 2 == 0 for w in weights)
+        and all(w.device == x.device and w.dtype == torch.float32 for w in weights)
+        and all(w.shape[0] % 2 == w.shape[1] % 2 == 0 for w in weights)
+        and x.shape[-1] == weights[0].shape[1]
+        and (len(weights) == 1 or weights[0].shape[0] == 2 * weights[1].shape[1])
     )
 
 

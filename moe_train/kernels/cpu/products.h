@@ -10,7 +10,7 @@
 #include <string.h>
 
 typedef uint16_t bf16;
-typedef int32_t pair;  // two numbers in BF16
+typedef int32_t pair __attribute__((may_alias, aligned(2)));  // two numbers in BF16, wherever these may lie
 
 enum { LANES = 16, COLUMNS = 64, ROWS = 6 };  // FP32 numbers in a register; a panel; a tile
 enum { DEEP = 256 };                          // of k at a time: a panel of B, 32 KB, stays in the first cache
