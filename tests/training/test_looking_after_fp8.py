@@ -242,13 +242,13 @@ def test_a_run_is_evaluated_in_fp8_or_not_whatever_multiplied_in_training(runs: 
 
 def test_a_loss_that_is_not_finite_says_in_which_layer_it_began(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     runs("run", "stop.steps=1")
-    load = parts.load_weights
+    read = parts.read_weights_here
 
-    def load_spoilt(checkpoint: Any, model: torch.nn.Module) -> None:
-        load(checkpoint, model)
+    def read_spoilt(source: Any, model: torch.nn.Module, spread: Any) -> None:
+        read(source, model, spread)
         with torch.no_grad():
             model.get_parameter("blocks.1.attention.o_proj.weight")[0, 0] = float("inf")
 
-    monkeypatch.setattr(parts, "load_weights", load_spoilt)
+    monkeypatch.setattr(parts, "read_weights_here", read_spoilt)
     text = runs.failure("run", "stop.steps=3")
     assert "in FP8 first the weight of blocks.1.attention.o_proj (step_1 is saved)" in text
