@@ -52,10 +52,8 @@ def _protocol(claim: dict[str, Any]) -> str:
     if tuning := claim.get("tuning"):
         factors = ", ".join(f"×{factor:g}" for factor in tuning["factors"])
         seeds = f", {tuning['seeds']} seeds" if tuning["seeds"] > 1 else ""
-        best = (
-            "of the arms' rate {} the best for all of them" if tuning["together"] else "of every arm's rate {} the best"
-        )
-        said.append(f"{best.format(factors)} after {tuning['tokens']:,} tokens on other text{seeds}")
+        whose = "the arms' common" if tuning.get("together") else "every arm's"
+        said.append(f"of {whose} rate {factors} the best after {tuning['tokens']:,} tokens on other text{seeds}")
     return "; ".join(said)
 
 

@@ -13,7 +13,7 @@ import yaml
 from made_up_claims import HERE, PRICE, TWO_ARMS, MadeUpRuns
 from rich.console import Console
 
-from moe_train.claims import html, report, suite
+from moe_train.claims import html, markdown, report, suite
 from moe_train.claims.plan import PlannedRun
 from moe_train.claims.suite import Asked
 from moe_train.claims.verdict import Judged
@@ -218,6 +218,9 @@ def test_a_report_of_an_earlier_version_is_shown_with_what_it_has(finished: tupl
         for comparison in claim["comparisons"]:
             del comparison["paired"]
     assert "mine (cpu): supported" in html.report(content)
+    for claim in content["claims"]:
+        claim["tuning"] = {"factors": [0.5, 1.0], "tokens": 1280, "seeds": 1}  # before arms could be tuned together
+    assert "every arm's rate ×0.5, ×1 the best after 1,280 tokens" in markdown.report(content)
 
 
 def test_a_key_that_is_there_twice_is_refused(asked: Make, claim_dir: Make) -> None:
