@@ -119,7 +119,7 @@ class Plan:
         """What the statistics are of: by seed, then budget, then arm, so that a drifting machine favours none."""
         return [
             self._run(arm, seed, tokens, rates, "seed", budget)
-            for seed in range(self.scale.seeds)
+            for seed in range(self.scale.first_seed, self.scale.first_seed + self.scale.seeds)
             for budget, tokens in enumerate(self.scale.tokens)
             for arm in self.arms.values()
         ]

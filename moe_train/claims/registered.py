@@ -17,7 +17,7 @@ from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder, Result
 from moe_train.cli import write_json
 from moe_train.config import differences, to_dict
-from moe_train.config.claim import TuningConfig
+from moe_train.config.claim import ScaleConfig, TuningConfig
 from moe_train.cost.ledger import read_account
 from moe_train.errors import UserError
 
@@ -35,6 +35,10 @@ def protocol(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _defaults(settings: type) -> dict[str, Any]:
+    return {each.name: each.default for each in fields(settings) if each.default is not MISSING}
+
+
 def file_of(plan: Plan, folder: Folder) -> Path:
     return folder.path / "registered" / f"{plan.claim.name}-{plan.scale_name}.json"
 
@@ -48,9 +52,9 @@ def check(plan: Plan, folder: Folder) -> str | None:
         before = json.loads(file.read_text())
         date: str = before["date"]
         was = before["protocol"]
-        if was["scale"]["tuning"] is not None:  # settings that it did not know had their defaults
-            defaults = {each.name: each.default for each in fields(TuningConfig) if each.default is not MISSING}
-            was["scale"]["tuning"] = defaults | was["scale"]["tuning"]
+        was["scale"] = _defaults(ScaleConfig) | was["scale"]  # settings that it did not know
+        if was["scale"]["tuning"] is not None:
+            was["scale"]["tuning"] = _defaults(TuningConfig) | was["scale"]["tuning"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} cannot be read: put it back, or give another out=") from None
     for key, old, new in differences(was, json.loads(json.dumps(protocol(plan)))):

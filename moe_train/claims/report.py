@@ -108,6 +108,7 @@ def entry(judged: Judged, folder: Folder) -> dict[str, Any]:
         "registered": json.loads(registered.read_text())["date"] if registered.exists() else None,
         "protocol": str(registered.relative_to(folder.path)),
         "seeds": plan.scale.seeds,
+        "first_seed": plan.scale.first_seed,
         "budgets": list(plan.scale.tokens),
         "learning_rates": judged.rates,
         "reasons": judged.reasons,

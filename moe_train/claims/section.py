@@ -48,7 +48,9 @@ def why(claim: dict[str, Any]) -> str:
 
 
 def _protocol(claim: dict[str, Any]) -> str:
-    said = [f"{claim['seeds']} seeds", f"{' / '.join(f'{tokens:,}' for tokens in claim['budgets'])} tokens"]
+    first = claim.get("first_seed", 0)
+    which = f" ({first} to {first + claim['seeds'] - 1})" if first else ""
+    said = [f"{claim['seeds']} seeds{which}", f"{' / '.join(f'{tokens:,}' for tokens in claim['budgets'])} tokens"]
     if tuning := claim.get("tuning"):
         factors = ", ".join(f"×{factor:g}" for factor in tuning["factors"])
         seeds = f", {tuning['seeds']} seeds" if tuning["seeds"] > 1 else ""

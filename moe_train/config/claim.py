@@ -136,6 +136,7 @@ class ScaleConfig:
     tokens: Annotated[tuple[Positive, ...], Field(min_length=1)]  # budgets, ascending
     seeds: Annotated[Positive, Field(le=1000)]
     tuning: TuningConfig | None = None
+    first_seed: Annotated[Count, Field(lt=900_000)] = 0  # of a suite made again: seeds whose losses nobody has seen
     arms: dict[str, tuple[str, ...]] | None = None  # overrides of an arm at this scale, after its own
     without: tuple[str, ...] = ()  # arms left out at this scale, and what is said of them
 

@@ -150,6 +150,16 @@ def test_arms_tuned_together_take_the_rate_that_is_best_for_all(asked: Make, cla
     assert found.rates == {arm: pytest.approx(plan.arms[arm].rate) for arm in ("one", "two")}
 
 
+def test_a_suite_made_again_takes_seeds_nobody_has_seen(asked: Make, claim_dir: Make) -> None:
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"first_seed": 100}})
+    (plan,) = plans(asked())
+    made = MadeUpRuns([plan], better(0.05))
+    (found,) = judged(asked(), made)
+    count = plan.scale.seeds
+    assert {result.run.config.seed for result in found.results} == set(range(100, 100 + count))
+    assert f"{count} seeds (100 to {99 + count})" in (asked().out / report.MARKDOWN).read_text()
+
+
 def test_arms_of_other_rates_are_not_tuned_together(asked: Make, claim_dir: Make) -> None:
     tuning = {"factors": [0.5, 1.0], "tokens": 1280, "together": True}
     arms = {**TWO_ARMS["arms"], "two": {"overrides": ["optimizer.lr=0.007"]}}
@@ -165,7 +175,7 @@ def test_what_was_registered_before_arms_could_be_tuned_together_still_holds(ask
     registered.register(plan, Folder(asked().out))
     file = registered.file_of(plan, Folder(asked().out))
     content = json.loads(file.read_text())
-    del content["protocol"]["scale"]["tuning"]["together"]
+    del content["protocol"]["scale"]["tuning"]["together"], content["protocol"]["scale"]["first_seed"]
     file.write_text(json.dumps(content))
     assert registered.check(plan, Folder(asked().out)) == content["date"]
     content["protocol"]["scale"]["tuning"]["tokens"] = 2560
