@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from moe_train.config import GQAConfig, MLAConfig, ModelConfig
 from moe_train.kernels.cpu import attention as compiled
 from moe_train.model.cpu_attention import CausalAttention
-from moe_train.model.layers import Linear, in_compute_format
+from moe_train.model.layers import Linear
 from moe_train.model.norm import RMSNorm
 from moe_train.model.rope import Rotary, rotate, softmax_scale
-from moe_train.precision.remade import remade
+from moe_train.precision.remade import in_compute_format, remade
 
 
 class LayerCache:

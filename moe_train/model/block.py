@@ -11,9 +11,8 @@ from moe_train.config import ModelConfig
 from moe_train.model.attention import LayerCache, build_attention
 from moe_train.model.experts import MoELayer, Routed
 from moe_train.model.layers import SwiGLU
-from moe_train.model.norm import RMSNorm
+from moe_train.model.norm import RMSNorm, normed
 from moe_train.model.rope import Rotary
-from moe_train.precision.remade import remade
 
 
 class BlockOutput(NamedTuple):
@@ -40,11 +39,13 @@ class Block(nn.Module):
         self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None, real_bt: Tensor | None = None
     ) -> BlockOutput:
         """real_bt: False for padding, which no expert's load and no loss of a router counts; None: there is none."""
-        x_btd = x_btd + self.dropped(self.attention(remade(self.input_norm, x_btd), rotary, cache))
-        normed = remade(self.post_attention_norm, x_btd)
+        x_btd, normed_btd, _ = normed(self.input_norm, x_btd)
+        attended_btd = self.dropped(self.attention(normed_btd, rotary, cache))
+        dense = isinstance(self.ffn, SwiGLU)
+        x_btd, normed_btd, exact_btd = normed(self.post_attention_norm, x_btd, attended_btd, exact=not dense)
         if isinstance(self.ffn, SwiGLU):
-            return BlockOutput(x_btd + self.dropped(self.ffn(normed)), None)
-        out_btd, routed = self.ffn(normed, real_bt)
+            return BlockOutput(x_btd + self.dropped(self.ffn(normed_btd)), None)
+        out_btd, routed = self.ffn(normed_btd, exact_btd, real_bt)
         return BlockOutput(x_btd + self.dropped(out_btd), routed)
 
     def dropped(self, x: Tensor) -> Tensor:

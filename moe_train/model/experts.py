@@ -16,11 +16,11 @@ from moe_train.config import MoEConfig
 from moe_train.kernels.cpu import experts as compiled
 from moe_train.model import dispatch, slots
 from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequence_balance_loss
-from moe_train.model.layers import SwiGLU, in_compute_format
+from moe_train.model.layers import SwiGLU
 from moe_train.model.router import Choice, Router
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import swiglu_linear
-from moe_train.precision.remade import remade
+from moe_train.precision.remade import in_compute_format, remade
 
 
 class Routed(NamedTuple):
@@ -114,15 +114,22 @@ class MoELayer(nn.Module):
         shared_width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(hidden_size, shared_width) if shared_width else None
 
-    def forward(self, x_btd: Tensor, real_bt: Tensor | None = None) -> tuple[Tensor, Routed]:
-        """real_bt: False for padding, which is computed like the rest and counted nowhere; None: there is none."""
+    def forward(
+        self, x_btd: Tensor, exact_btd: Tensor | None = None, real_bt: Tensor | None = None
+    ) -> tuple[Tensor, Routed]:
+        """exact_btd: x in FP32 for the router, where x_btd is rounded already; None: it is x_btd itself.
+
+        real_bt: False for padding, which is computed like the rest and counted nowhere; None: there is none.
+        """
         c = self.config
-        x_td = x_btd.flatten(0, 1)
+        exact_td, x_td = (
+            (x_btd if exact_btd is None else exact_btd).flatten(0, 1),
+            in_compute_format(x_btd).flatten(0, 1),
+        )
         if real_bt is None:
             real_bt = torch.ones(x_btd.shape[:2], dtype=torch.bool, device=x_btd.device)
         real_t = real_bt.flatten()
-        logits_te, scores_te = self.router(x_td)
-        x_td = in_compute_format(x_td)
+        logits_te, scores_te = self.router(exact_td)
         auxiliary = x_td.new_zeros((), dtype=torch.float32)
         if self.training and c.router_z_loss_weight:
             auxiliary = auxiliary + router_z_loss(logits_te, real_t, c.router_z_loss_weight)

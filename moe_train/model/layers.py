@@ -9,16 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import linear, swiglu_linear
-from moe_train.precision.remade import remade
-
-
-def in_compute_format(x: Tensor) -> Tensor:
-    """As products read it, converted once for all of them."""
-    dtype = compute_dtype(x)
-    return x if x.dtype == dtype else remade(lambda wide: wide.to(dtype), x)
 
 
 class Linear(nn.Module):

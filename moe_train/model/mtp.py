@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from moe_train.config import ModelConfig
 from moe_train.model.attention import LayerCache
 from moe_train.model.block import Block, BlockOutput
-from moe_train.model.layers import Linear, in_compute_format
+from moe_train.model.layers import Linear
 from moe_train.model.norm import RMSNorm
 from moe_train.model.rope import Rotary
-from moe_train.precision.remade import remade
+from moe_train.precision.remade import in_compute_format, remade
 
 
 class MTPModule(nn.Module):

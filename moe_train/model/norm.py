@@ -1,16 +1,21 @@
-"""RMSNorm (arXiv 1910.07467): x / rms(x) · weight, over the last dimension.
+"""RMSNorm (arXiv 1910.07467): x / rms(x) · weight, over the last dimension, alone or of a sum on the residual stream.
 
 CUDA has it as one kernel. Elsewhere torch composes it of five operations and keeps three tensors of the input's size;
-here the input is kept, with a number a row, and both passes go over memory about half as often.
+here the input is kept, with a number a row, and both passes go over memory about half as often. On a CPU in BF16
+`kernels/cpu` does it in one visit, the addition before it and the rounding after it included.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moe_train.kernels.cpu import norm as compiled
+from moe_train.precision.formats import compute_dtype
+from moe_train.precision.remade import in_compute_format, made_again, remade
 
 
 class RMSNorm(nn.Module):
@@ -26,6 +31,26 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
         out: Tensor = _Norm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out
+
+
+class Normed(NamedTuple):
+    """A sum on the residual stream, and its norm."""
+
+    total: Tensor  # in FP32
+    narrow: Tensor  # as products read it
+    exact: Tensor  # in FP32, for what must not be rounded
+
+
+def normed(norm: RMSNorm, x: Tensor, added: Tensor | None = None, *, exact: bool = False) -> Normed:
+    """The norm of x + added (…, features). Without `exact` that norm may be the rounded one. Neither is kept."""
+    if compute_dtype(x) is torch.bfloat16 and compiled.takes(x, norm.weight, added):
+        total, narrow, wide = compiled.NormOfSum.apply(x, added, norm.weight, norm.eps, exact)  # type: ignore[no-untyped-call]
+        results = (narrow, wide) if exact else (narrow,)
+        made_again(results, lambda each: compiled.again(each, norm.weight, norm.eps, exact), total)
+        return Normed(total, narrow, results[-1])
+    total = x if added is None else x + added
+    wide = remade(norm, total)
+    return Normed(total, in_compute_format(wide), wide)
 
 
 class _Norm(torch.autograd.Function):

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import SymInt, Tensor, UntypedStorage
 
+from moe_train.precision.formats import compute_dtype
+
 Function = Callable[..., tuple[Tensor, ...]]
 
 
@@ -105,9 +107,20 @@ def remade(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Inputs are taken to be kept or made again anyway, so where the result is a view of one there is nothing to do.
     """
     out = function(*inputs)
-    if _region is not None and not torch.compiler.is_compiling():
-        _region.add((out,), lambda *again: (function(*again),), inputs)
+    made_again((out,), lambda *again: (function(*again),), *inputs)
     return out
+
+
+def made_again(results: tuple[Tensor, ...], function: Function, *inputs: Tensor) -> None:
+    """As `remade`, of what is there already and function(*inputs) gives as well."""
+    if _region is not None and not torch.compiler.is_compiling():
+        _region.add(results, function, inputs)
+
+
+def in_compute_format(x: Tensor) -> Tensor:
+    """As products read it, converted once for all of them."""
+    dtype = compute_dtype(x)
+    return x if x.dtype == dtype else remade(lambda wide: wide.to(dtype), x)
 
 
 def remade_with(function: Function, x: Tensor) -> tuple[Tensor, ...]:

@@ -33,6 +33,25 @@ static int next_expert(const Experts *e, int64_t *start, int64_t *end) {
     return expert;
 }
 
+// Rows anywhere, on their way to the second cache while others are multiplied.
+static void fetch(const bf16 *from, const int64_t *token, int64_t first, int64_t end, int64_t width) {
+    for (int64_t row = first; row < end; row++)
+        for (int64_t j = 0; j < width; j += 32) _mm_prefetch((const char *)(from + token[row] * width + j), _MM_HINT_T1);
+}
+
+// A row of z, rounded, and its h, made of the rounded numbers.
+static void activate(const float *sums, bf16 row_weight, int64_t f, bf16 *z, bf16 *h) {
+    const __m512 weight = _mm512_set1_ps(widened_one(row_weight));
+    FOR_LANES(j, f, mask, {
+        __m256i first = narrowed(_mm512_maskz_loadu_ps(mask, sums + j));
+        __m256i second = narrowed(_mm512_maskz_loadu_ps(mask, sums + f + j));
+        _mm256_mask_storeu_epi16(z + j, mask, first);
+        _mm256_mask_storeu_epi16(z + f + j, mask, second);
+        __m512 gate = widened(first), active = _mm512_mul_ps(gate, sigmoid(gate));
+        store_narrow(h + j, mask, _mm512_mul_ps(_mm512_mul_ps(active, widened(second)), weight));
+    });
+}
+
 void experts_forward(const Experts *e) {
     int64_t d = e->hidden, f = e->width, wide = up(2 * f, LANES), out = up(d, LANES), start, end, expert;
     Scratch scratch = {0};
@@ -49,17 +68,10 @@ void experts_forward(const Experts *e) {
             int64_t rows = least(BLOCK, end - row);
             const pair *a[BLOCK];
             for (int64_t i = 0; i < rows; i++) a[i] = (const pair *)(e->x + e->token[row + i] * d);
+            fetch(e->x, e->token, row + rows, least(row + rows + BLOCK, e->ends[e->experts - 1]), d);
             multiply(a, 1, rows, first, d, d, 2 * f, sums, wide, 0);
             for (int64_t i = 0; i < rows; i++) {
-                bf16 *z = e->gate_up + (row + i) * 2 * f;
-                narrow_row(sums + i * wide, 2 * f, z);
-                __m512 weight = _mm512_set1_ps(widened_one(e->weight[row + i]));
-                for (int64_t j = 0; j < f; j += LANES) {
-                    __mmask16 mask = first_lanes(f - j);
-                    __m512 gate = widened_at(z + j, mask), active = _mm512_mul_ps(gate, sigmoid(gate));
-                    __m512 both = _mm512_mul_ps(active, widened_at(z + f + j, mask));
-                    store_narrow(h + i * f + j, mask, _mm512_mul_ps(both, weight));
-                }
+                activate(sums + i * wide, e->weight[row + i], f, e->gate_up + (row + i) * 2 * f, h + i * f);
                 a[i] = (const pair *)(h + i * f);
             }
             multiply(a, 1, rows, second, f, f, d, sums, out, 0);
@@ -72,8 +84,7 @@ void experts_forward(const Experts *e) {
 // From a row of z and the gradient of its h: h, the gradient of z, and that of the row's weight.
 static bf16 row_gradients(const bf16 *z, const float *grad_h, bf16 row_weight, int64_t f, bf16 *h, bf16 *grad_z) {
     __m512 weight = _mm512_set1_ps(widened_one(row_weight)), one = _mm512_set1_ps(1.0f), total = _mm512_setzero_ps();
-    for (int64_t j = 0; j < f; j += LANES) {
-        __mmask16 mask = first_lanes(f - j);
+    FOR_LANES(j, f, mask, {
         __m512 gate = widened_at(z + j, mask), grad = _mm512_maskz_loadu_ps(mask, grad_h + j);
         __m512 share = sigmoid(gate), active = _mm512_mul_ps(gate, share), other = widened_at(z + f + j, mask);
         __m512 both = _mm512_mul_ps(active, other);
@@ -83,7 +94,7 @@ static bf16 row_gradients(const bf16 *z, const float *grad_h, bf16 row_weight, i
         store_narrow(h + j, mask, _mm512_mul_ps(both, weight));
         store_narrow(grad_z + j, mask, _mm512_mul_ps(_mm512_mul_ps(grad, other), slope));
         store_narrow(grad_z + f + j, mask, _mm512_mul_ps(grad, active));
-    }
+    });
     bf16 sum;
     store_narrow(&sum, 1, _mm512_set1_ps(_mm512_reduce_add_ps(total)));
     return sum;
@@ -119,6 +130,7 @@ void experts_backward(const Experts *e) {
         for (int64_t row = start; row < end; row += DEEP) {
             int64_t rows = least(DEEP, end - row);
             for (int64_t i = 0; i < rows; i++) a[i] = (const pair *)(at[i] = e->grad_y + e->token[row + i] * d);
+            fetch(e->x, e->token, row, row + rows, d);
             multiply(a, 1, rows, second, d, d, f, grad_h, narrow_f, 0);
             pack_rows(at, rows, d, grad_y);
             for (int64_t i = 0; i < rows; i++)
@@ -134,6 +146,7 @@ void experts_backward(const Experts *e) {
             columns_from(packed_z, rows, 2 * f, a);
             multiply(a, COLUMNS, 2 * f, x, rows, rows, d, sum_first, out, row > start);
 
+            fetch(e->grad_y, e->token, row + rows, least(row + rows + DEEP, end), d);
             for (int64_t part = 0; part < rows; part += BLOCK) {
                 int64_t some = least(BLOCK, rows - part);
                 for (int64_t i = 0; i < some; i++) a[i] = (const pair *)(grad_z + (part + i) * 2 * f);

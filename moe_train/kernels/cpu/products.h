@@ -30,12 +30,23 @@ static inline __m512 widened_at(const bf16 *from, __mmask16 mask) {
     return widened(_mm256_maskz_loadu_epi16(mask, from));
 }
 static inline float widened_one(bf16 x) { return _mm512_cvtss_f32(widened_at(&x, 1)); }
+static inline __m256i narrowed(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 static inline void store_narrow(bf16 *to, __mmask16 mask, __m512 x) {
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+    _mm256_mask_storeu_epi16(to, mask, narrowed(x));
 }
+// Some statements for each 16 numbers `j` of n, with the `mask` of those that there are: whole registers are stored at once.
+#define FOR_LANES(j, n, mask, ...)                                                  \
+    do {                                                                            \
+        int64_t j = 0;                                                              \
+        for (const __mmask16 mask = 0xffff; j + LANES <= (n); j += LANES) __VA_ARGS__ \
+        if (j < (n)) {                                                              \
+            const __mmask16 mask = first_lanes((n) - j);                            \
+            __VA_ARGS__                                                             \
+        }                                                                           \
+    } while (0)
+
 static inline void narrow_row(const float *from, int64_t n, bf16 *to) {
-    for (int64_t i = 0; i < n; i += LANES)
-        store_narrow(to + i, first_lanes(n - i), _mm512_maskz_loadu_ps(first_lanes(n - i), from + i));
+    FOR_LANES(i, n, mask, { store_narrow(to + i, mask, _mm512_maskz_loadu_ps(mask, from + i)); });
 }
 
 // Memory of one call, freed with `let_go`; `missing` once there is none left.
@@ -78,16 +89,36 @@ static inline void pack_rows(const bf16 *const *rows, int64_t k, int64_t n, pair
         }
 }
 
+// 16 registers of 16 lanes, rows become columns: neighbours change places at distances of 1, 2, 4 and 8.
+static inline void transpose(__m512i *x) {
+    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int far = 1; far < LANES; far *= 2) {
+        __m512i step = _mm512_set1_epi32(far), other = _mm512_add_epi32(count, _mm512_set1_epi32(LANES));
+        __mmask16 odd = _mm512_test_epi32_mask(count, step);  // lanes that come from the other half of a pair
+        __m512i low = _mm512_mask_sub_epi32(count, odd, other, step);
+        __m512i high = _mm512_mask_mov_epi32(_mm512_add_epi32(count, step), odd, other);
+        for (int i = 0; i < LANES; i++)
+            if (!(i & far)) {
+                __m512i first = x[i], second = x[i + far];
+                x[i] = _mm512_permutex2var_epi32(first, low, second);
+                x[i + far] = _mm512_permutex2var_epi32(first, high, second);
+            }
+    }
+}
+
 // B (k, n) from its columns, which lie `stride` apart; k is even.
 static inline void pack_columns(const bf16 *from, int64_t stride, int64_t k, int64_t n, pair *out) {
-    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i apart = _mm512_mullo_epi32(count, _mm512_set1_epi32((int)(stride * sizeof(bf16))));
     for (int64_t c = 0; c < up(n, COLUMNS); c += LANES) {
         pair *to = out + c / COLUMNS * COLUMNS * pairs_of(k) + c % COLUMNS;
-        for (int64_t p = 0; p < pairs_of(k); p++)
-            _mm512_store_si512(to + p * COLUMNS,
-                               _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first_lanes(n - c), apart,
-                                                           (const int *)(from + c * stride + 2 * p), 1));
+        for (int64_t p = 0; p < pairs_of(k); p += LANES) {
+            __m512i x[LANES];
+            for (int i = 0; i < LANES; i++)
+                x[i] = _mm512_maskz_loadu_epi32(c + i < n ? first_lanes(pairs_of(k) - p) : 0,
+                                                from + least(c + i, n - 1) * stride + 2 * p);
+            transpose(x);
+            for (int64_t i = 0; i < least(LANES, pairs_of(k) - p); i++)
+                _mm512_store_si512(to + (p + i) * COLUMNS, x[i]);
+        }
     }
 }
 
