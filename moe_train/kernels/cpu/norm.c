@@ -39,23 +39,21 @@ void norm_forward(const Norm *n) {
         for (int64_t row = n->rows * part / n->parts; row < n->rows * (part + 1) / n->parts; row++) {
             __m512 squares = _mm512_setzero_ps();
             float *total = n->total + row * d;
-            for (int64_t j = 0; j < d; j += LANES) {
-                __mmask16 mask = first_lanes(d - j);
+            FOR_LANES(j, d, mask, {
                 __m512 x = at(n, row, j, mask);
                 if (n->added) {
                     x = _mm512_add_ps(x, widened_at(n->added + row * d + j, mask));
                     _mm512_mask_storeu_ps(total + j, mask, x);
                 }
                 squares = _mm512_fmadd_ps(x, x, squares);
-            }
+            });
             __m512 scale = scale_of(n, squares);
-            for (int64_t j = 0; j < d; j += LANES) {
-                __mmask16 mask = first_lanes(d - j);
+            FOR_LANES(j, d, mask, {
                 __m512 x = n->added ? _mm512_maskz_loadu_ps(mask, total + j) : at(n, row, j, mask);
                 x = _mm512_mul_ps(_mm512_mul_ps(x, scale), _mm512_maskz_loadu_ps(mask, n->weight + j));
                 if (n->normed) store_narrow(n->normed + row * d + j, mask, x);
                 if (n->wide) _mm512_mask_storeu_ps(n->wide + row * d + j, mask, x);
-            }
+            });
         }
 }
 
@@ -72,17 +70,15 @@ void norm_backward(const Norm *n) {
         memset(grad_weight, 0, sizeof(float) * d);
         for (int64_t row = n->rows * part / n->parts; row < n->rows * (part + 1) / n->parts; row++) {
             __m512 squares = _mm512_setzero_ps(), along = _mm512_setzero_ps();
-            for (int64_t j = 0; j < d; j += LANES) {
-                __mmask16 mask = first_lanes(d - j);
+            FOR_LANES(j, d, mask, {
                 __m512 x = at(n, row, j, mask), grad = gradient_at(n, row * d + j, mask);
                 squares = _mm512_fmadd_ps(x, x, squares);
                 grad = _mm512_mul_ps(grad, _mm512_maskz_loadu_ps(mask, n->weight + j));
                 along = _mm512_fmadd_ps(grad, x, along);
-            }
+            });
             __m512 scale = scale_of(n, squares), cube = _mm512_mul_ps(scale, _mm512_mul_ps(scale, scale));
             along = _mm512_mul_ps(cube, _mm512_set1_ps(_mm512_reduce_add_ps(along) / -d));
-            for (int64_t j = 0; j < d; j += LANES) {
-                __mmask16 mask = first_lanes(d - j);
+            FOR_LANES(j, d, mask, {
                 int64_t place = row * d + j;
                 __m512 x = at(n, row, j, mask), grad = _mm512_mul_ps(gradient_at(n, place, mask), scale);
                 __m512 sum = _mm512_fmadd_ps(grad, x, _mm512_maskz_loadu_ps(mask, grad_weight + j));
@@ -94,7 +90,7 @@ void norm_backward(const Norm *n) {
                     store_narrow((bf16 *)n->grad_x + place, mask, grad);
                 else
                     _mm512_mask_storeu_ps((float *)n->grad_x + place, mask, grad);
-            }
+            });
         }
     }
 }
