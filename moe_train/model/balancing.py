@@ -20,17 +20,15 @@ from torch import Tensor
 from moe_train.model.router import Router
 
 
-def sequence_balance_loss(scores_te: Tensor, expert_tk: Tensor, real_bt: Tensor, weight: float) -> Tensor:
+def sequence_balance_loss(sum_be: Tensor, expert_tk: Tensor, real_bt: Tensor, weight: float) -> Tensor:
     """alpha · sum_i f_i P_i of each sequence times its tokens, over all sequences; a token's minimum is alpha.
 
-    f_i is expert i's share of the sequence's choices times num_experts, P_i its mean normalised score. real_bt: False
-    for padding, which belongs to neither.
+    f_i is expert i's share of the sequence's choices times num_experts, P_i its mean normalised score: sum_be are the
+    router's `sequence_shares`. real_bt: False for padding, which belongs to neither.
     """
-    num_experts = scores_te.shape[-1]
-    real_t1 = real_bt.reshape(-1, 1).to(scores_te.dtype)
+    num_experts = sum_be.shape[-1]
+    real_t1 = real_bt.reshape(-1, 1).to(sum_be.dtype)
     tokens_b1 = real_bt.sum(1, keepdim=True).clamp_min(1)
-    share_te = scores_te / scores_te.sum(-1, keepdim=True) * real_t1
-    sum_be: Tensor = share_te.unflatten(0, real_bt.shape).sum(1)
     chosen_bn = expert_tk.reshape(len(real_bt), -1)
     ones_bn = real_t1.expand(expert_tk.shape).reshape(chosen_bn.shape)
     f_be = torch.zeros_like(sum_be).scatter_add_(1, chosen_bn, ones_bn)

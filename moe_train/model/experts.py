@@ -129,26 +129,29 @@ class MoELayer(nn.Module):
         if real_bt is None:
             real_bt = torch.ones(x_btd.shape[:2], dtype=torch.bool, device=x_btd.device)
         real_t = real_bt.flatten()
-        logits_te, scores_te = self.router(exact_td)
+        logits_te = self.router.logits(exact_td)
         auxiliary = x_td.new_zeros((), dtype=torch.float32)
         if self.training and c.router_z_loss_weight:
             auxiliary = auxiliary + router_z_loss(logits_te, real_t, c.router_z_loss_weight)
         if c.routing == "expert_choice":
-            places = slots.by_experts(scores_te, real_t, c)
+            places = slots.by_experts(self.router.scores(logits_te), real_t, c)
             y_td, shared_td, counts_e, dropped = self._outputs(_in_slots(x_td, places), x_td)
         else:
-            choice = self.router.choose_experts(scores_te)
+            by_sequence, by_batch = (
+                self.training and weight > 0 for weight in (c.sequence_loss_weight, c.batch_loss_weight)
+            )
+            choice = self.router.choose(logits_te, real_bt, shares=by_sequence, scores=by_batch)
             if c.capacity_factor is None or not self.training:
                 plan = dispatch.plan(choice.expert_tk, real_t, c.num_experts)
                 y_td, shared_td, counts_e, dropped = self._dropless(x_td, choice, plan)
             else:
                 places = slots.by_tokens(choice, real_t, c)
                 y_td, shared_td, counts_e, dropped = self._outputs(_in_slots(x_td, places), x_td)
-            if self.training and c.sequence_loss_weight:
-                loss = sequence_balance_loss(scores_te, choice.expert_tk, real_bt, c.sequence_loss_weight)
+            if by_sequence and choice.share_be is not None:
+                loss = sequence_balance_loss(choice.share_be, choice.expert_tk, real_bt, c.sequence_loss_weight)
                 auxiliary = auxiliary + loss
-            if self.training and c.batch_loss_weight:
-                auxiliary = auxiliary + batch_balance_loss(scores_te, counts_e, real_t, c.batch_loss_weight)
+            if by_batch and choice.scores_te is not None:
+                auxiliary = auxiliary + batch_balance_loss(choice.scores_te, counts_e, real_t, c.batch_loss_weight)
         if self.shared_experts is not None:
             y_td = y_td + (self.shared_experts(x_td) if shared_td is None else shared_td)
         return y_td.view_as(x_btd), Routed(auxiliary, counts_e, dropped)

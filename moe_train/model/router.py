@@ -30,6 +30,8 @@ class Choice(NamedTuple):
 
     expert_tk: Tensor  # int64
     gate_tk: Tensor  # FP32, what their outputs are multiplied by
+    share_be: Tensor | None = None  # `sequence_shares`, where they were asked for
+    scores_te: Tensor | None = None  # as well
 
 
 class Router(nn.Module):
@@ -45,12 +47,32 @@ class Router(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(config.num_experts))
 
     def forward(self, x_td: Tensor) -> Affinities:
+        logits_te = self.logits(x_td)
+        return Affinities(logits_te, self.scores(logits_te))
+
+    def logits(self, x_td: Tensor) -> Tensor:
         with torch.autocast(x_td.device.type, enabled=False):
             x_td = x_td.to(self.weight.dtype)
             takes = compiled_linear.takes(x_td, self.weight)
-            logits_te = (compiled_linear.RouterLinear.apply if takes else F.linear)(x_td, self.weight)
+            logits_te: Tensor = (compiled_linear.RouterLinear.apply if takes else F.linear)(x_td, self.weight)
+        return logits_te
+
+    def scores(self, logits_te: Tensor) -> Tensor:
         sigmoid = self.config.scoring_func == "sigmoid"
-        return Affinities(logits_te, logits_te.sigmoid() if sigmoid else logits_te.softmax(-1))
+        return logits_te.sigmoid() if sigmoid else logits_te.softmax(-1)
+
+    def choose(self, logits_te: Tensor, real_bt: Tensor, *, shares: bool = False, scores: bool = False) -> Choice:
+        """The top_k experts of every token, from their logits. real_bt: False for padding, which has no share."""
+        c = self.config
+        plain = c.scoring_func == "sigmoid" and c.topk_group == c.n_group and not scores
+        if plain and compiled.takes(logits_te):
+            expert_tk, score_tk, share_be = compiled.Chosen.apply(logits_te, self.selection_bias, real_bt, c.top_k)  # type: ignore[no-untyped-call]
+            return Choice(expert_tk, self._gates(score_tk), share_be)
+        scores_te = self.scores(logits_te)
+        chosen = self.choose_experts(scores_te)
+        return chosen._replace(
+            share_be=sequence_shares(scores_te, real_bt) if shares else None, scores_te=scores_te if scores else None
+        )
 
     def choose_experts(self, scores_te: Tensor) -> Choice:
         """The top_k experts of every token by score plus selection bias, gated by their score alone."""
@@ -62,10 +84,20 @@ class Router(nn.Module):
             expert_tk = compiled.top_experts(biased_te, c.top_k)
         else:
             expert_tk = biased_te.topk(c.top_k, dim=-1).indices
-        gate_tk = scores_te.gather(-1, expert_tk)
-        if c.norm_topk_prob:
-            gate_tk = gate_tk / (gate_tk.sum(-1, keepdim=True) + 1e-20)
-        return Choice(expert_tk, gate_tk * c.routed_scaling_factor)
+        return Choice(expert_tk, self._gates(scores_te.gather(-1, expert_tk)))
+
+    def _gates(self, score_tk: Tensor) -> Tensor:
+        if self.config.norm_topk_prob:
+            score_tk = score_tk / (score_tk.sum(-1, keepdim=True) + 1e-20)
+        return score_tk * self.config.routed_scaling_factor
+
+
+def sequence_shares(scores_te: Tensor, real_bt: Tensor) -> Tensor:
+    """What share each expert has of a token's scores, summed over the real tokens of each sequence: (b, e)."""
+    real_t1 = real_bt.reshape(-1, 1).to(scores_te.dtype)
+    share_te = scores_te / scores_te.sum(-1, keepdim=True) * real_t1
+    sum_be: Tensor = share_te.unflatten(0, real_bt.shape).sum(1)
+    return sum_be
 
 
 def _within_best_groups(biased_te: Tensor, config: MoEConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -14,13 +15,36 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from moe_train.config import MoEConfig
 from moe_train.errors import UserError
 from moe_train.kernels.cpu import attention, library, linear, router, routing
 from moe_train.kernels.cpu.experts import SwiGLUOfTokens, takes
 from moe_train.model import dispatch
 from moe_train.model.cpu_attention import CausalAttention
+from moe_train.model.router import Router
 from moe_train.precision import matmul
 from moe_train.training.muon import Muon
+
+MOE = MoEConfig(
+    num_experts=8,
+    top_k=2,
+    num_shared_experts=0,
+    moe_intermediate_size=8,
+    first_k_dense_replace=0,
+    routing="token_choice",
+    scoring_func="sigmoid",
+    n_group=1,
+    topk_group=1,
+    group_score_top_k=2,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    capacity_factor=None,
+    bias_update_speed=0.01,
+    bias_update_fraction=1.0,
+    sequence_loss_weight=1e-4,
+    batch_loss_weight=0.0,
+    router_z_loss_weight=0.0,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -288,6 +312,43 @@ def test_routing_is_that_of_torch_to_the_bit(t: int, experts: int, k: int, seed:
 def test_scores_that_are_no_numbers_choose_experts_that_there_are() -> None:
     scores = torch.tensor([[torch.nan] * 5, [0.0, torch.nan, torch.inf, 1.0, torch.nan], [-torch.inf] * 5])
     assert routing.top_experts(scores, 4).tolist() == [[0, 1, 2, 3], [1, 2, 4, 3], [0, 1, 2, 3]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 300), st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**16))
+def test_choices_shares_and_their_gradients_are_those_of_float64(
+    b: int, length: int, experts: int, k: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    config = dataclasses.replace(MOE, num_experts=experts, top_k=min(k, experts))
+    logits = torch.randn(b * length, experts, generator=generator)
+    real = torch.rand(b, length, generator=generator) < 0.8
+    found = []
+    for made in (Router(config, 8), Router(config, 8).double()):
+        made.selection_bias.copy_(torch.randn(experts, generator=torch.Generator().manual_seed(1)) * 0.1)
+        leaf = logits.to(made.weight.dtype).clone().requires_grad_()
+        choice = made.choose(leaf, real, shares=True)
+        assert choice.share_be is not None
+        value = (choice.gate_tk * torch.arange(1, k + 1)[: config.top_k]).sum() + (choice.share_be.square()).sum()
+        found.append([choice.expert_tk, choice.gate_tk, choice.share_be, *torch.autograd.grad(value, leaf)])
+    (mine, *others), (theirs, *exact) = found
+    assert torch.equal(mine, theirs)
+    for each, right in zip(others, exact, strict=True):  # gradients are differences of terms of this size
+        atol = 1e-6 * (k**2 + length)
+        torch.testing.assert_close(each.detach().double(), right.detach(), rtol=1e-5, atol=atol)
+
+
+def test_choices_are_the_same_on_any_number_of_cores() -> None:
+    logits, bias, real = drawn(4 * 300, 64, seed=1), drawn(64, seed=2), drawn(4, 300, seed=3) > -1
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        leaf = logits.clone().requires_grad_()
+        expert, score, share = routing.Chosen.apply(leaf, bias, real, 6)
+        found.append([expert, score, share, *torch.autograd.grad((score.square().sum(), share.square().sum()), leaf)])
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
 
 
 @settings(max_examples=40, deadline=None)

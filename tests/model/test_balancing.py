@@ -16,7 +16,7 @@ from moe_train.model.balancing import (
     sequence_balance_loss,
     update_selection_bias,
 )
-from moe_train.model.router import Router
+from moe_train.model.router import Router, sequence_shares
 
 
 @pytest.fixture
@@ -72,7 +72,9 @@ def test_the_sequence_loss_equals_its_definition_and_leaves_padding_out() -> Non
                 p = sum((affinity[t, e] / affinity[t].sum()).item() for t in rows) / length
                 expected += 0.01 * f * p * length
         real = torch.arange(3) < torch.tensor(lengths).unsqueeze(1)
-        assert sequence_balance_loss(affinity, chosen, real, 0.01).item() == pytest.approx(expected, rel=1e-12)
+        assert sequence_balance_loss(sequence_shares(affinity, real), chosen, real, 0.01).item() == pytest.approx(
+            expected, rel=1e-12
+        )
 
 
 def test_the_batch_loss_equals_its_definition_and_is_alpha_at_an_even_load() -> None:

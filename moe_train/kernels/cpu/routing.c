@@ -1,37 +1,123 @@
-// The experts of each token, and the tokens of each expert, in one visit each. Nothing here is worth a second core.
+// The experts of each token, with their scores, the gradient of these, and the tokens of each expert: a visit each. Cores
+// take parts of the sequences, which do not depend on how many cores there are; sorting is not worth a second core.
+#include "activation.h"
 #include "products.h"
 
-// expert (t, k): the k largest of each row of scores (t, e), largest first, the lower expert first of equal ones. NaN is
-// larger than any number, as for torch. Returns 1 where memory was missing.
-int top_experts(int64_t tokens, int64_t experts, int64_t k, const float *scores, int64_t *expert) {
-    const __m512 largest = _mm512_set1_ps(__builtin_inff()), taken = _mm512_set1_ps(__builtin_nanf(""));
-    int64_t width = up(experts, LANES);
-    Scratch scratch = {0};
-    float *row = take(&scratch, sizeof(float) * width);
-    for (int64_t t = 0; !scratch.missing && t < tokens; t++) {
-        for (int64_t i = 0; i < width; i += LANES) {
-            __m512 x = _mm512_maskz_loadu_ps(first_lanes(experts - i), scores + t * experts + i);
-            x = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), largest);
-            _mm512_store_ps(row + i, _mm512_mask_mov_ps(taken, first_lanes(experts - i), x));
-        }
-        for (int64_t j = 0; j < k; j++) {
-            __m512 top = _mm512_sub_ps(_mm512_setzero_ps(), largest);
-            for (int64_t i = 0; i < width; i += LANES)
-                top = _mm512_max_ps(_mm512_load_ps(row + i), top);  // the second where one is NaN, which is taken
-            top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-            int64_t found = 0;
-            for (; found < width; found += LANES) {
-                __mmask16 equal = _mm512_cmp_ps_mask(_mm512_load_ps(row + found), top, _CMP_EQ_OQ);
-                if (equal) {
-                    found += __builtin_ctz(equal);
-                    break;
-                }
+typedef struct {
+    int64_t tokens, experts, k, length, parts;  // t = sequences · length; parts that a sequence is cut in
+    int64_t *next;                              // part of all sequences
+    const float *scores, *logits;               // (t, e): scores, or logits whose sigmoid they are
+    const float *bias;                          // (e): added to choose by, or none
+    const uint8_t *real;                        // (t): bool
+    int64_t *expert;                            // (t, k): written forward, read backward
+    float *chosen;                              // (t, k): the scores of these, or none
+    float *share;                               // (sequences, parts, e): sums over real tokens of scores by their sum, or none
+    // Backward alone:
+    const float *grad_chosen, *grad_share;      // (t, k); (sequences, e), or none
+    float *grad_logits;                         // (t, e)
+} Choice;
+
+static int next_part(const Choice *c, int64_t *first, int64_t *end, int64_t *part) {
+    int64_t sequences = c->tokens / c->length, each;
+    if ((*part = __atomic_fetch_add(c->next, 1, __ATOMIC_RELAXED)) >= sequences * c->parts) return 0;
+    each = *part % c->parts;
+    *first = *part / c->parts * c->length, *end = *first + c->length * (each + 1) / c->parts;
+    *first += c->length * each / c->parts;
+    return 1;
+}
+
+// The k largest of a row, largest first, the lower place first of equal ones; all that are taken become NaN.
+static void take_largest(float *row, int64_t width, int64_t k, int64_t *place) {
+    for (int64_t j = 0; j < k; j++) {
+        __m512 top = _mm512_set1_ps(-__builtin_inff());
+        for (int64_t i = 0; i < width; i += LANES)
+            top = _mm512_max_ps(_mm512_load_ps(row + i), top);  // the second where one is NaN, which is taken
+        top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+        int64_t found = 0;
+        for (; found < width; found += LANES) {
+            __mmask16 equal = _mm512_cmp_ps_mask(_mm512_load_ps(row + found), top, _CMP_EQ_OQ);
+            if (equal) {
+                found += __builtin_ctz(equal);
+                break;
             }
-            expert[t * k + j] = found;
-            row[found] = __builtin_nanf("");
+        }
+        place[j] = found;
+        row[found] = __builtin_nanf("");
+    }
+}
+
+// The experts of each token. NaN is larger than any number, as for torch.
+void choose_experts(const Choice *c) {
+    const __m512 largest = _mm512_set1_ps(__builtin_inff()), taken = _mm512_set1_ps(__builtin_nanf(""));
+    int64_t e = c->experts, k = c->k, width = up(e, LANES), first, end, part;
+    Scratch scratch = {0};
+    float *score = take(&scratch, sizeof(float) * width), *row = take(&scratch, sizeof(float) * width);
+    while (!scratch.missing && next_part(c, &first, &end, &part)) {
+        float *share = c->share ? c->share + part * e : NULL;
+        if (share) memset(share, 0, sizeof(float) * e);
+        for (int64_t t = first; t < end; t++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t i = 0; i < width; i += LANES) {
+                __mmask16 mask = first_lanes(e - i);
+                __m512 x = _mm512_maskz_loadu_ps(mask, (c->logits ? c->logits : c->scores) + t * e + i);
+                if (c->logits) x = _mm512_maskz_mov_ps(mask, sigmoid(x));
+                sum = _mm512_add_ps(sum, x);
+                _mm512_store_ps(score + i, x);
+                if (c->bias) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, c->bias + i));
+                x = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), largest);
+                _mm512_store_ps(row + i, _mm512_mask_mov_ps(taken, mask, x));
+            }
+            take_largest(row, width, k, c->expert + t * k);
+            if (c->chosen)
+                for (int64_t j = 0; j < k; j++) c->chosen[t * k + j] = score[c->expert[t * k + j]];
+            if (share && c->real[t]) {
+                __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+                FOR_LANES(i, e, mask, {
+                    __m512 before = _mm512_maskz_loadu_ps(mask, share + i);
+                    _mm512_mask_storeu_ps(share + i, mask, _mm512_fmadd_ps(_mm512_load_ps(score + i), scale, before));
+                });
+            }
         }
     }
-    return let_go(&scratch);
+    if (let_go(&scratch)) c->next[1] = 1;
+}
+
+// Of the logits, with s = sigmoid(logit): s (1 - s) times the gradient of s, which is that of the scores chosen and, with
+// the sum S of a token's scores and the gradient g of its sequence's shares, g / S - (sum of g s) / S^2.
+void chosen_gradient(const Choice *c) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    int64_t e = c->experts, k = c->k, width = up(e, LANES), first, end, part;
+    Scratch scratch = {0};
+    float *score = take(&scratch, sizeof(float) * width), *grad = take(&scratch, sizeof(float) * width);
+    while (!scratch.missing && next_part(c, &first, &end, &part)) {
+        const float *shares = c->grad_share ? c->grad_share + part / c->parts * e : NULL;
+        for (int64_t t = first; t < end; t++) {
+            int counts = shares && c->real[t];
+            __m512 sum = _mm512_setzero_ps(), along = _mm512_setzero_ps();
+            for (int64_t i = 0; i < width; i += LANES) {
+                __mmask16 mask = first_lanes(e - i);
+                __m512 s = _mm512_maskz_mov_ps(mask, sigmoid(_mm512_maskz_loadu_ps(mask, c->logits + t * e + i)));
+                _mm512_store_ps(score + i, s);
+                sum = _mm512_add_ps(sum, s);
+                if (counts) along = _mm512_fmadd_ps(s, _mm512_maskz_loadu_ps(mask, shares + i), along);
+            }
+            float scale = 1.0f / _mm512_reduce_add_ps(sum), mean = scale * _mm512_reduce_add_ps(along);
+            for (int64_t i = 0; i < width; i += LANES) {
+                __m512 g = _mm512_setzero_ps();
+                if (counts) g = _mm512_maskz_loadu_ps(first_lanes(e - i), shares + i);
+                if (counts) g = _mm512_mul_ps(_mm512_sub_ps(g, _mm512_set1_ps(mean)), _mm512_set1_ps(scale));
+                _mm512_store_ps(grad + i, g);
+            }
+            if (c->grad_chosen)
+                for (int64_t j = 0; j < k; j++) grad[c->expert[t * k + j]] += c->grad_chosen[t * k + j];
+            FOR_LANES(i, e, mask, {
+                __m512 s = _mm512_load_ps(score + i), slope = _mm512_mul_ps(s, _mm512_sub_ps(one, s));
+                __m512 all = _mm512_mul_ps(_mm512_load_ps(grad + i), slope);
+                _mm512_mask_storeu_ps(c->grad_logits + t * e + i, mask, all);
+            });
+        }
+    }
+    if (let_go(&scratch)) c->next[1] = 1;
 }
 
 // Pairs p = token · k + choice sorted by their expert, in the order of tokens: the pair and the token at each place, the
