@@ -165,6 +165,7 @@ LAYERS = {
     "tiny": (300, 256, 1536, None),
     "no_multiples_of_a_register": (65, 46, 18, None),
     "wider_than_a_chunk": (100, 600, 530, None),
+    "rows_of_many_chunks": (2400, 50, 130, None),
     "swiglu": (300, 256, 256, 784),
     "swiglu_of_few": (64, 10, 10, 6),
 }
@@ -420,8 +421,10 @@ def test_any_number_of_cores_gives_the_same_bits() -> None:
     try:
         for cores in (1, 2, 3):
             torch.set_num_threads(cores)
-            layer_of_many = multiplied(*LAYERS["swiglu"], "kernels")
-            found.append([*through(case, "kernels"), *attended(tensors, "kernels"), *layer_of_many])
+            layers = [
+                each for name in ("swiglu", "rows_of_many_chunks") for each in multiplied(*LAYERS[name], "kernels")
+            ]
+            found.append([*through(case, "kernels"), *attended(tensors, "kernels"), *layers])
     finally:
         torch.set_num_threads(before)
     for each in found[1:]:

@@ -26,10 +26,13 @@ from torch import Tensor
 from moe_train.errors import UserError
 from moe_train.precision.cpu_threads import on_cores
 
+PANEL, REGISTER = 64, 16  # columns that are packed together, FP32 numbers of a register (products.h)
+
 Choice = Literal["auto", "compiled", "torch"]
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
+_LIBRARIES = ("-lm",)
 _COMPILERS = ("cc", "gcc", "clang")
 _SECONDS = 120.0  # of compiling, which takes two
 
@@ -61,6 +64,11 @@ def use(choice: Choice, in_bf16: bool) -> str | None:
 
 def in_use() -> ctypes.CDLL | None:
     return _library
+
+
+def up(n: int, to: int) -> int:
+    """n, or the next multiple of `to`."""
+    return -(-n // to) * to
 
 
 def call(name: str, *arguments: int | Tensor) -> None:
@@ -116,7 +124,7 @@ def _compiler() -> list[str]:
 def _loaded(compiler: list[str]) -> ctypes.CDLL:
     """Compiled unless it was before, by the same compiler for the same processor. Raises UserError."""
     sources = sorted(_HERE.glob("*.[ch]"))
-    made_of = [" ".join([*compiler, *_FLAGS]), _run([*compiler, "--version"]), _processor()]
+    made_of = [" ".join([*compiler, *_FLAGS, *_LIBRARIES]), _run([*compiler, "--version"]), _processor()]
     content = [*(each.encode() for each in made_of), *(source.read_bytes() for source in sources)]
     name = f"{hashlib.sha256(b'|'.join(content)).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("MOE_TRAIN_CACHE") or platformdirs.user_cache_dir("moe_train")) / "kernels"
@@ -125,7 +133,7 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 new = Path(made, name)
-                _run([*compiler, *_FLAGS, "-o", str(new), *(str(s) for s in sources if s.suffix == ".c")])
+                _run([*compiler, *_FLAGS, "-o", str(new), *(str(s) for s in sources if s.suffix == ".c"), *_LIBRARIES])
                 new.write_bytes(_sealed(new.read_bytes()))
                 os.replace(new, folder / name)
         return ctypes.CDLL(str(folder / name))

@@ -1,10 +1,10 @@
 // Linear layers on a CPU: rows in BF16 by a weight in FP32, which is rounded to BF16 while it is packed, and both gradients;
-// and SwiGLU between two of them. Cores take a part of the rows each, or blocks of the weight's gradient as they come.
+// and SwiGLU between two of them. Cores take a part of the rows each, or tasks of the weight's gradient as they come (chunks.h).
 #include "activation.h"
-#include "products.h"
+#include "chunks.h"
 
-enum { WIDE = 256 };     // columns whose part of the weight stays in the second cache
-enum { HIGH = 22 * ROWS };  // rows of a block of the weight's gradient
+enum { WIDE = 256 };  // columns whose part of the weight stays in the second cache
+enum { PART = 84, CHUNK = 6 * PART };  // rows of a task, and of a chunk, that are packed for the weight's gradient
 
 typedef struct {
     int64_t rows, inner, outer, parts;  // m, i, o; parts the rows are cut in
@@ -14,7 +14,9 @@ typedef struct {
     bf16 *y;                            // (m, o)
     const bf16 *grad_y;                 // (m, o)
     bf16 *grad_x;                       // (m, i)
-    float *grad_weight;                 // (o, i)
+    float *grad_weight;                 // (o, i), a row padded to a register's multiple
+    pair *packed;                       // x and grad_y of two chunks
+    int64_t *done;                      // (2, chunks): tasks that are
 } Linear;
 
 // The product of a part of the rows `from` (m, k) with columns of the packed weight, n in all, a chunk at a time.
@@ -66,27 +68,32 @@ void linear_input_gradient(const Linear *l) {
     if (let_go(&scratch)) l->next[1] = 1;
 }
 
+// Of a chunk of rows, which holds so many, PART from `first`.
+static void pack_rows_of(const bf16 *from, int64_t first, int64_t held, int64_t n, pair *to) {
+    int64_t count = least(PART, held - first);
+    const bf16 *at[PART];
+    if (count <= 0) return;
+    rows_from(from + first * n, n, count, at);
+    pack_part(at, count, held, n, to + first / 2 * COLUMNS);
+}
+
 void linear_weight_gradient(const Linear *l) {
-    int64_t across = (l->inner + WIDE - 1) / WIDE, blocks = (l->outer + HIGH - 1) / HIGH * across, block;
-    Scratch scratch = {0};
-    pair *x = take(&scratch, packed_bytes(DEEP, WIDE)), *grad = take(&scratch, packed_bytes(DEEP, HIGH));
-    float *sums = take(&scratch, sizeof(float) * HIGH * WIDE);
-    const bf16 **at = take(&scratch, sizeof(bf16 *) * DEEP);
-    const pair **a = take(&scratch, sizeof(pair *) * HIGH);
-    while (!scratch.missing && (block = __atomic_fetch_add(l->next, 1, __ATOMIC_RELAXED)) < blocks) {
-        int64_t o = block / across * HIGH, i = block % across * WIDE;
-        int64_t high = least(HIGH, l->outer - o), wide = least(WIDE, l->inner - i);
-        for (int64_t row = 0; row < l->rows; row += DEEP) {
-            int64_t count = least(DEEP, l->rows - row);
-            rows_from(l->grad_y + row * l->outer + o, l->outer, count, at), pack_rows(at, count, high, grad);
-            rows_from(l->x + row * l->inner + i, l->inner, count, at), pack_rows(at, count, wide, x);
-            columns_from(grad, count, high, a);
-            multiply(a, COLUMNS, high, x, count, count, wide, sums, WIDE, row > 0);
+    int64_t x_size = packed_bytes(CHUNK, l->inner) / sizeof(pair), grad_size = packed_bytes(CHUNK, l->outer) / sizeof(pair);
+    int64_t blocks = (l->outer + BLOCK - 1) / BLOCK, number;
+    Chunks chunks = chunks_of((l->rows + CHUNK - 1) / CHUNK, CHUNK / PART, blocks, l->done);
+    while ((number = __atomic_fetch_add(l->next, 1, __ATOMIC_RELAXED)) < tasks_of(&chunks)) {
+        Task task = task_at(&chunks, number);
+        if (task.chunk < 0) continue;
+        int64_t start = task.chunk * CHUNK, held = least(CHUNK, l->rows - start);
+        pair *x = l->packed + task.chunk % 2 * x_size, *grad = l->packed + 2 * x_size + task.chunk % 2 * grad_size;
+        if (task.sums) {
+            sum_block(grad, x, held, task.place * BLOCK, l->outer, l->inner, l->grad_weight, start > 0);
+        } else {
+            pack_rows_of(l->x + start * l->inner, task.place * PART, held, l->inner, x);
+            pack_rows_of(l->grad_y + start * l->outer, task.place * PART, held, l->outer, grad);
         }
-        for (int64_t r = 0; r < high; r++)
-            memcpy(l->grad_weight + (o + r) * l->inner + i, sums + r * WIDE, sizeof(float) * wide);
+        task_is_done(&chunks, task);
     }
-    if (let_go(&scratch)) l->next[1] = 1;
 }
 
 typedef struct {

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moe_train.kernels.cpu import library
 
 _FEWEST_ROWS = 64  # for which packing the weight pays
+_CHUNK = 504  # rows that are packed at a time for the weight's gradient
 
 
 class _Linear(ctypes.Structure):
@@ -19,7 +20,8 @@ class _Linear(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "inner", "outer", "parts")),
-        *((name, ctypes.c_void_p) for name in ("next", "x", "weight", "y", "grad_y", "grad_x", "grad_weight")),
+        *((name, ctypes.c_void_p) for name in ("next", "x", "weight", "y", "grad_y", "grad_x")),
+        *((name, ctypes.c_void_p) for name in ("grad_weight", "packed", "done")),
     ]
 
 
@@ -123,11 +125,16 @@ def _like_x(grad_y: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("moe_train::linear_weight_gradient", mutates_args=())
 def linear_weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
-    grad_weight: Tensor = _like_weight(grad_y, x)
-    sizes = {"rows": len(x), "inner": x.shape[1], "outer": grad_y.shape[1]}
+    (t, inner), outer = x.shape, grad_y.shape[1]
+    grad_weight = grad_y.new_empty(outer, library.up(inner, library.REGISTER), dtype=torch.float32)
+    columns = library.up(inner, library.PANEL) + library.up(outer, library.PANEL)
     tensors = {"grad_y": grad_y.contiguous(), "x": x.contiguous(), "grad_weight": grad_weight}
-    _call(_Linear, "linear_weight_gradient", sizes, **tensors)
-    return grad_weight
+    tensors |= {
+        "packed": x.new_empty(2 * _CHUNK * columns),
+        "done": torch.zeros(2 * -(-t // _CHUNK), dtype=torch.int64),
+    }
+    _call(_Linear, "linear_weight_gradient", {"rows": t, "inner": inner, "outer": outer}, **tensors)
+    return grad_weight[:, :inner].contiguous()
 
 
 @linear_weight_gradient.register_fake

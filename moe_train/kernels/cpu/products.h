@@ -72,8 +72,9 @@ static inline void columns_from(const pair *packed, int64_t k, int64_t n, const 
     for (int64_t i = 0; i < n; i++) a[i] = packed + i / COLUMNS * COLUMNS * pairs_of(k) + i % COLUMNS;
 }
 
-// B (k, n) from its rows, which may be anywhere. A missing last row, and columns up to a full panel, are zeros.
-static inline void pack_rows(const bf16 *const *rows, int64_t k, int64_t n, pair *out) {
+// Some k of B (held, n) from its rows, which may be anywhere; `out`: where the first panel has them. A missing last row,
+// and columns up to a full panel, are zeros.
+static inline void pack_part(const bf16 *const *rows, int64_t k, int64_t held, int64_t n, pair *out) {
     const __m512i steps = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
                                            4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     const __m512i low = _mm512_mask_add_epi16(steps, 0xaaaaaaaa, steps, _mm512_set1_epi16(32));  // from both in turn
@@ -83,10 +84,14 @@ static inline void pack_rows(const bf16 *const *rows, int64_t k, int64_t n, pair
             __mmask32 mask = first_lanes(n - c) | (__mmask32)first_lanes(n - c - LANES) << 16;
             __m512i even = _mm512_maskz_loadu_epi16(mask, rows[2 * p] + c), odd = _mm512_setzero_si512();
             if (2 * p + 1 < k) odd = _mm512_maskz_loadu_epi16(mask, rows[2 * p + 1] + c);
-            pair *to = out + (c / COLUMNS * pairs_of(k) + p) * COLUMNS + c % COLUMNS;
+            pair *to = out + (c / COLUMNS * pairs_of(held) + p) * COLUMNS + c % COLUMNS;
             _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
             _mm512_store_si512(to + LANES, _mm512_permutex2var_epi16(even, high, odd));
         }
+}
+
+static inline void pack_rows(const bf16 *const *rows, int64_t k, int64_t n, pair *out) {
+    pack_part(rows, k, k, n, out);
 }
 
 // 16 registers of 16 lanes, rows become columns: neighbours change places at distances of 1, 2, 4 and 8.
