@@ -1,8 +1,8 @@
 // Causal attention on a CPU, from projections' outputs as they lie, features that turn by position included.
 //
 // Some rows of queries at a time: their scores stay in the cache of a core and are computed again backward
-// (FlashAttention, arXiv 2205.14135). Scores, softmax and its gradient are FP32; products read BF16. What lies beyond the
-// diagonal is left out of products six rows of a result at a time.
+// (FlashAttention, arXiv 2205.14135). Scores, softmax and its gradient are FP32; products read BF16. What lies beyond
+// the diagonal is left out of products, six rows of a result at a time.
 //
 // Cores take the next head of keys, with all heads of queries that share it, from a common count. next[1] becomes 1
 // where memory was missing.
@@ -92,7 +92,8 @@ static void queries_of(const Attention *s, int64_t first, int64_t start, int64_t
 // Rows of one head are far apart, which processors do not foresee: what comes next is asked for beforehand.
 static void fetch(const bf16 *from, int64_t apart, int64_t count, int64_t n) {
     for (int64_t i = 0; i < count; i++)
-        for (int64_t j = 0; j < n + 31; j += 32) _mm_prefetch((const char *)(from + i * apart + least(j, n - 1)), _MM_HINT_T1);
+        for (int64_t j = 0; j < n + 31; j += 32)
+            _mm_prefetch((const char *)(from + i * apart + least(j, n - 1)), _MM_HINT_T1);
 }
 
 static int64_t next_head(const Attention *s) {
@@ -108,7 +109,8 @@ static void fetch_keys(const Attention *s, int64_t head, int64_t start, int64_t 
 }
 
 // Of queries, and of the gradient of their results, the rows that follow `start` of a head and of its `query`th.
-static void fetch_queries(const Attention *s, int64_t head, int64_t query, int64_t start, int64_t following, int64_t tall) {
+static void fetch_queries(const Attention *s, int64_t head, int64_t query, int64_t start, int64_t following,
+                          int64_t tall) {
     const int64_t c = s->plain + s->turned, queries = s->groups * s->shared;
     start += tall;
     if (start >= s->length) start = 0, query++;
@@ -167,7 +169,7 @@ static void add_to_keys(const pair *a, int64_t held, int64_t start, int64_t coun
     }
 }
 
-// 2^x for x <= 0, to 2 units in the last place: 2^n · 2^f, |f| <= 1/2, by the best polynomial of its degree. NaN stays.
+// 2^x for x <= 0, to 2 units in the last place, NaN for NaN: 2^n · 2^f, |f| <= 1/2, by a polynomial.
 static inline __m512 power_of_two(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // the second where one is NaN
     const __m512 n = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, n);
@@ -189,7 +191,8 @@ static inline __m512 top_of(const float *row, int64_t seen, float factor) {
     return _mm512_set1_ps(_mm512_reduce_max_ps(top) * factor);
 }
 
-// A row of scores becomes the largest's multiples, `seen` of them and zeros up to `end`. Returns one over their sum.
+// A row of scores becomes probabilities as multiples of the largest, `seen` of them and zeros up to `end`. Returns what
+// makes their sum one.
 static float softmax_row(const float *row, int64_t seen, int64_t end, float factor, bf16 *narrow) {
     const __m512 top = top_of(row, seen, factor), by = _mm512_set1_ps(factor);
     __m512 total = _mm512_setzero_ps();
@@ -203,7 +206,7 @@ static float softmax_row(const float *row, int64_t seen, int64_t end, float fact
     return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-// Of one row: one over the sum of its multiples, which stand in place of the scores, and the mean of dp.
+// Of one row, whose multiples stand in place of its scores: what makes their sum one, and the mean of dp.
 typedef struct {
     __m512 share, mean;
 } Row;
@@ -222,10 +225,10 @@ static inline Row weigh(float *row, const float *dp, int64_t seen, float factor)
     return (Row){_mm512_set1_ps(share), _mm512_set1_ps(share * _mm512_reduce_add_ps(weighted))};
 }
 
-// Two rows of scores and dp, or one, become p and ds = p (dp - mean) scale: packed in pairs of rows, ds as rows as well.
+// Two rows of scores and dp, or one, become p and ds = p (dp - mean) scale: in pairs of rows, ds as rows too.
 static void gradients_of_two(const Attention *s, float *row, const float *dp, int64_t stride, int rows, int64_t seen,
                              int64_t end, float factor, bf16 *ds, pair *packed_p, pair *packed_ds, int64_t panel) {
-    const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512 scale = _mm512_set1_ps(s->scale);
     Row each[2] = {weigh(row, dp, seen, factor), {_mm512_setzero_ps(), _mm512_setzero_ps()}};
@@ -243,8 +246,8 @@ static void gradients_of_two(const Attention *s, float *row, const float *dp, in
         _mm256_storeu_si256((__m256i *)(ds + j), _mm512_castsi512_si256(both));
         if (rows == 2) _mm256_storeu_si256((__m256i *)(ds + stride + j), _mm512_extracti64x4_epi64(both, 1));
         const int64_t to = j / COLUMNS * panel + j % COLUMNS;
-        _mm512_store_si512(packed_ds + to, _mm512_permutexvar_epi16(turns, both));
-        _mm512_store_si512(packed_p + to, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0])));
+        _mm512_store_si512(packed_ds + to, _mm512_permutexvar_epi16(zip, both));
+        _mm512_store_si512(packed_p + to, _mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0])));
     }
 }
 
