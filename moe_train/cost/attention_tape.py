@@ -1,7 +1,8 @@
 """Which tensors attention makes, keeps and lets go, forward and backward, as `model/attention.py` runs it.
 
 The fused kernel keeps queries, keys, values, its result and a log-sum-exp a row; no score matrix exists. On a CPU in
-BF16 the log-sum-exps are made again, and the result is stored by heads (`model/cpu_attention.py`).
+BF16 the log-sum-exps are made again, and the result is stored by heads (`model/cpu_attention.py`). The kernel in C
+needs less: no queries or keys joined, no result by heads (`kernels/cpu/attention.py`); foreseen is the former.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Causal self-attention: multi-head latent attention and grouped-query attention, both through torch's SDPA.
 
-On a CPU in BF16 `kernels/cpu` or `cpu_attention` takes its place.
+On a CPU in BF16 `kernels/cpu` takes its place, and reads projections where they lie, or else `cpu_attention`.
 
 MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1) caches one compressed vector and one rotary key a token for all heads;
 GQA (arXiv 2305.13245) caches the keys and values of its key-value heads. Both take an optional cache for generation;
@@ -54,9 +54,8 @@ def causal_attention(q_bhtc: Tensor, k_bhsc: Tensor, v_bhsc: Tensor, scale: floa
     """Softmax attention of the last t of s positions, each on itself and all before: (b, h, t, c_v)."""
     t, s = q_bhtc.shape[-2], k_bhsc.shape[-2]
     if q_bhtc.device.type == "cpu" and q_bhtc.dtype == torch.bfloat16 and 1 < t == s:
-        kernel = compiled.CausalAttention if compiled.takes(q_bhtc, k_bhsc, v_bhsc) else CausalAttention
-        out: Tensor = kernel.apply(q_bhtc, k_bhsc, v_bhsc, scale)  # type: ignore[no-untyped-call]
-        return out
+        out: Tensor | None = compiled.of_heads(q_bhtc, k_bhsc, v_bhsc, scale)
+        return CausalAttention.apply(q_bhtc, k_bhsc, v_bhsc, scale) if out is None else out  # type: ignore[no-untyped-call]
     mask = None
     if 1 < t < s:  # new positions after cached ones: SDPA's own causal mask would align to the wrong corner
         mask = torch.ones(t, s, dtype=torch.bool, device=q_bhtc.device).tril(s - t)
@@ -99,29 +98,40 @@ class MLA(nn.Module):
             q: Tensor = self.q_proj(x_btd)
         else:
             q = self.q_b_proj(in_compute_format(remade(self.q_a_norm, self.q_a_proj(x_btd))))
-        q_bhtc: Tensor = q.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
-        return q_bhtc
+        return q
 
     def forward(self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
         c, x_btd = self.config, in_compute_format(x_btd)
-        q_nope, q_rope = self.queries(x_btd).split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-        q_rope = rotate(q_rope, *rotary)
-
+        q = self.queries(x_btd)
         latent, k_rope = self.kv_a_proj(x_btd).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        latent, k_rope = remade(self.kv_a_norm, latent), rotate(k_rope, *rotary)  # one rotary key serves every head
-        if cache is not None:
-            latent, k_rope = cache.extend(latent, k_rope)
-        attend = self._attend if cache is None or cache.length == x_btd.shape[1] else self._attend_compressed
-        out: Tensor = self.o_proj(remade(_by_token, attend(q_nope, q_rope, latent, k_rope.to(q_rope.dtype))))
+        latent = remade(self.kv_a_norm, latent)
+        held = None if cache is None else cache.extend(latent, rotate(k_rope, *rotary))
+        if held is None or held[0].shape[1] == x_btd.shape[1]:
+            attended = self._attend(q, latent, k_rope, rotary)
+        else:
+            attended = remade(_by_token, self._attend_compressed(*self._turned(q, rotary), *held))
+        out: Tensor = self.o_proj(attended)
         return out
 
-    def _attend(self, q_nope: Tensor, q_rope: Tensor, latent_bsr: Tensor, k_rope_bsr: Tensor) -> Tensor:
-        """Keys and values of every head are made from the latent: (b, h, t, c_v)."""
+    def _turned(self, q: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """What stays and what is turned of the queries of every head, (b, h, t, ·) each."""
         c = self.config
-        kv = self.kv_b_proj(in_compute_format(latent_bsr)).unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
-        k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
-        k = remade(_with_shared, k_nope, k_rope_bsr)
-        return causal_attention(torch.cat((q_nope, q_rope), dim=-1), k, v, self.scale)
+        q_bhtc = q.unflatten(-1, (c.num_attention_heads, -1)).transpose(1, 2)
+        q_nope, q_rope = q_bhtc.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
+        return q_nope, rotate(q_rope, *rotary)
+
+    def _attend(self, q: Tensor, latent_btr: Tensor, k_rope_btr: Tensor, rotary: Rotary) -> Tensor:
+        """Keys and values of every head are made from the latent, one rotary key serves all: (b, t, h · c_v)."""
+        c, heads = self.config, self.config.num_attention_heads
+        kv = self.kv_b_proj(in_compute_format(latent_btr))
+        if compiled.takes(q, kv, k_rope_btr, rotary, heads, heads):
+            out: Tensor = compiled.CausalAttention.apply(q, kv, k_rope_btr, *rotary, heads, heads, self.scale)  # type: ignore[no-untyped-call]
+            return out
+        q_bhtc = torch.cat(self._turned(q, rotary), dim=-1)
+        kv_bhtc = kv.unflatten(-1, (heads, -1)).transpose(1, 2)
+        k_nope, v = kv_bhtc.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+        k = remade(_with_shared, k_nope, rotate(k_rope_btr, *rotary))
+        return remade(_by_token, causal_attention(q_bhtc, k, v, self.scale))
 
     def _attend_compressed(self, q_nope: Tensor, q_rope: Tensor, latent_bsr: Tensor, k_rope_bsr: Tensor) -> Tensor:
         """The same by associativity on the cache as it is: kv_b_proj goes to queries and outputs (section 2.1.2).
@@ -134,7 +144,7 @@ class MLA(nn.Module):
         to_keys, to_values = weight.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)  # (h, c, r) each
         q = torch.cat((q_nope @ to_keys, q_rope), dim=-1)
         latent = latent_bsr.to(q.dtype)
-        k = torch.cat((latent, k_rope_bsr), dim=-1).unsqueeze(1)
+        k = torch.cat((latent, k_rope_bsr.to(q.dtype)), dim=-1).unsqueeze(1)
         mixed_bhtr = causal_attention(q, k, latent.unsqueeze(1), self.scale, grouped=True)
         out_bhtc: Tensor = mixed_bhtr @ to_values.transpose(1, 2)
         return out_bhtc
@@ -163,7 +173,12 @@ class GQA(nn.Module):
             x_bhtc: Tensor = x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             return x_bhtc
 
-        q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), heads(self.v_proj(x_btd))
+        q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)
+        sizes = self.config.num_attention_heads, self.config.num_key_value_heads
+        if cache is None and self.config.qk_norm is None and compiled.takes(q, v, k, rotary, *sizes):
+            mixed: Tensor = self.o_proj(compiled.CausalAttention.apply(q, v, k, *rotary, *sizes, self.scale))  # type: ignore[no-untyped-call]
+            return mixed
+        v = heads(v)
         if self.config.qk_norm == "all_heads":
             q, k = heads(self.q_norm(q)), heads(self.k_norm(k))
         elif self.config.qk_norm == "per_head":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from moe_train.errors import UserError
+from moe_train.kernels.cpu import library
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -35,3 +38,14 @@ def random(device: torch.device) -> Callable[..., Tensor]:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def compiled_for_cpu() -> Iterator[None]:
+    """The kernels in C, used by all that a module's tests call."""
+    try:
+        library.use("compiled", in_bf16=True)
+    except UserError as error:
+        pytest.skip(str(error))
+    yield
+    library.use("torch", in_bf16=True)

@@ -42,3 +42,21 @@ def by_autograd(dh: Tensor, gate_up: Tensor, gate: Tensor | None) -> tuple[Tenso
     h = g * torch.sigmoid(g) * u * (inputs[1] if gate is not None else 1)
     d_gate_up, *d_gate = torch.autograd.grad(h, inputs, dh.double())
     return h.detach(), d_gate_up, d_gate[0] if d_gate else None
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-9)).item()
+
+
+def allowed(torchs: Tensor, exact: Tensor, count: int | None = None) -> float:
+    """The error of torch's operations, which round more often, and what chance makes of it for so many (numbers)."""
+    return (1.05 + (count or exact.numel()) ** -0.5) * error(torchs, exact) + 2**-12
+
+
+def floor(exact: Tensor) -> float:
+    """Of products in BF16 one after another, and what chance, or terms that cancel, make of it for so many numbers."""
+    return 0.01 + 0.04 * exact.numel() ** -0.5
+
+
+def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale

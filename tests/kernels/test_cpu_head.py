@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,21 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_train.errors import UserError
 from moe_train.kernels.cpu import head, library
 from moe_train.model.loss import IGNORE, head_loss
 
 Case = tuple[Tensor, Tensor, Tensor]  # hidden states (t, d), weight (v, d), targets (t)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> Iterator[None]:
-    try:
-        library.use("compiled", in_bf16=True)
-    except UserError as error:
-        pytest.skip(str(error))
-    yield
-    library.use("torch", in_bf16=True)
+pytestmark = pytest.mark.usefixtures("compiled_for_cpu")
 
 
 def drawn(t: int, d: int, v: int) -> Case:

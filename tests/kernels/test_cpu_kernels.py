@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import allowed, drawn, error, floor
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe_train.config import MoEConfig
-from moe_train.errors import UserError
-from moe_train.kernels.cpu import attention, library, linear, router, routing
+from moe_train.kernels.cpu import library, linear, router, routing
 from moe_train.kernels.cpu.experts import SwiGLUOfTokens, takes
 from moe_train.model import dispatch
-from moe_train.model.cpu_attention import CausalAttention
 from moe_train.model.router import Router
 from moe_train.precision import matmul
 from moe_train.training.muon import Muon
+
+pytestmark = pytest.mark.usefixtures("compiled_for_cpu")
 
 MOE = MoEConfig(
     num_experts=8,
@@ -45,34 +45,6 @@ MOE = MoEConfig(
     batch_loss_weight=0.0,
     router_z_loss_weight=0.0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> Iterator[None]:
-    try:
-        library.use("compiled", in_bf16=True)
-    except UserError as error:
-        pytest.skip(str(error))
-    yield
-    library.use("torch", in_bf16=True)
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-9)).item()
-
-
-def allowed(torchs: Tensor, exact: Tensor, count: int | None = None) -> float:
-    """The error of torch's operations, which round more often, and what chance makes of it for so many (numbers)."""
-    return (1.05 + (count or exact.numel()) ** -0.5) * error(torchs, exact) + 2**-12
-
-
-def floor(exact: Tensor) -> float:
-    """Of products in BF16 one after another, and what chance, or terms that cancel, make of it for so many numbers."""
-    return 0.01 + 0.04 * exact.numel() ** -0.5
-
-
-def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def layer(t: int, experts: int, k: int, d: int, f: int, favourite: bool = False) -> SimpleNamespace:
@@ -198,16 +170,12 @@ def test_few_rows_and_other_formats_are_torchs() -> None:
 
 def test_sizes_that_do_not_go_together_are_refused() -> None:
     """By torch; the kernels would read what is beside a tensor."""
-    x, q = torch.ones(64, 8).bfloat16(), torch.ones(1, 3, 4, 2).bfloat16()
+    x = torch.ones(64, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             matmul.linear(x, torch.ones(6, 10))
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             matmul.swiglu_linear(x, torch.ones(12, 8), torch.ones(8, 4))
-    assert attention.takes(q, q, q)
-    assert attention.takes(q, q[:, :1], q[:, :1])
-    for k, v in [(q[:, :2], q[:, :2]), (q[..., :0], q), (q, q[:, :1]), (q[:, :, :3], q), (q.float(), q)]:
-        assert not attention.takes(q, k, v)
     assert not takes(x, torch.ones(2, 4, 10), torch.ones(2, 10, 2))
 
 
@@ -223,13 +191,12 @@ def test_experts_that_are_cut_over_processes_are_left_to_the_call_that_gathers_t
 
 
 def test_second_derivatives_are_refused() -> None:
-    x, weight, q = (drawn(*shape, seed=0).requires_grad_() for shape in [(64, 8), (6, 8), (1, 1, 8, 4)])
+    x, weight = (drawn(*shape, seed=0).requires_grad_() for shape in [(64, 8), (6, 8)])
     with torch.autocast("cpu", torch.bfloat16):
-        results = [(matmul.linear(x, weight), x), (attention.CausalAttention.apply(*3 * [q.bfloat16()], 0.5), q)]
-    for y, leaf in results:
-        (gradient,) = torch.autograd.grad(y.float().square().sum(), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula"):
-            torch.autograd.grad(gradient.sum(), leaf)
+        y = matmul.linear(x, weight)
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(gradient.sum(), x)
 
 
 def test_numbers_at_odd_places_in_memory_are_read_as_they_are() -> None:
@@ -237,56 +204,6 @@ def test_numbers_at_odd_places_in_memory_are_read_as_they_are() -> None:
     odd_x, odd_weight = (torch.cat((y.flatten()[:1], y.flatten()))[1:].view_as(y) for y in (x, weight))
     assert odd_x.data_ptr() % 4
     assert torch.equal(linear.linear_forward(odd_x, odd_weight), linear.linear_forward(x, weight))
-
-
-def heads(b: int, h: int, g: int, t: int, c: int, cv: int) -> list[Tensor]:
-    """q, k, v and the gradient of the result, by tokens as projections make them."""
-    sizes = [(h, c), (g, c), (g, cv), (h, cv)]
-    return [drawn(b, t, *size, seed=i).transpose(1, 2).bfloat16() for i, size in enumerate(sizes)]
-
-
-def attended(tensors: list[Tensor], kind: str) -> list[Tensor]:
-    wide = [x.double() if kind == "float64" else x for x in tensors]
-    leaves, grad = [x.clone().requires_grad_() for x in wide[:3]], wide[3]
-    if kind == "float64":
-        out = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
-    else:
-        assert attention.takes(*leaves)
-        out = (attention.CausalAttention if kind == "kernels" else CausalAttention).apply(*leaves, 0.3)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-HEADS = {
-    "tiny": (2, 4, 4, 256, 48, 32),
-    "a_row_too_many": (1, 2, 2, 133, 16, 16),
-    "no_multiples_of_a_register": (2, 2, 2, 67, 34, 18),
-    "shared_keys": (2, 8, 2, 150, 16, 16),
-    "two_positions": (1, 1, 1, 2, 2, 2),
-    "long": (1, 1, 1, 1500, 32, 32),
-}
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_attention_is_nearer_to_float64_than_torchs_operations(name: str) -> None:
-    tensors = heads(*HEADS[name])
-    exact, torchs, found = (attended(tensors, kind) for kind in ("float64", "torch", "kernels"))
-    for each, other, right in zip(found, torchs, exact, strict=True):
-        assert each.dtype == torch.bfloat16
-        assert error(each, right) <= allowed(other, right)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 2)),
-    st.integers(2, 140),
-    st.integers(1, 40),
-    st.integers(1, 40),
-)
-def test_attention_of_any_even_size(many: tuple[int, int, int], t: int, half_c: int, half_cv: int) -> None:
-    batch, groups, shared = many
-    tensors = heads(batch, groups * shared, groups, t, 2 * half_c, 2 * half_cv)
-    for each, right in zip(attended(tensors, "kernels"), attended(tensors, "float64"), strict=True):
-        assert error(each, right) < floor(right)
 
 
 @settings(max_examples=60, deadline=None)
@@ -405,18 +322,8 @@ def test_muon_is_as_near_to_float64_as_torchs_operations(shape: tuple[int, ...],
     assert not torch.equal(found[0][0], found[1][0])
 
 
-def test_nothing_later_changes_a_result_or_a_gradient() -> None:
-    before, after = heads(*HEADS["a_row_too_many"]), heads(*HEADS["a_row_too_many"])
-    for x in after[:3]:
-        x[:, :, 80:] += 5.0
-    for tensors in (before, after):
-        tensors[3][:, :, 80:] = 0
-    for one, other in zip(attended(before, "kernels"), attended(after, "kernels"), strict=True):
-        assert torch.equal(one[:, :, :80], other[:, :, :80])
-
-
 def test_any_number_of_cores_gives_the_same_bits() -> None:
-    case, tensors, found = layer(*SIZES["tiny"]), heads(*HEADS["shared_keys"]), []
+    case, found = layer(*SIZES["tiny"]), []
     before = torch.get_num_threads()
     try:
         for cores in (1, 2, 3):
@@ -424,7 +331,7 @@ def test_any_number_of_cores_gives_the_same_bits() -> None:
             layers = [
                 each for name in ("swiglu", "rows_of_many_chunks") for each in multiplied(*LAYERS[name], "kernels")
             ]
-            found.append([*through(case, "kernels"), *attended(tensors, "kernels"), *layers])
+            found.append([*through(case, "kernels"), *layers])
     finally:
         torch.set_num_threads(before)
     for each in found[1:]:
@@ -432,16 +339,11 @@ def test_any_number_of_cores_gives_the_same_bits() -> None:
 
 
 def test_a_number_that_is_none_is_not_lost_and_stays_with_its_token() -> None:
-    case, tensors = layer(*SIZES["tiny"]), heads(*HEADS["tiny"])
+    case = layer(*SIZES["tiny"])
     case.x[7, 3] = torch.nan
     y = through(case, "kernels")[0]
     assert y[7].isnan().all()
     assert torch.cat((y[:7], y[8:])).isfinite().all()
-    tensors[0][0, 1, 100, 3] = torch.nan  # a query
-    out = attended(tensors, "kernels")[0]
-    assert out[0, 1, 100].isnan().all()
-    out[0, 1, 100] = 0
-    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["compiled", "torch"])
@@ -454,7 +356,5 @@ def test_the_ways_to_training_are_the_same(kind: str) -> None:
         assert not takes(case.x.float(), case.first, case.second)
         assert not takes(case.x, case.first.bfloat16(), case.second.bfloat16())
         assert not takes(case.x, case.first[:, :, :255], case.second[:, :255])
-        odd = heads(1, 1, 1, 8, 5, 6)[:3]
-        assert not attention.takes(*odd)
     finally:
         library.use("compiled", in_bf16=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_train.errors import UserError
 from moe_train.kernels.cpu import library
 from moe_train.kernels.cpu import norm as kernel
 from moe_train.model.norm import RMSNorm, normed
@@ -19,14 +16,7 @@ from moe_train.precision.remade import remaking
 EPS = 1e-6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> Iterator[None]:
-    try:
-        library.use("compiled", in_bf16=True)
-    except UserError as error:
-        pytest.skip(str(error))
-    yield
-    library.use("torch", in_bf16=True)
+pytestmark = pytest.mark.usefixtures("compiled_for_cpu")
 
 
 def inputs(rows: int, features: int, seed: int = 0, magnitude: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

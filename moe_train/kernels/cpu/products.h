@@ -94,21 +94,28 @@ static inline void pack_rows(const bf16 *const *rows, int64_t k, int64_t n, pair
     pack_part(rows, k, k, n, out);
 }
 
-// 16 registers of 16 lanes, rows become columns: neighbours change places at distances of 1, 2, 4 and 8.
-static inline void transpose(__m512i *x) {
-    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int far = 1; far < LANES; far *= 2) {
-        __m512i step = _mm512_set1_epi32(far), other = _mm512_add_epi32(count, _mm512_set1_epi32(LANES));
-        __mmask16 odd = _mm512_test_epi32_mask(count, step);  // lanes that come from the other half of a pair
-        __m512i low = _mm512_mask_sub_epi32(count, odd, other, step);
-        __m512i high = _mm512_mask_mov_epi32(_mm512_add_epi32(count, step), odd, other);
-        for (int i = 0; i < LANES; i++)
-            if (!(i & far)) {
-                __m512i first = x[i], second = x[i + far];
-                x[i] = _mm512_permutex2var_epi32(first, low, second);
-                x[i + far] = _mm512_permutex2var_epi32(first, high, second);
-            }
+// 16 × 16 of 32 bits, rows to columns.
+static inline __attribute__((always_inline)) void transpose(__m512i r[LANES]) {
+    __m512i s[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) {  // r[i + j]: in each of four parts, column 4 · part + j of rows i to i + 3
+        r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        __m512i more = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        __m512i rest = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        s[j] = _mm512_shuffle_i32x4(even, more, 0x88), s[8 + j] = _mm512_shuffle_i32x4(even, more, 0xdd);
+        s[4 + j] = _mm512_shuffle_i32x4(odd, rest, 0x88), s[12 + j] = _mm512_shuffle_i32x4(odd, rest, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) r[i] = s[i];
 }
 
 // B (k, n) from its columns, which lie `stride` apart; k is even.
@@ -116,13 +123,15 @@ static inline void pack_columns(const bf16 *from, int64_t stride, int64_t k, int
     for (int64_t c = 0; c < up(n, COLUMNS); c += LANES) {
         pair *to = out + c / COLUMNS * COLUMNS * pairs_of(k) + c % COLUMNS;
         for (int64_t p = 0; p < pairs_of(k); p += LANES) {
-            __m512i x[LANES];
+            __m512i block[LANES];
+            __mmask16 mask = first_lanes(pairs_of(k) - p);
+#pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
-                x[i] = _mm512_maskz_loadu_epi32(c + i < n ? first_lanes(pairs_of(k) - p) : 0,
-                                                from + least(c + i, n - 1) * stride + 2 * p);
-            transpose(x);
-            for (int64_t i = 0; i < least(LANES, pairs_of(k) - p); i++)
-                _mm512_store_si512(to + (p + i) * COLUMNS, x[i]);
+                block[i] = _mm512_maskz_loadu_epi32(c + i < n ? mask : 0, from + (c + i) * stride + 2 * p);
+            transpose(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                if (p + i < pairs_of(k)) _mm512_store_si512(to + (p + i) * COLUMNS, block[i]);
         }
     }
 }
