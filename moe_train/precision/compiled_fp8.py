@@ -22,6 +22,7 @@ class CompiledFp8:
 
     quantize = staticmethod(fp8.quantize)
     quantize_again = staticmethod(fp8.quantize_again)
+    dequantize = staticmethod(fp8.dequantize)
     round_weights = staticmethod(fp8.round_weights)
     swiglu = staticmethod(fp8.swiglu_quantize)
     swiglu_backward = staticmethod(fp8.swiglu_backward_quantize)

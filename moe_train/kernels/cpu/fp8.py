@@ -1,4 +1,4 @@
-"""The kernels of kernels/reference.py by fp8_round.c and fp8_products.c: rounding, SwiGLU and products of FP8 operands.
+"""The kernels of kernels/reference.py in C: operands rounded to FP8, with what rounding lost of them, and multiplied.
 
 What is rounded is the reference's bit for bit. Products differ in the order of their FP32 sums, and in that a scale is
 multiplied with a sum over 128 numbers rather than with each of them.
@@ -19,6 +19,15 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.f
 _SHARED = {"tile": 1, "block": 2, "row": 3, "tensor": 4}
 
 
+class _Source(ctypes.Structure):
+    """`Source` in fp8_source.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "inner", "groups", "format", "stride")),
+        *((name, ctypes.c_void_p) for name in ("next", "x", "scales", "ends")),
+    ]
+
+
 class _Layout(ctypes.Structure):
     """`Layout` in fp8_round.c."""
 
@@ -31,9 +40,10 @@ class _Layout(ctypes.Structure):
 class _Rounding(ctypes.Structure):
     """`Rounding` in fp8_round.c."""
 
+    _anonymous_ = ("source",)
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "inner", "groups", "format", "stride")),
-        *((name, ctypes.c_void_p) for name in ("next", "x", "scales", "ends", "largest")),
+        ("source", _Source),
+        ("largest", ctypes.c_void_p),
         ("pieces", ctypes.c_int64),
         ("piece_ends", ctypes.c_void_p),
         ("along_rows", _Layout),
@@ -41,8 +51,26 @@ class _Rounding(ctypes.Structure):
     ]
 
 
+class _Widening(ctypes.Structure):
+    """`Widening` in fp8_read.c."""
+
+    _anonymous_ = ("source",)
+    _fields_ = [("source", _Source), ("narrow", ctypes.c_int64), ("to", ctypes.c_void_p)]
+
+
+class _Counting(ctypes.Structure):
+    """`Counting` in fp8_read.c."""
+
+    _anonymous_ = ("source",)
+    _fields_ = [
+        ("source", _Source),
+        *((name, ctypes.c_int64) for name in ("e5m2", "turned", "values_stride", "scales_stride")),
+        *((name, ctypes.c_void_p) for name in ("values", "scales_of_values", "counts")),
+    ]
+
+
 class _Gated(ctypes.Structure):
-    """`Gated` in fp8_round.c."""
+    """`Gated` in fp8_swiglu.c."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "width", "parts", "narrow")),
@@ -81,8 +109,7 @@ def quantize(
     columns: OperandConfig | None,
 ) -> tuple[Rows | None, Columns | None]:
     """See kernels/quantize.py. Rows that belong to no group are zeros. Raises MemoryError."""
-    x_nk = _readable(x_nk)
-    return _round(x_nk if x_nk.dtype in _FORMATS else x_nk.float(), None, ends_e, rows, columns)
+    return _round(_computable(x_nk), None, ends_e, rows, columns)
 
 
 def quantize_again(rows: Rows, ends_e: Tensor, columns: OperandConfig) -> Columns:
@@ -101,7 +128,8 @@ def round_weights(
     rows, columns = quantize(w_eoi.reshape(e * o, i), ends_e, rows=forward, columns=backward)
     straight = turned = None
     if forward and rows:
-        straight = Weights(rows.values.view(e, o, i), rows.scales.view(e, o, -1), forward.scale_of in ("block", "tensor"))
+        shared = forward.scale_of in ("block", "tensor")
+        straight = Weights(rows.values.view(e, o, i), rows.scales.view(e, o, -1), shared)
     if backward and columns:
         blocks = -(-o // PIECE)
         values = columns.values[:, : e * blocks * PIECE].unflatten(1, (e, -1))[:, :, :o].permute(1, 0, 2)
@@ -117,10 +145,7 @@ def _round(
     pieces = pieces_at_most(n, groups)
     piece_ends_e = torch.empty_like(ends_e)
     straight = turned = None
-    arguments = _Rounding(
-        n, k, groups, _FORMATS[x_nk.dtype], x_nk.stride(0), x=x_nk.data_ptr(), ends=ends_e.data_ptr(), pieces=pieces
-    )
-    arguments.scales, arguments.piece_ends = _place(x_scales), piece_ends_e.data_ptr()
+    arguments = _Rounding(_source(x_nk, x_scales, ends_e), pieces=pieces, piece_ends=piece_ends_e.data_ptr())
     if rows:
         straight = Rows(x_nk.new_empty(n, k, dtype=DTYPES[rows.format]), _scales(n, -(-k // PIECE)))
         arguments.along_rows = _layout(rows, *straight)
@@ -135,6 +160,40 @@ def _round(
         library.call_on_cores("fp8_largest", arguments)
     library.call_on_cores("fp8_round", arguments)
     return straight, turned
+
+
+def dequantize(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Values times scales (n, k), rounded to `dtype` at the end."""
+    values, scales = _readable(rows.values), rows.scales.contiguous()
+    to = values.new_empty(values.shape, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    all_of_them = torch.tensor([len(values)], dtype=torch.int32)
+    library.call_on_cores(
+        "fp8_widen", _Widening(_source(values, scales, all_of_them), dtype == torch.bfloat16, to.data_ptr())
+    )
+    return to.to(dtype)
+
+
+def counts(x: Tensor) -> bool:
+    """Whether `count` is used for operands like x."""
+    return library.in_use() is not None and x.device.type == "cpu"
+
+
+def count(x_nk: Tensor, rounded: Rows | Columns, ends_e: Tensor) -> list[int]:
+    """Numbers of x that are not zero; as stored: that are not zero, or not finite; cut off: what health.py counts."""
+    x_nk, values, found = _computable(x_nk), _readable(rounded.values), (ctypes.c_int64 * 4)()
+    turned, ends_e = isinstance(rounded, Columns), ends_e.contiguous()
+    scales = rounded.scales if rounded.scales.stride(1) == 1 else rounded.scales.contiguous()
+    library.call_on_cores(
+        "fp8_count",
+        _Counting(
+            _source(x_nk, None, ends_e),
+            *(values.dtype == torch.float8_e5m2, turned, values.stride(0), scales.stride(0)),
+            values=values.data_ptr(),
+            scales_of_values=scales.data_ptr(),
+            counts=ctypes.addressof(found),
+        ),
+    )
+    return list(found)
 
 
 def product(left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,9 +229,8 @@ def weight_product(left: Columns, right: Columns) -> Tensor:
 
 def swiglu_quantize(gate_up_nf2: Tensor, gate_n1: Tensor | None, ends_e: Tensor, rows: OperandConfig) -> Rows:
     """See kernels/swiglu.py."""
-    gate_up, gate = _computable(gate_up_nf2), None if gate_n1 is None else gate_n1.float().contiguous()
-    n, f = len(gate_up), gate_up.shape[1] // 2
-    h = gate_up.new_empty(n, f)
+    gate_up, gate = _computable(gate_up_nf2).contiguous(), None if gate_n1 is None else gate_n1.float().contiguous()
+    h = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     arguments = _gated(gate_up, gate)
     arguments.h = h.data_ptr()
     library.call_on_cores("fp8_swiglu_forward", arguments)
@@ -191,7 +249,7 @@ def swiglu_backward_quantize(
     columns: OperandConfig | None,
 ) -> tuple[Rows | None, Columns | None, Tensor | None]:
     """See kernels/swiglu.py."""
-    gate_up, gate = _computable(gate_up_nf2), None if gate_n1 is None else gate_n1.float().contiguous()
+    gate_up, gate = _computable(gate_up_nf2).contiguous(), None if gate_n1 is None else gate_n1.float().contiguous()
     dh = dh_nf.to(gate_up.dtype).contiguous()
     d_gate_up, d_gate = torch.empty_like(gate_up), None if gate is None else torch.empty_like(gate)
     arguments = _gated(gate_up, gate)
@@ -207,8 +265,13 @@ def _gated(gate_up: Tensor, gate: Tensor | None) -> _Gated:
     return _Gated(n, f, torch.get_num_threads(), narrow, gate_up=gate_up.data_ptr(), weight=_place(gate))
 
 
+def _source(x_nk: Tensor, scales: Tensor | None, ends_e: Tensor) -> _Source:
+    places = {"x": x_nk.data_ptr(), "scales": _place(scales), "ends": ends_e.data_ptr()}
+    return _Source(*x_nk.shape, len(ends_e), _FORMATS[x_nk.dtype], x_nk.stride(0), **places)
+
+
 def _computable(x: Tensor) -> Tensor:
-    return x.contiguous() if x.dtype == torch.bfloat16 else x.float().contiguous()
+    return _readable(x if x.dtype == torch.bfloat16 else x.float())
 
 
 def _readable(x: Tensor) -> Tensor:
