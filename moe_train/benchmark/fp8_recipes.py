@@ -86,5 +86,6 @@ def _how(arm: TrainingArm) -> str:
     backends = sorted({row["backend"] for row in rows if "backend" in row})
     said = f"backend {', '.join(backends)}"
     if backends == ["emulated"]:
-        said += ": FP8 values multiplied in FP32, slower by what the rounding costs; of FP8 units it says nothing"
+        formats = " and ".join(sorted({row["multiplied_in"] for row in rows if "backend" in row}))
+        said += f": FP8 values multiplied in {formats}, slower by what the rounding costs; of FP8 units it says nothing"
     return said

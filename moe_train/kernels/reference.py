@@ -41,6 +41,11 @@ def dequantized(values: Tensor, scales: Tensor) -> Tensor:
     return values.to(torch.float32) * scales.repeat_interleave(PIECE, -1)[..., : values.shape[-1]]
 
 
+def dequantize(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """(n, k), rounded to `dtype` once."""
+    return dequantized(*rows).to(dtype)
+
+
 def quantize(
     x_nk: Tensor,
     ends_e: Tensor,

@@ -35,6 +35,9 @@ class Backend(Protocol):
     def quantize_again(self, rows: Rows, ends_e: Tensor, columns: OperandConfig) -> Columns:
         """What was rounded along k, rounded again along tokens."""
 
+    def dequantize(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """What was rounded along k, (n, k) in a wide format."""
+
     def round_weights(
         self, weight_eoi: Tensor, forward: OperandConfig | None, backward: OperandConfig | None
     ) -> tuple[Weights | None, Weights | None]:

@@ -2,7 +2,7 @@
 
 What runs where (torch 2.11 to 2.13):
 
-    emulated   any device
+    emulated   any device; on a CPU whose kernels are compiled, products of BF16 numbers, which FP8 numbers are
     cublas     scales of rows or tensors: compute capability 8.9 and later, and CPUs, which have no FP8 units
     triton     every recipe: compute capability 8.0 and later; before 8.9 FP8 is stored and multiplied as FP16
 """
@@ -18,7 +18,9 @@ import torch
 
 from moe_train.config import Fp8Config, PrecisionConfig
 from moe_train.errors import UserError
+from moe_train.kernels.cpu import library
 from moe_train.precision.backends import Backend, Rate
+from moe_train.precision.compiled_fp8 import CompiledFp8
 from moe_train.precision.cublas import MULTIPLE, Cublas
 from moe_train.precision.emulated import Emulated
 
@@ -35,13 +37,15 @@ class Device:
     name: str
     capability: tuple[int, int] | None
     has_triton: bool  # or Triton's interpreter, on a CPU
+    has_compiled: bool = False  # the kernels in C of a CPU
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
         installed = importlib.util.find_spec("triton") is not None
         if device.type == "cuda":
             return cls(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), installed)
-        return cls("a CPU", None, installed and os.environ.get("TRITON_INTERPRET") == "1")
+        interpreted = installed and os.environ.get("TRITON_INTERPRET") == "1"
+        return cls("a CPU", None, interpreted, device.type == "cpu" and library.in_use() is not None)
 
     @property
     def multiplies_fp8(self) -> bool:
@@ -54,7 +58,7 @@ def choose(precision: PrecisionConfig, device: Device, sizes: set[int]) -> Choic
     assert recipe is not None
 
     def taken(name: str, why: str) -> Choice:
-        return Choice(_built(name, recipe, device), _said(precision.name, name, why, device))
+        return Choice(_built(name, recipe, device), _said(precision, name, why, device))
 
     asked = precision.backend
     if asked != "auto":
@@ -126,7 +130,7 @@ def _cublas_lacks(recipe: Fp8Config, device: Device, sizes: set[int]) -> tuple[s
 
 def _built(name: str, recipe: Fp8Config, device: Device) -> Backend:
     if name == "emulated":
-        return Emulated(recipe.accumulation)
+        return CompiledFp8() if _compiled(recipe, device) else Emulated(recipe.accumulation)
     if name == "cublas":
         return Cublas(device.capability)
     from moe_train.precision.triton_backend import Triton  # Triton is not everywhere
@@ -134,6 +138,10 @@ def _built(name: str, recipe: Fp8Config, device: Device) -> Backend:
     # FP16, where there are no FP8 units, is as fast as BF16.
     in_fp16: Rate = "float32" if device.capability is None else "bfloat16"
     return Triton("float8" if device.multiplies_fp8 else in_fp16)
+
+
+def _compiled(recipe: Fp8Config, device: Device) -> bool:
+    return device.has_compiled and recipe.accumulation == "float32"
 
 
 _SPEED = {
@@ -144,8 +152,11 @@ _SPEED = {
 }
 
 
-def _said(recipe: str, backend: str, why: str, device: Device) -> str:
+def _said(precision: PrecisionConfig, backend: str, why: str, device: Device) -> str:
     how = _SPEED[backend]
+    assert precision.fp8 is not None
+    if backend == "emulated" and _compiled(precision.fp8, device):
+        how = "rounded to FP8 and multiplied as BF16 numbers by the kernels in C, to FP32 sums (emulated)"
     if backend == "triton" and not device.multiplies_fp8:
         how += ", in FP16, as the device has no FP8 units" if device.capability else ", interpreted"
-    return f"precision={recipe}: products are {how}; {why}"
+    return f"precision={precision.name}: products are {how}; {why}"

@@ -23,6 +23,7 @@ class Emulated:
 
     quantize = staticmethod(reference.quantize)
     quantize_again = staticmethod(reference.quantize_again)
+    dequantize = staticmethod(reference.dequantize)
     round_weights = staticmethod(reference.round_weights)
     swiglu = staticmethod(reference.swiglu_quantize)
     swiglu_backward = staticmethod(reference.swiglu_backward_quantize)

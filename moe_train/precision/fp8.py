@@ -111,7 +111,7 @@ class Fp8Layer:
         """A kept input as the weight gradient takes it."""
         columns = self.backend.quantize_again(kept, ends_e, self.recipe.weight_gradient.activation)
         if self.counts is not None:
-            health.count_columns(self.counts, "input", reference.dequantized(*kept), columns, ends_e)
+            health.count_columns(self.counts, "input", self.backend.dequantize(kept, torch.float32), columns, ends_e)
         return columns
 
     def quantized_gradient(

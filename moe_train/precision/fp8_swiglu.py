@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moe_train.kernels.layouts import DTYPES, PIECE, Rows
-from moe_train.kernels.reference import dequantized
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer, ends_of, layer_of, owner_of, stacked
 
@@ -117,7 +116,7 @@ def _backward(
     nothing, nothing_wide = grad_nd.new_empty(0), grad_nd.new_empty(0, dtype=torch.float32)
     gate_up = gate_up_values
     if recipe.swiglu_input is not None:
-        gate_up = dequantized(gate_up_values, gate_up_scales).to(grad_nd.dtype)
+        gate_up = backend.dequantize(Rows(gate_up_values, gate_up_scales), grad_nd.dtype)
     rows, columns = second.quantized_gradient(grad_nd, ends, rows=True, columns=needs_weights)
     assert rows is not None
     grad_second = nothing_wide

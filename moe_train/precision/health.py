@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_train.kernels.cpu import fp8 as compiled
 from moe_train.kernels.layouts import PIECE, Columns, Rows, Weights
 
 if TYPE_CHECKING:
@@ -90,12 +91,18 @@ class Counts:
 
 def count_rows(into: Tensor, operand: Operand, x_nk: Tensor, rows: Rows, ends_e: Tensor) -> None:
     """x (n, k) beside its form along k; rows after the last group are left out, as no product reads them."""
+    if compiled.counts(x_nk):
+        _add_compiled(into, operand, x_nk, rows, ends_e)
+        return
     real_n = torch.arange(len(x_nk), device=x_nk.device) < ends_e[-1]
     _add(into, operand, x_nk, real_n, _by_value(rows.scales, x_nk.shape[-1]), rows.values, real_n)
 
 
 def count_columns(into: Tensor, operand: Operand, x_nk: Tensor, columns: Columns, ends_e: Tensor) -> None:
     """x (n, k) beside its form along tokens, which has places for more of them."""
+    if compiled.counts(x_nk):
+        _add_compiled(into, operand, x_nk, columns, ends_e)
+        return
     token = torch.arange(len(x_nk), device=x_nk.device)
     group = torch.searchsorted(ends_e, token, right=True).clamp_max(len(ends_e) - 1)
     start, first_piece = (torch.cat([ends.new_zeros(1), ends[:-1]]) for ends in (ends_e, columns.ends_e))
@@ -134,6 +141,13 @@ def _add(
     into[OPERANDS.index(operand)] += torch.stack(
         [nonzero - not_finite, nonzero - stored, saturated, all_of_them, not_finite]
     )
+
+
+def _add_compiled(into: Tensor, operand: Operand, x_nk: Tensor, rounded: Rows | Columns, ends_e: Tensor) -> None:
+    """The same of x (n, k) by the kernel in C."""
+    nonzero, stored, not_finite, saturated = compiled.count(x_nk.detach(), rounded, ends_e)
+    found = [nonzero - not_finite, nonzero - stored, saturated, int(ends_e[-1]) * x_nk.shape[1], not_finite]
+    into[OPERANDS.index(operand)] += torch.tensor(found, dtype=into.dtype)
 
 
 def _cut_off_beyond(dtype: torch.dtype) -> float:

@@ -161,6 +161,7 @@ def _row(name: str, layer: Fp8Layer | None, compute_format: str) -> dict[str, An
         "weight_gradient": f"{_said(recipe.weight_gradient.gradient)} · {_said(recipe.weight_gradient.activation)}",
         "accumulation": recipe.accumulation,
         "backend": layer.backend.name,
+        "multiplied_in": layer.backend.multiplies_in,
     }
 
 

@@ -7,6 +7,8 @@ import json
 import pytest
 from command_line import ROOT, Commands
 
+from moe_train.precision.support import multiplies_bfloat16
+
 FP8 = ["precision=fp8_deepseek", "precision.compute_dtype=float32"]
 
 
@@ -20,6 +22,24 @@ def test_a_run_in_fp8_says_that_it_is_emulated_and_keeps_what_ran_in_what(comman
     rows = {row["layer"]: row for row in json.loads((commands.folder / "run/precision.json").read_text())}
     assert rows["attention.o_proj"]["forward"] == "e4m3 a tile, 2ⁿ · e4m3 a block"
     assert rows["router"]["all"] == "float32"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "configs/precision").glob("fp8_*.yaml")))
+def test_every_recipe_trains_alike_with_kernels_in_c_and_with_torch(recipe: str, commands: Commands) -> None:
+    if not multiplies_bfloat16("cpu"):
+        pytest.skip("the kernels take a CPU that multiplies BF16")
+    for kernels in ("compiled", "torch"):
+        settings = [f"precision={recipe}", "precision.compute_dtype=bfloat16", "tracking.log_every_steps=1"]
+        result = commands.train(*settings, f"run_dir={kernels}", f"cpu_kernels={kernels}", "stop.steps=10")
+        assert ("by the kernels in C" in result.stderr) == (kernels == "compiled")
+    rows = json.loads((commands.folder / "compiled/precision.json").read_text())
+    assert {row["multiplied_in"] for row in rows if "backend" in row} == {"bfloat16"}
+    assert losses(commands, "compiled") == pytest.approx(losses(commands, "torch"), rel=0.01)
+    found, expected = commands.metrics("compiled"), commands.metrics("torch")
+    for operand in ("input", "weight", "gradient"):
+        # The first step's operands differ by what BF16 products before them do; later ones are another run's.
+        name = f"fp8/{operand}/underflow_rate"
+        assert found[0][name] == pytest.approx(expected[0][name], rel=0.05, abs=1e-3)
 
 
 def test_fp8_follows_fp32_closely_and_not_exactly(commands: Commands) -> None:

@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 from moe_train.precision.backends import Backend
+from moe_train.precision.compiled_fp8 import CompiledFp8
 from moe_train.precision.cublas import Cublas
 from moe_train.precision.emulated import Emulated
 
@@ -21,7 +22,7 @@ def arguments(owner: type, method: str) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_backend_takes_the_arguments_of_the_interface(method: str) -> None:
-    backends: list[type] = [Emulated, Cublas]
+    backends: list[type] = [Emulated, CompiledFp8, Cublas]
     if pytest.importorskip("triton"):
         from moe_train.precision.triton_backend import Triton
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import yaml
@@ -11,7 +13,10 @@ from torch import Tensor
 
 from moe_train.compose import CONFIGS, validated
 from moe_train.config import Fp8Config, PrecisionConfig
+from moe_train.errors import UserError
+from moe_train.kernels.cpu import library
 from moe_train.precision.backends import Backend
+from moe_train.precision.compiled_fp8 import CompiledFp8
 from moe_train.precision.cublas import Cublas
 from moe_train.precision.emulated import Emulated
 from moe_train.precision.fp8 import Fp8Layer
@@ -81,6 +86,30 @@ def triton_backend() -> Backend:
 
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "precision").glob("fp8_*.yaml"))
+
+
+@pytest.fixture
+def compiled_backend() -> Iterator[Backend]:
+    try:
+        library.use("compiled", in_bf16=True)
+    except UserError as error:
+        pytest.skip(str(error))
+    yield CompiledFp8()
+    library.use("torch", in_bf16=True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_kernels_in_c_follow_the_emulated_products(name: str, compiled_backend: Backend) -> None:
+    own, sizes = recipe(name), [0, 130, 1, 0, 20]
+    assert_follows(linear(compiled_backend, own, sizes, 140, 72), linear(Emulated(), own, sizes, 140, 72))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_kernels_in_c_follow_the_emulated_swiglu(name: str, compiled_backend: Backend) -> None:
+    own, sizes = recipe(name), [0, 130, 1, 0, 20]
+    found, expected = (swiglu(backend, own, sizes, 140, 72) for backend in (compiled_backend, Emulated()))
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).norm()) <= 1e-2 * float(other.norm())  # as for Triton's, below
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels; -m gpu runs them")

@@ -48,6 +48,17 @@ def test_auto_takes_the_fastest_that_can_do_the_recipe_and_says_so(recipe: str, 
     assert "\n" not in choice.note
 
 
+def test_a_cpu_with_kernels_in_c_emulates_by_them_and_says_so() -> None:
+    compiled = Device("a CPU", None, has_triton=False, has_compiled=True)
+    choice = choose(precision("fp8_deepseek"), compiled, SIZES)
+    assert (choice.backend.name, choice.backend.multiplies_in) == ("emulated", "bfloat16")
+    assert "multiplied as BF16 numbers by the kernels in C, to FP32 sums (emulated)" in choice.note
+    # The sums of Hopper are modelled in PyTorch alone.
+    hopper = choose(precision("fp8_deepseek", accumulation="hopper"), compiled, SIZES)
+    assert (hopper.backend.name, hopper.backend.multiplies_in) == ("emulated", "float32")
+    assert "multiplied in FP32 (emulated)" in hopper.note
+
+
 def test_before_8_9_the_note_says_in_what_the_kernels_multiply() -> None:
     assert "in FP16, as the device has no FP8 units" in choose(precision("fp8_deepseek"), gpu(8, 6), SIZES).note
     assert "FP16" not in choose(precision("fp8_deepseek"), gpu(8, 9), SIZES).note
