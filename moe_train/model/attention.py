@@ -17,7 +17,7 @@ from moe_train.config import GQAConfig, MLAConfig, ModelConfig
 from moe_train.kernels.cpu import attention as compiled
 from moe_train.model.cpu_attention import CausalAttention
 from moe_train.model.layers import Linear
-from moe_train.model.norm import RMSNorm
+from moe_train.model.norm import RMSNorm, normed
 from moe_train.model.rope import Rotary, rotate, softmax_scale
 from moe_train.precision.remade import in_compute_format, remade
 
@@ -97,15 +97,15 @@ class MLA(nn.Module):
         if self.config.q_lora_rank is None:
             q: Tensor = self.q_proj(x_btd)
         else:
-            q = self.q_b_proj(in_compute_format(remade(self.q_a_norm, self.q_a_proj(x_btd))))
+            q = self.q_b_proj(normed(self.q_a_norm, self.q_a_proj(x_btd)).narrow)
         return q
 
     def forward(self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
         c, x_btd = self.config, in_compute_format(x_btd)
         q = self.queries(x_btd)
         latent, k_rope = self.kv_a_proj(x_btd).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        latent = remade(self.kv_a_norm, latent)
-        held = None if cache is None else cache.extend(latent, rotate(k_rope, *rotary))
+        _, latent, exact = normed(self.kv_a_norm, latent, exact=cache is not None)
+        held = None if cache is None else cache.extend(exact, rotate(k_rope, *rotary))
         if held is None or held[0].shape[1] == x_btd.shape[1]:
             attended = self._attend(q, latent, k_rope, rotary)
         else:
@@ -123,7 +123,7 @@ class MLA(nn.Module):
     def _attend(self, q: Tensor, latent_btr: Tensor, k_rope_btr: Tensor, rotary: Rotary) -> Tensor:
         """Keys and values of every head are made from the latent, one rotary key serves all: (b, t, h · c_v)."""
         c, heads = self.config, self.config.num_attention_heads
-        kv = self.kv_b_proj(in_compute_format(latent_btr))
+        kv = self.kv_b_proj(latent_btr)
         if compiled.takes(q, kv, k_rope_btr, rotary, heads, heads):
             out: Tensor = compiled.CausalAttention.apply(q, kv, k_rope_btr, *rotary, heads, heads, self.scale)  # type: ignore[no-untyped-call]
             return out

@@ -85,7 +85,9 @@ def swiglu_linear(
     alone = row_weight is None and ends_e is None
     if alone and dtype is torch.bfloat16 and compiled.takes(x, gate_up_weight, down_weight):
         rows = x.flatten(0, -2).bfloat16()
-        y: Tensor = compiled.SwiGLUOfRows.apply(rows, gate_up_weight, down_weight)  # type: ignore[no-untyped-call]
+        in_parts = experts.takes_rows(rows, gate_up_weight, down_weight)
+        function = experts.SwiGLUOfRows if in_parts else compiled.SwiGLUOfRows
+        y: Tensor = function.apply(rows, gate_up_weight, down_weight)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
     x_nd = x.flatten(0, -2).to(dtype)
     if ends_e is not None and row_weight is not None and experts.takes(x_nd, gate_up_weight, down_weight):

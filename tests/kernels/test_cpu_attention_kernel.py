@@ -219,6 +219,6 @@ def test_a_module_keeps_projections_as_they_are_and_nothing_else() -> None:
         module(torch.ones(2, 90, 64), turn)
     weights = sum(weight.nbytes for weight in module.parameters())
     tables = sum(x.nbytes for x in turn)
-    latent = 2 * 32 + 4  # normed, and a number a row
+    latent = 2 * 32  # normed
     features = 2 * (64 + 4 * 24 + (32 + 8) + 4 * 32 + 4 * 16) + latent
     assert sum(kept.values()) == weights + tables + 2 * 90 * features

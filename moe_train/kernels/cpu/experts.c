@@ -10,6 +10,7 @@
 
 typedef struct {
     int64_t experts, hidden, width;  // e, d, f
+    int64_t shared;                  // all have the weights of the first; gradients are of each
     const bf16 *x;                   // (t, d)
     const int64_t *token;            // (n): whose row it is
     const float *first, *second;     // (e, 2f, d), (e, d, f)
@@ -53,17 +54,21 @@ static void activate(const float *sums, bf16 row_weight, int64_t f, bf16 *z, bf1
 }
 
 void experts_forward(const Experts *e) {
-    int64_t d = e->hidden, f = e->width, wide = up(2 * f, LANES), out = up(d, LANES), start, end, expert;
+    int64_t d = e->hidden, f = e->width, wide = up(2 * f, LANES), out = up(d, LANES), start, end, expert, packed = 0;
     Scratch scratch = {0};
     pair *first = take(&scratch, packed_bytes(d, 2 * f)), *second = take(&scratch, packed_bytes(f, d));
     float *sums = take(&scratch, sizeof(float) * BLOCK * most(wide, out));
     bf16 *h = take(&scratch, sizeof(bf16) * BLOCK * f), *narrow = take(&scratch, sizeof(bf16) * 2 * f * d);
     while (!scratch.missing && (expert = next_expert(e, &start, &end)) >= 0) {
         if (start == end) continue;
-        narrow_row(e->first + expert * 2 * f * d, 2 * f * d, narrow);
-        pack_columns(narrow, d, d, 2 * f, first);
-        narrow_row(e->second + expert * d * f, d * f, narrow);
-        pack_columns(narrow, f, f, d, second);
+        if (!e->shared || !packed) {
+            int64_t own = e->shared ? 0 : expert;
+            narrow_row(e->first + own * 2 * f * d, 2 * f * d, narrow);
+            pack_columns(narrow, d, d, 2 * f, first);
+            narrow_row(e->second + own * d * f, d * f, narrow);
+            pack_columns(narrow, f, f, d, second);
+            packed = 1;
+        }
         for (int64_t row = start; row < end; row += BLOCK) {
             int64_t rows = least(BLOCK, end - row);
             const pair *a[BLOCK];
@@ -110,7 +115,7 @@ static void put_row(const float *from, int64_t n, float *to) {
 
 void experts_backward(const Experts *e) {
     int64_t d = e->hidden, f = e->width, narrow_f = up(f, LANES), out = up(d, LANES), start, end, expert;
-    int64_t longest = most(most(d, 2 * f), DEEP);
+    int64_t longest = most(most(d, 2 * f), DEEP), packed = 0;
     Scratch scratch = {0};
     pair *first = take(&scratch, packed_bytes(2 * f, d)), *second = take(&scratch, packed_bytes(d, f));
     pair *x = take(&scratch, packed_bytes(DEEP, d)), *grad_y = take(&scratch, packed_bytes(DEEP, d));
@@ -123,10 +128,14 @@ void experts_backward(const Experts *e) {
     const pair **a = take(&scratch, sizeof(pair *) * longest);
     const bf16 **at = take(&scratch, sizeof(bf16 *) * longest);
     while (!scratch.missing && (expert = next_expert(e, &start, &end)) >= 0) {
-        narrow_row(e->first + expert * 2 * f * d, 2 * f * d, narrow);
-        rows_from(narrow, d, 2 * f, at), pack_rows(at, 2 * f, d, first);
-        narrow_row(e->second + expert * d * f, d * f, narrow);
-        rows_from(narrow, f, d, at), pack_rows(at, d, f, second);
+        if (!e->shared || !packed) {
+            int64_t own = e->shared ? 0 : expert;
+            narrow_row(e->first + own * 2 * f * d, 2 * f * d, narrow);
+            rows_from(narrow, d, 2 * f, at), pack_rows(at, 2 * f, d, first);
+            narrow_row(e->second + own * d * f, d * f, narrow);
+            rows_from(narrow, f, d, at), pack_rows(at, d, f, second);
+            packed = 1;
+        }
         for (int64_t row = start; row < end; row += DEEP) {
             int64_t rows = least(DEEP, end - row);
             for (int64_t i = 0; i < rows; i++) a[i] = (const pair *)(at[i] = e->grad_y + e->token[row + i] * d);

@@ -16,8 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.kernels.cpu import library
 
-_SIZES = ("experts", "hidden", "width")
+_SIZES = ("experts", "hidden", "width", "shared")
 _FORWARD = ("x", "token", "first", "second", "weight", "ends", "order", "next", "gate_up", "y")
+_FEWEST_ROWS = 64
+_MOST_WEIGHTS = 2**20  # of a SwiGLU that all rows go through: each part has gradients of its own, 64 MiB in all
 _BACKWARD = ("grad_y", "grad_x", "grad_first", "grad_second", "grad_weight")
 
 
@@ -75,6 +77,38 @@ class SwiGLUOfTokens(torch.autograd.Function):
         return _summed(grad_nd, place_tk), grad_first, grad_second, grad_weight, None, None, None
 
 
+def takes_rows(x: Tensor, first: Tensor, second: Tensor) -> bool:
+    """Whether a SwiGLU that all rows go through is done in parts like experts: with few enough weights."""
+    few = first.numel() + second.numel() <= _MOST_WEIGHTS and len(x) >= _FEWEST_ROWS
+    return few and takes(x, first.unsqueeze(0), second.unsqueeze(0))
+
+
+class SwiGLUOfRows(torch.autograd.Function):
+    """x (m, d) in BF16, w₁ (2f, d) and w₂ (d, f) in FP32 → (m, d). What is kept is x and (m, 2f), as in swiglu.py."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        y: Tensor
+        y, gate_up = torch.ops.moe_train.experts_forward(x, first[None], second[None], *_in_parts(x))
+        ctx.save_for_backward(x, first, second, gate_up)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, first, second, gate_up = ctx.saved_tensors
+        grad_x, grad_first, grad_second, _ = torch.ops.moe_train.experts_backward(
+            grad_outputs[0].contiguous(), x, first[None], second[None], *_in_parts(x), gate_up
+        )
+        return grad_x, grad_first[0], grad_second[0]
+
+
+def _in_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of rows, where parts end, and the rows themselves."""
+    count = library.parts(len(x))
+    ends = (torch.arange(1, count + 1) * len(x) // count).to(torch.int32)
+    return x.new_ones(len(x), 1), ends, torch.arange(len(x))
+
+
 def _summed(rows_nd: Tensor, place_tk: Tensor | None) -> Tensor:
     return rows_nd if place_tk is None else F.embedding_bag(place_tk, rows_nd, mode="sum")
 
@@ -84,7 +118,8 @@ def _call(name: str, first: Tensor, second: Tensor, ends_e: Tensor, **tensors: T
     order = ends_e.diff(prepend=ends_e.new_zeros(1)).argsort(descending=True, stable=True).to(torch.int32)
     tensors |= {"first": first.contiguous(), "second": second.contiguous()}
     tensors |= {"ends": ends_e, "order": order}
-    arguments = _Arguments(len(first), first.shape[2], second.shape[2], **{k: t.data_ptr() for k, t in tensors.items()})
+    sizes = (len(ends_e), first.shape[2], second.shape[2], len(first) < len(ends_e))
+    arguments = _Arguments(*sizes, **{k: t.data_ptr() for k, t in tensors.items()})
     library.call_on_cores(name, arguments)
 
 
@@ -92,7 +127,7 @@ def _call(name: str, first: Tensor, second: Tensor, ends_e: Tensor, **tensors: T
 def _forward(
     x_td: Tensor, first: Tensor, second: Tensor, weight_n1: Tensor, ends_e: Tensor, token_n: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Results (n, d) by row, and what SwiGLU reads (n, 2f)."""
+    """Results (n, d) by row, and what SwiGLU reads (n, 2f). One weight for several runs of rows is shared by all."""
     y_nd, gate_up = _like_results(x_td, first, second, weight_n1, ends_e, token_n)
     x_td, weight_n1 = x_td.contiguous(), weight_n1.contiguous()
     _call("experts_forward", first, second, ends_e, x=x_td, token=token_n, weight=weight_n1, gate_up=gate_up, y=y_nd)
@@ -122,8 +157,16 @@ def _backward(
     made = _like_gradients(grad_td, x_td, first, second, weight_n1, ends_e, token_n, gate_up)
     x_td, weight_n1 = x_td.contiguous(), weight_n1.contiguous()
     tensors = dict(zip(("grad_x", "grad_first", "grad_second", "grad_weight"), made))
+    shared = len(first) < len(ends_e)
+    if shared:
+        tensors |= {
+            f"grad_{name}": w.new_empty(len(ends_e), *w.shape[1:]) for name, w in (("first", first), ("second", second))
+        }
     tensors |= {"x": x_td, "token": token_n, "weight": weight_n1, "gate_up": gate_up, "grad_y": grad_td}
     _call("experts_backward", first, second, ends_e, **tensors)
+    if shared:
+        torch.sum(tensors["grad_first"], 0, keepdim=True, out=made[1])
+        torch.sum(tensors["grad_second"], 0, keepdim=True, out=made[2])
     return made
 
 

@@ -78,6 +78,11 @@ def call(name: str, *arguments: int | Tensor) -> None:
         raise MemoryError(f"{name}: no memory")
 
 
+def parts(rows: int) -> int:
+    """That rows are cut in where sums over them are added up in the end: the same on any number of cores."""
+    return min(16, max(8, rows // 1024))
+
+
 def call_on_cores(name: str, arguments: ctypes.Structure) -> None:
     """A kernel whose cores take their work from a common count, `next`, and note beside it where memory is missing.
 

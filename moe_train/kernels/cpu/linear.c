@@ -14,7 +14,7 @@ typedef struct {
     bf16 *y;                            // (m, o)
     const bf16 *grad_y;                 // (m, o)
     bf16 *grad_x;                       // (m, i)
-    float *grad_weight;                 // (o, i), a row padded to a register's multiple
+    float *grad_weight;                 // (o, i), a row padded to a register's multiple; or of each part
     pair *packed;                       // x and grad_y of two chunks
     int64_t *done;                      // (2, chunks): tasks that are
 } Linear;
@@ -64,6 +64,43 @@ void linear_input_gradient(const Linear *l) {
             rows_from(narrow, some, l->outer, at), pack_rows(at, l->outer, some, packed);
             rows_by(l->grad_y, first, end, l->outer, packed, column, some, l->inner, sums, l->grad_x);
         }
+    }
+    if (let_go(&scratch)) l->next[1] = 1;
+}
+
+// Both gradients, of a part of the rows after another, where the weight's stays in the second cache: grad_weight (parts, o, i)
+// is to be added up.
+void linear_gradients(const Linear *l) {
+    int64_t d = l->inner, o = l->outer, out = up(d, LANES), part;
+    Scratch scratch = {0};
+    pair *packed = take(&scratch, packed_bytes(o, d));
+    pair *x = take(&scratch, packed_bytes(DEEP, d)), *grad = take(&scratch, packed_bytes(DEEP, o));
+    float *sum_weight = take(&scratch, sizeof(float) * o * out), *sums = take(&scratch, sizeof(float) * BLOCK * out);
+    bf16 *narrow = take(&scratch, sizeof(bf16) * o * d);
+    const bf16 **at = take(&scratch, sizeof(bf16 *) * most(o, DEEP));
+    const pair **a = take(&scratch, sizeof(pair *) * most(o, DEEP));
+    if (!scratch.missing) {
+        narrow_row(l->weight, o * d, narrow);
+        rows_from(narrow, d, o, at), pack_rows(at, o, d, packed);
+    }
+    while (!scratch.missing && (part = __atomic_fetch_add(l->next, 1, __ATOMIC_RELAXED)) < l->parts) {
+        int64_t first = l->rows * part / l->parts, end = l->rows * (part + 1) / l->parts;
+        if (first == end) memset(sum_weight, 0, sizeof(float) * o * out);
+        for (int64_t row = first; row < end; row += DEEP) {
+            int64_t count = least(DEEP, end - row);
+            for (int64_t start = 0; start < count; start += BLOCK) {
+                int64_t some = least(BLOCK, count - start);
+                for (int64_t i = 0; i < some; i++) a[i] = (const pair *)(l->grad_y + (row + start + i) * o);
+                multiply(a, 1, some, packed, o, o, d, sums, out, 0);
+                for (int64_t i = 0; i < some; i++) narrow_row(sums + i * out, d, l->grad_x + (row + start + i) * d);
+            }
+            rows_from(l->grad_y + row * o, o, count, at), pack_rows(at, count, o, grad);
+            rows_from(l->x + row * d, d, count, at), pack_rows(at, count, d, x);
+            columns_from(grad, count, o, a);
+            multiply(a, COLUMNS, o, x, count, count, d, sum_weight, out, row > first);
+        }
+        for (int64_t i = 0; i < o; i++)
+            memcpy(l->grad_weight + (part * o + i) * d, sum_weight + i * out, sizeof(float) * d);
     }
     if (let_go(&scratch)) l->next[1] = 1;
 }

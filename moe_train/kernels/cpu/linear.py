@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moe_train.kernels.cpu import library
 
 _FEWEST_ROWS = 64  # for which packing the weight pays
+_MOST_WEIGHTS = 2**18  # whose gradients in FP32 stay in the second cache, 1 MB
 _CHUNK = 504  # rows that are packed at a time for the weight's gradient
 
 
@@ -63,6 +64,9 @@ class LinearOfRows(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
+        if needs_x and needs_weight and weight.numel() <= _MOST_WEIGHTS:
+            grad_x, grad_weight = linear_gradients(grad_outputs[0], x, weight)
+            return grad_x, grad_weight
         return (
             linear_input_gradient(grad_outputs[0], weight) if needs_x else None,
             linear_weight_gradient(grad_outputs[0], x) if needs_weight else None,
@@ -93,7 +97,7 @@ class SwiGLUOfRows(torch.autograd.Function):
 
 def _call(kind: type[ctypes.Structure], name: str, sizes: dict[str, int], **tensors: Tensor) -> None:
     places = {key: x.data_ptr() for key, x in tensors.items()}
-    library.call_on_cores(name, kind(**sizes, parts=torch.get_num_threads(), **places))
+    library.call_on_cores(name, kind(**({"parts": torch.get_num_threads()} | sizes), **places))
 
 
 @torch.library.custom_op("moe_train::linear_forward", mutates_args=())
@@ -142,6 +146,23 @@ def _like_weight(grad_y: Tensor, x: Tensor) -> Tensor:
     return grad_y.new_empty(grad_y.shape[1], x.shape[1], dtype=torch.float32)
 
 
+@torch.library.custom_op("moe_train::linear_gradients", mutates_args=())
+def linear_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, for a weight whose gradient stays in the cache of a core."""
+    grad_x, grad_weight = _like_gradients(grad_y, x, weight)
+    sizes = {"rows": len(x), "inner": x.shape[1], "outer": len(weight), "parts": library.parts(len(x))}
+    parts = weight.new_empty(sizes["parts"], *weight.shape)
+    tensors = {"grad_y": grad_y.contiguous(), "x": x.contiguous(), "weight": weight.contiguous()}
+    _call(_Linear, "linear_gradients", sizes, **tensors, grad_x=grad_x, grad_weight=parts)
+    torch.sum(parts, 0, out=grad_weight)
+    return grad_x, grad_weight
+
+
+@linear_gradients.register_fake
+def _like_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return _like_x(grad_y, weight), _like_weight(grad_y, x)
+
+
 @torch.library.custom_op("moe_train::swiglu_forward", mutates_args=())
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     """silu(gate) · up: (m, 2f) → (m, f)."""
@@ -180,6 +201,11 @@ def _forward_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int
 @register_flop_formula([torch.ops.moe_train.linear_input_gradient])
 def _input_flops(grad: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * grad[0] * grad[1] * weight[1]
+
+
+@register_flop_formula([torch.ops.moe_train.linear_gradients])
+def _both_flops(grad: torch.Size, x: torch.Size, *_: Any, **__: Any) -> int:
+    return 4 * grad[0] * grad[1] * x[1]
 
 
 @register_flop_formula([torch.ops.moe_train.linear_weight_gradient])

@@ -28,21 +28,22 @@ static int next_part(const Choice *c, int64_t *first, int64_t *end, int64_t *par
 
 // The k largest of a row, largest first, the lower place first of equal ones; all that are taken become NaN.
 static void take_largest(float *row, int64_t width, int64_t k, int64_t *place) {
+    const __m512 taken = _mm512_set1_ps(__builtin_nanf(""));
     for (int64_t j = 0; j < k; j++) {
         __m512 top = _mm512_set1_ps(-__builtin_inff());
         for (int64_t i = 0; i < width; i += LANES)
             top = _mm512_max_ps(_mm512_load_ps(row + i), top);  // the second where one is NaN, which is taken
         top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-        int64_t found = 0;
-        for (; found < width; found += LANES) {
-            __mmask16 equal = _mm512_cmp_ps_mask(_mm512_load_ps(row + found), top, _CMP_EQ_OQ);
-            if (equal) {
-                found += __builtin_ctz(equal);
-                break;
-            }
-        }
-        place[j] = found;
-        row[found] = __builtin_nanf("");
+        uint64_t equal = 0;
+        int64_t first = 0;
+        for (; !equal && first < width; first += 4 * LANES)  // of 64 at a time, which takes no branch for so many experts
+            for (int64_t i = 0; i < least(4 * LANES, width - first); i += LANES)
+                equal |= (uint64_t)_mm512_cmp_ps_mask(_mm512_load_ps(row + first + i), top, _CMP_EQ_OQ) << i;
+        place[j] = first - 4 * LANES + __builtin_ctzll(equal);
+        // A whole register is stored, since it is loaded next: a single number would have to reach memory first.
+        float *at = row + place[j] / LANES * LANES;
+        __mmask16 one = 1u << place[j] % LANES;
+        _mm512_store_ps(at, _mm512_mask_mov_ps(_mm512_load_ps(at), one, taken));
     }
 }
 
