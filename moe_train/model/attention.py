@@ -104,8 +104,9 @@ class MLA(nn.Module):
         c, x_btd = self.config, in_compute_format(x_btd)
         q = self.queries(x_btd)
         latent, k_rope = self.kv_a_proj(x_btd).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        _, latent, exact = normed(self.kv_a_norm, latent, exact=cache is not None)
-        held = None if cache is None else cache.extend(exact, rotate(k_rope, *rotary))
+        latents = normed(self.kv_a_norm, latent, exact=cache is not None)
+        latent = latents.narrow
+        held = None if cache is None else cache.extend(latents.exact, rotate(k_rope, *rotary))
         if held is None or held[0].shape[1] == x_btd.shape[1]:
             attended = self._attend(q, latent, k_rope, rotary)
         else:

@@ -16,8 +16,15 @@ from moe_train.model.rope import Rotary
 
 
 class BlockOutput(NamedTuple):
-    hidden_btd: Tensor
+    """The residual stream, and what is to be added to it, which the norm that follows does in the same visit."""
+
+    stream_btd: Tensor
+    added_btd: Tensor | None
     routed: Routed | None  # None in a dense layer
+
+    @property
+    def hidden_btd(self) -> Tensor:
+        return self.stream_btd if self.added_btd is None else self.stream_btd + self.added_btd
 
 
 class Block(nn.Module):
@@ -36,17 +43,27 @@ class Block(nn.Module):
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_btd: Tensor, rotary: Rotary, cache: LayerCache | None = None, real_bt: Tensor | None = None
+        self,
+        x_btd: Tensor,
+        rotary: Rotary,
+        cache: LayerCache | None = None,
+        real_bt: Tensor | None = None,
+        added_btd: Tensor | None = None,
     ) -> BlockOutput:
-        """real_bt: False for padding, which no expert's load and no loss of a router counts; None: there is none."""
-        x_btd, normed_btd, _ = normed(self.input_norm, x_btd)
+        """x_btd + added_btd: the hidden states.
+
+        real_bt: False for padding, which no expert's load and no loss of a router counts; None: there is none.
+        """
+        before = normed(self.input_norm, x_btd, added_btd)
+        x_btd, normed_btd = before.total, before.narrow
+        del before  # attention does without the norm in FP32
         attended_btd = self.dropped(self.attention(normed_btd, rotary, cache))
         dense = isinstance(self.ffn, SwiGLU)
-        x_btd, normed_btd, exact_btd = normed(self.post_attention_norm, x_btd, attended_btd, exact=not dense)
+        between = normed(self.post_attention_norm, x_btd, attended_btd, exact=not dense)
         if isinstance(self.ffn, SwiGLU):
-            return BlockOutput(x_btd + self.dropped(self.ffn(normed_btd)), None)
-        out_btd, routed = self.ffn(normed_btd, exact_btd, real_bt)
-        return BlockOutput(x_btd + self.dropped(out_btd), routed)
+            return BlockOutput(between.total, self.dropped(self.ffn(between.narrow)), None)
+        out_btd, routed = self.ffn(between.narrow, between.exact, real_bt)
+        return BlockOutput(between.total, self.dropped(out_btd), routed)
 
     def dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -14,7 +14,7 @@ from moe_train.config import ModelConfig
 from moe_train.model.attention import LayerCache
 from moe_train.model.block import Block, BlockOutput
 from moe_train.model.layers import Linear
-from moe_train.model.norm import RMSNorm
+from moe_train.model.norm import RMSNorm, normed
 from moe_train.model.rope import Rotary
 from moe_train.precision.remade import in_compute_format, remade
 
@@ -50,4 +50,5 @@ class MTPModule(nn.Module):
 
         joined_btd = in_compute_format(remade(joined, embedding_btd, hidden_btd))
         out: BlockOutput = self.block(self.join_proj(joined_btd), rotary, cache, real_bt)
-        return out._replace(hidden_btd=self.norm(out.hidden_btd))
+        normed_btd = normed(self.norm, out.stream_btd, out.added_btd, exact=True).exact
+        return BlockOutput(normed_btd, None, out.routed)

@@ -37,8 +37,13 @@ class Normed(NamedTuple):
     """A sum on the residual stream, and its norm."""
 
     total: Tensor  # in FP32
-    narrow: Tensor  # as products read it
-    exact: Tensor  # in FP32, for what must not be rounded
+    exact: Tensor  # in FP32 where that was asked for
+    rounded: Tensor | None  # as products read it, where it is there already
+
+    @property
+    def narrow(self) -> Tensor:
+        """As products read it."""
+        return in_compute_format(self.exact) if self.rounded is None else self.rounded
 
 
 def normed(norm: RMSNorm, x: Tensor, added: Tensor | None = None, *, exact: bool = False) -> Normed:
@@ -47,10 +52,10 @@ def normed(norm: RMSNorm, x: Tensor, added: Tensor | None = None, *, exact: bool
         total, narrow, wide = compiled.NormOfSum.apply(x, added, norm.weight, norm.eps, exact)  # type: ignore[no-untyped-call]
         results = (narrow, wide) if exact else (narrow,)
         made_again(results, lambda each: compiled.again(each, norm.weight, norm.eps, exact), total)
-        return Normed(total, narrow, results[-1])
+        return Normed(total, results[-1], narrow)
     total = x if added is None else x + added
     wide = remade(norm, total)
-    return Normed(total, in_compute_format(wide), wide)
+    return Normed(total, wide, None)
 
 
 class _Norm(torch.autograd.Function):

@@ -20,7 +20,7 @@ from moe_train.model.experts import Routed
 from moe_train.model.layers import Linear
 from moe_train.model.loss import IGNORE, head_loss
 from moe_train.model.mtp import MTPModule
-from moe_train.model.norm import RMSNorm
+from moe_train.model.norm import RMSNorm, normed
 from moe_train.model.rope import Rotary, rotary_frequencies, rotary_tables
 from moe_train.model.router import Router
 from moe_train.precision.matmul import linear
@@ -90,13 +90,14 @@ class Transformer(nn.Module):
         """Final normed hidden states (b, t, d), and what the MoE layers said. real_bt: False for padding."""
         start = caches[0].length if caches else 0
         rotary = self.rotary(start, tokens_bt.shape[1], tokens_bt.device)
-        x_btd, routed = self.embedding(tokens_bt), []
+        out, routed = BlockOutput(self.embedding(tokens_bt), None, None), []
         for layer, block in enumerate(self.blocks):
-            out = self._through(block, x_btd, rotary, caches[layer] if caches else None, real_bt)
-            x_btd = out.hidden_btd
+            cache = caches[layer] if caches else None
+            out = self._through(block, out.stream_btd, rotary, cache, real_bt, out.added_btd)
             if out.routed is not None:
                 routed.append(out.routed)
-        return self.norm(x_btd), routed
+        # MTP modules go on from the norm, the head rounds it.
+        return normed(self.norm, out.stream_btd, out.added_btd, exact=len(self.mtp) > 0).exact, routed
 
     def _through(self, module: nn.Module, *inputs: object) -> BlockOutput:
         """Call a block, or in training do so without keeping its activations (arXiv 1604.06174) where asked to."""

@@ -35,7 +35,8 @@ def results(kind: str, x: Tensor, added: Tensor | None, weight: Tensor, exact: b
     norm.weight = torch.nn.Parameter(leaves[2])  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16, enabled=kind != "float64"):
         assert kernel.takes(leaves[0], norm.weight, leaves[1]) == (kind == "kernel")
-        total, narrow, wide_norm = normed(norm, leaves[0], leaves[1], exact=exact)
+        made = normed(norm, leaves[0], leaves[1], exact=exact)
+        total, narrow, wide_norm = made.total, made.narrow, made.exact
     out = [total, narrow, *([wide_norm] if exact else [])]
     ramps = [torch.linspace(-1, 2, each.numel(), dtype=torch.float64).view_as(each).to(each.dtype) for each in out]
     asked = [each for each in (leaves[0], leaves[1], norm.weight) if each is not None]
@@ -111,7 +112,9 @@ def test_only_the_sum_is_kept_and_both_norms_are_made_again_with_the_same_bits()
             return tuple(torch.ones_like(each) for each in ctx.saved_tensors)
 
     with torch.autocast("cpu", torch.bfloat16), remaking(True):
-        total, narrow, exact = normed(norm, x, added, exact=True)
+        made = normed(norm, x, added, exact=True)
+        total, narrow, exact = made.total, made.narrow, made.exact
+        del made
         before = [narrow.clone(), exact.clone()]
         where = [torch.multiprocessing.reductions.StorageWeakRef(each.untyped_storage()) for each in (narrow, exact)]
         out = Reads.apply(narrow, exact) + total.sum()
@@ -128,7 +131,7 @@ def test_gradients_of_the_stream_alone_go_past_the_norm() -> None:
     norm = RMSNorm(64, EPS)
     leaves = [x.requires_grad_(), added.requires_grad_()]
     with torch.autocast("cpu", torch.bfloat16):
-        total, _, _ = normed(norm, *leaves)
+        total = normed(norm, *leaves).total
     grad_x, grad_added = torch.autograd.grad(total, leaves, torch.full_like(total, 0.3))
     assert torch.equal(grad_x, torch.full_like(x, 0.3))
     assert torch.equal(grad_added, torch.full_like(added, 0.3))
