@@ -81,7 +81,7 @@ def table(claims: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for claim in claims:
         cells = [
-            f"{claim['number']}. {claim['claim']}" if claim["number"] else claim["claim"],
+            (f"{claim['number']}. " if claim["number"] else "") + claim["claim"] + which_seeds(claim),
             claim["scale"],
             f"**{claim['verdict']}**",
             "; ".join(effect(each) for each in deciding(claim)),
@@ -92,6 +92,12 @@ def table(claims: Sequence[dict[str, Any]]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return lines
+
+
+def which_seeds(claim: dict[str, Any]) -> str:
+    """Where they do not begin with 0: of a suite made again."""
+    first = claim.get("first_seed", 0)
+    return f" (seeds {first} to {first + claim['seeds'] - 1})" if first else ""
 
 
 def _runs_of(claim: dict[str, Any]) -> str:

@@ -96,6 +96,8 @@ class Transformer(nn.Module):
             out = self._through(block, out.stream_btd, rotary, cache, real_bt, out.added_btd)
             if out.routed is not None:
                 routed.append(out.routed)
+            if self.activation_checkpointing and self.training:  # which keeps what it is given: one tensor, not two
+                out = BlockOutput(out.hidden_btd, None, None)
         # MTP modules go on from the norm, the head rounds it.
         return normed(self.norm, out.stream_btd, out.added_btd, exact=len(self.mtp) > 0).exact, routed
 

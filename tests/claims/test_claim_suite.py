@@ -157,7 +157,9 @@ def test_a_suite_made_again_takes_seeds_nobody_has_seen(asked: Make, claim_dir: 
     (found,) = judged(asked(), made)
     count = plan.scale.seeds
     assert {result.run.config.seed for result in found.results} == set(range(100, 100 + count))
-    assert f"{count} seeds (100 to {99 + count})" in (asked().out / report.MARKDOWN).read_text()
+    page = (asked().out / report.MARKDOWN).read_text()
+    assert f"{count} seeds (100 to {99 + count})" in page
+    assert f"mine (seeds 100 to {99 + count}) |" in page
 
 
 def test_arms_of_other_rates_are_not_tuned_together(asked: Make, claim_dir: Make) -> None:

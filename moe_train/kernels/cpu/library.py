@@ -34,7 +34,7 @@ _HERE = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 _LIBRARIES = ("-lm",)
 _COMPILERS = ("cc", "gcc", "clang")
-_SECONDS = 120.0  # of compiling, which takes two
+_SECONDS = 120.0  # of compiling, which takes seven
 
 _library: ctypes.CDLL | None = None
 _openmp: ctypes.CDLL | None = None  # torch's
