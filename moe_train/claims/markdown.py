@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.claims.section import section
-from moe_train.claims.words import deciding, device_of, dollars, effect, interval
+from moe_train.claims.words import deciding, device_of, dollars, effect, interval, seeds_made_again
 from moe_train.errors import UserError
 
 Content = dict[str, Any]
@@ -81,7 +81,7 @@ def table(claims: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for claim in claims:
         cells = [
-            (f"{claim['number']}. " if claim["number"] else "") + claim["claim"] + which_seeds(claim),
+            (f"{claim['number']}. " if claim["number"] else "") + claim["claim"] + seeds_made_again(claim, "seeds "),
             claim["scale"],
             f"**{claim['verdict']}**",
             "; ".join(effect(each) for each in deciding(claim)),
@@ -92,12 +92,6 @@ def table(claims: Sequence[dict[str, Any]]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return lines
-
-
-def which_seeds(claim: dict[str, Any]) -> str:
-    """Where they do not begin with 0: of a suite made again."""
-    first = claim.get("first_seed", 0)
-    return f" (seeds {first} to {first + claim['seeds'] - 1})" if first else ""
 
 
 def _runs_of(claim: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moe_train.claims.words import deciding, device_of, dollars, effect, interval
+from moe_train.claims.words import deciding, device_of, dollars, effect, interval, seeds_made_again
 
 
 def section(claim: dict[str, Any]) -> list[str]:
@@ -48,9 +48,10 @@ def why(claim: dict[str, Any]) -> str:
 
 
 def _protocol(claim: dict[str, Any]) -> str:
-    first = claim.get("first_seed", 0)
-    which = f" ({first} to {first + claim['seeds'] - 1})" if first else ""
-    said = [f"{claim['seeds']} seeds{which}", f"{' / '.join(f'{tokens:,}' for tokens in claim['budgets'])} tokens"]
+    said = [
+        f"{claim['seeds']} seeds{seeds_made_again(claim)}",
+        f"{' / '.join(f'{tokens:,}' for tokens in claim['budgets'])} tokens",
+    ]
     if tuning := claim.get("tuning"):
         factors = ", ".join(f"×{factor:g}" for factor in tuning["factors"])
         seeds = f", {tuning['seeds']} seeds" if tuning["seeds"] > 1 else ""

@@ -42,3 +42,9 @@ def device_of(device: dict[str, Any]) -> str:
     threads = device["num_threads"]
     cores = f", {threads} thread{'' if threads == 1 else 's'}" if device["hardware"] == "cpu" else ""
     return f"{device['device_name']}{cores}, {device['compute_dtype']}"
+
+
+def seeds_made_again(claim: dict[str, Any], word: str = "") -> str:
+    """Which they are, in brackets, where they do not begin with 0: of a suite made again."""
+    first = claim.get("first_seed", 0)
+    return f" ({word}{first} to {first + claim['seeds'] - 1})" if first else ""
