@@ -179,3 +179,11 @@ def test_a_target_that_is_no_entry_is_refused() -> None:
     target[3] = 50
     with pytest.raises(IndexError, match="target 50 is not one of the head's 50 entries"):
         through((hidden, weight, target), "kernel")
+
+
+def test_targets_are_read_in_any_format_and_there_is_one_for_every_row() -> None:
+    hidden, weight, target = drawn(100, 8, 50)
+    found, expected = through((hidden, weight, target.int()), "kernel"), through((hidden, weight, target), "kernel")
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="100 rows have 100 targets"):
+        through((hidden, weight, target[:90]), "kernel")

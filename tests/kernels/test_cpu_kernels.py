@@ -322,6 +322,22 @@ def test_muon_is_as_near_to_float64_as_torchs_operations(shape: tuple[int, ...],
     assert not torch.equal(found[0][0], found[1][0])
 
 
+def test_muon_gives_the_same_bits_on_any_number_of_cores_also_where_there_are_fewer_matrices() -> None:
+    parameter, gradients, found = drawn(1, 64, 36, seed=0), [drawn(1, 64, 36, seed=seed) for seed in (1, 2)], []
+    before = torch.get_num_threads()
+    try:
+        for cores in (1, 2, 3):
+            torch.set_num_threads(cores)
+            weight = torch.nn.Parameter(parameter.clone())
+            optimizer = Muon([weight], **MUON)
+            for weight.grad in gradients:
+                optimizer.step()
+            found.append(weight.detach())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], each) for each in found[1:])
+
+
 def test_any_number_of_cores_gives_the_same_bits() -> None:
     case, found = layer(*SIZES["tiny"]), []
     before = torch.get_num_threads()

@@ -199,14 +199,14 @@ def count(x_nk: Tensor, rounded: Rows | Columns, ends_e: Tensor) -> list[int]:
 def product(left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
     """See kernels/fp8_matmul.py."""
     (n, k), (groups, o, _), cores = left.values.shape, right.values.shape, torch.get_num_threads()
-    values, scales, ends_e = _readable(right.values), right.scales, ends_e.contiguous()
+    rows, values, scales, ends_e = _readable(left.values), _readable(right.values), right.scales, ends_e.contiguous()
     out = torch.empty(n, o, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
     library.call_on_cores(
         "fp8_product",
         _Product(
             *(groups, n, k, o, cores if groups < 2 * cores else 1, dtype == torch.bfloat16),
             ends=ends_e.data_ptr(),
-            left=_operand(_readable(left.values), left.scales),
+            left=_operand(rows, left.scales),
             right=_operand(values, scales),
             right_group=values.stride(0),
             scales_group=scales.stride(0),
@@ -221,8 +221,8 @@ def weight_product(left: Columns, right: Columns) -> Tensor:
     groups, o, i, ends_e = len(left.ends_e), len(left.values), len(right.values), left.ends_e.contiguous()
     out = torch.empty(groups, o, i)
     arguments = _Product(groups, o, 0, i, 1, False, ends=ends_e.data_ptr(), out=out.data_ptr())
-    arguments.left = _operand(_readable(left.values), left.scales)
-    arguments.right = _operand(_readable(right.values), right.scales)
+    of_left, of_right = _readable(left.values), _readable(right.values)
+    arguments.left, arguments.right = _operand(of_left, left.scales), _operand(of_right, right.scales)
     library.call_on_cores("fp8_weight_product", arguments)
     return out
 

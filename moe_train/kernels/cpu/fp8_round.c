@@ -149,7 +149,7 @@ static void round_along_tokens(const Rounding *r, const Piece *p, const float *x
 static void finish(const Rounding *r, int64_t end) {
     const Source *s = &r->source;
     int64_t blocks = pieces_of(s->inner), start = 0, before = 0;
-    if (r->along_rows.shared) {
+    if (r->along_rows.shared && end < s->rows) {
         memset(r->along_rows.values + end * s->inner, 0, (s->rows - end) * s->inner);
         for (int64_t i = end * blocks; i < s->rows * blocks; i++) r->along_rows.scales[i] = 1.0f;
     }

@@ -54,6 +54,8 @@ def takes(hidden_td: Tensor, weight_vd: Tensor) -> bool:
 def _call(x: Tensor, weight: Tensor, target: Tensor, z: float, *gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Objective and loss. gradients: where those of x and the weight go, their rows padded."""
     (t, d), v = x.shape, len(weight)
+    if target.shape != (t,):
+        raise ValueError(f"{t} rows have {t} targets, not {tuple(target.shape)}")
     if int(target.max()) >= v:
         raise IndexError(f"target {int(target.max())} is not one of the head's {v} entries")
     block = max(2 * _TILE, min(_BLOCK_BYTES // (4 * v) // _TILE, 16) * _TILE)
@@ -66,7 +68,7 @@ def _call(x: Tensor, weight: Tensor, target: Tensor, z: float, *gradients: Tenso
 
     sums = torch.zeros(chunks, blocks, 2, dtype=torch.float64)
     done = torch.zeros(1 + 2 * chunks, dtype=torch.int64)
-    tensors = {"x": x.contiguous(), "weight": weight.contiguous(), "target": target.contiguous()}
+    tensors = {"x": x.contiguous(), "weight": weight.contiguous(), "target": target.long().contiguous()}
     tensors |= {"columns": packed(d, v), "sums": sums, "done": done}
     if gradients:
         tensors |= dict(zip(("grad_x", "grad_weight"), gradients))
@@ -82,7 +84,7 @@ def _call(x: Tensor, weight: Tensor, target: Tensor, z: float, *gradients: Tenso
 def head_loss(x: Tensor, weight: Tensor, target: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
     """Objective and loss, FP32, of x (t, d) in BF16 by weight (v, d) in FP32.
 
-    target: int64, negative for padding. Raises IndexError for one that is not an entry.
+    target: (t), whole numbers, negative for padding. Raises IndexError for one that is not an entry, and ValueError.
     """
     return _call(x, weight, target, z_loss_weight)
 

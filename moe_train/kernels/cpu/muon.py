@@ -11,8 +11,7 @@ from torch import Tensor
 
 from moe_train.kernels.cpu import library
 
-# Of a matrix, which one core works on: what it needs has to fit into its cache, and there must be one for each core.
-_LARGEST = 2**18
+_LARGEST = 2**18  # of a matrix, which one core works on: what it needs has to fit into its cache
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,16 @@ class _Arguments(ctypes.Structure):
 
 
 def takes(tensors: Sequence[Tensor], shape: tuple[int, int]) -> bool:
-    """Whether they are used, and can do it: in FP32 on a CPU, matrices of even sizes, small and many enough.
+    """Whether they are used, and can do it: in FP32 on a CPU, matrices of even sizes, small enough.
 
-    tensors: parameters, gradients and momenta, made of matrices of `shape`.
+    tensors: parameters, gradients and momenta, made of matrices of `shape`. Not asked: whether there is a matrix for
+    each core, or a run would learn differently with another number of cores.
     """
-    matrices = sum(x.numel() for x in tensors) // (3 * shape[0] * shape[1])
     return (
         library.in_use() is not None
         and all(x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
         and shape[0] % 2 == shape[1] % 2 == 0
         and shape[0] * shape[1] <= _LARGEST
-        and matrices >= torch.get_num_threads()
     )
 
 
