@@ -42,10 +42,14 @@ def random(device: torch.device) -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="module")
 def compiled_for_cpu() -> Iterator[None]:
-    """The kernels in C, used by all that a module's tests call."""
+    """The kernels in C, used by all that a module's tests call. Sources that do not compile are a failure."""
+    missing = library._missing(in_bf16=True)
     try:
-        library.use("compiled", in_bf16=True)
+        library._compiler()
     except UserError as error:
-        pytest.skip(str(error))
+        missing = missing or str(error)
+    if missing is not None:
+        pytest.skip(missing)
+    library.use("compiled", in_bf16=True)
     yield
     library.use("torch", in_bf16=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,21 +13,12 @@ from kernel_checks import by_autograd, held_to_reference, same
 from torch import Tensor
 
 from moe_train.config import OperandConfig
-from moe_train.errors import UserError
 from moe_train.kernels import reference
 from moe_train.kernels.cpu import fp8, library
 from moe_train.kernels.layouts import DTYPES, PIECE, Columns, Rows
 from moe_train.precision import health
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> Iterator[None]:
-    try:
-        library.use("compiled", in_bf16=True)
-    except UserError as error:
-        pytest.skip(str(error))
-    yield
-    library.use("torch", in_bf16=True)
+pytestmark = pytest.mark.usefixtures("compiled_for_cpu")
 
 
 OPERANDS = [

@@ -97,7 +97,6 @@ def test_only_the_sum_is_kept_and_both_norms_are_made_again_with_the_same_bits()
     norm = RMSNorm(64, EPS)
     norm.weight = torch.nn.Parameter(weight)
     x.requires_grad_()
-    kept: list[Tensor] = []
     read: list[Tensor] = []
 
     class Reads(torch.autograd.Function):
@@ -118,7 +117,6 @@ def test_only_the_sum_is_kept_and_both_norms_are_made_again_with_the_same_bits()
         before = [narrow.clone(), exact.clone()]
         where = [torch.multiprocessing.reductions.StorageWeakRef(each.untyped_storage()) for each in (narrow, exact)]
         out = Reads.apply(narrow, exact) + total.sum()
-    kept.append(total)
     del narrow, exact
     assert all(each.expired() for each in where)
     out.backward()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moe_train.compose import CONFIGS, validated
 from moe_train.config import Fp8Config, PrecisionConfig
-from moe_train.errors import UserError
 from moe_train.kernels.cpu import library
 from moe_train.precision.backends import Backend
 from moe_train.precision.compiled_fp8 import CompiledFp8
@@ -90,10 +89,9 @@ RECIPES = sorted(path.stem for path in (CONFIGS / "precision").glob("fp8_*.yaml"
 
 @pytest.fixture
 def compiled_backend() -> Iterator[Backend]:
-    try:
-        library.use("compiled", in_bf16=True)
-    except UserError as error:
-        pytest.skip(str(error))
+    if missing := library._missing(in_bf16=True):
+        pytest.skip(missing)
+    library.use("compiled", in_bf16=True)
     yield CompiledFp8()
     library.use("torch", in_bf16=True)
 

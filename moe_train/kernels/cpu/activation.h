@@ -14,6 +14,18 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(sum, n);
 }
 
+// 2^x for x <= 0, to 2 units in the last place, NaN for NaN: 2^n · 2^f, |f| <= 1/2, by a polynomial.
+static inline __m512 power_of_two(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // the second where one is NaN
+    const __m512 n = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, n);
+    __m512 sum = _mm512_set1_ps(0.00132647274f);
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(0.00967151297f));
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(0.0555073375f));
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(0.240222421f));
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(0.693146978f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.0f)), n);
+}
+
 // 1 / (1 + e^-x), the division by an estimate to 14 bits and a step of Newton's. Below -88 as at -88.
 static inline __m512 sigmoid(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);

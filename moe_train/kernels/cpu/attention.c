@@ -6,6 +6,7 @@
 //
 // Cores take the next head of keys, with all heads of queries that share it, from a common count. next[1] becomes 1
 // where memory was missing.
+#include "activation.h"
 #include "products.h"
 
 typedef struct {
@@ -167,18 +168,6 @@ static void add_to_keys(const pair *a, int64_t held, int64_t start, int64_t coun
                              pairs_of(count) - first, c + key * stride + column, stride, 1);
         }
     }
-}
-
-// 2^x for x <= 0, to 2 units in the last place, NaN for NaN: 2^n · 2^f, |f| <= 1/2, by a polynomial.
-static inline __m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // the second where one is NaN
-    const __m512 n = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, n);
-    __m512 sum = _mm512_set1_ps(0.00132647274f);
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(0.00967151297f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(0.0555073375f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(0.240222421f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(0.693146978f));
-    return _mm512_scalef_ps(_mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.0f)), n);
 }
 
 // The largest of a row's first `seen` scores, times `factor`, which is positive.
