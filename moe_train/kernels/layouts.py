@@ -30,7 +30,10 @@ class Rows(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Tokens as the inner dimension: values (k, 128 p) in FP8, scales (k, p) in FP32; group e ends at piece ends_e."""
+    """Tokens as the inner dimension: values (k, 128 p) in FP8, scales (k, p) in FP32; group e ends at piece ends_e.
+
+    The kernels write the scales of a piece side by side, as they are read together.
+    """
 
     values: Tensor
     scales: Tensor

@@ -75,7 +75,7 @@ def round_block(
         rounded = round_to_fp8(x, scale[None, :], COLUMNS_E4M3, NATIVE)
         place = wide[None, :] * inner + (piece * PIECE + tl.arange(0, PIECE))[:, None]
         tl.store(column_values + place, rounded, mask=(column < k)[None, :])
-        tl.store(column_scales + wide * (inner // PIECE) + piece, scale, mask=column < k)
+        tl.store(column_scales + piece.to(tl.int64) * k + column, scale, mask=column < k)
 
 
 class Outputs:
@@ -98,7 +98,7 @@ class Outputs:
             "row_values": empty((n, k), dtype=torch.uint8) if rows else None,
             "row_scales": empty((n, blocks), dtype=torch.float32) if rows else None,
             "column_values": empty((k, pieces * PIECE), dtype=torch.uint8) if columns else None,
-            "column_scales": empty((k, pieces), dtype=torch.float32) if columns else None,
+            "column_scales": empty((pieces, k), dtype=torch.float32) if columns else None,
             "inner": pieces * PIECE,
             "largest_row": largest(n, dtype=torch.int32) if rows and rows.scale_of == "row" else None,
             "largest_column": (
@@ -122,7 +122,7 @@ class Outputs:
         made = self.arguments
         return (
             Rows(made["row_values"].view(DTYPES[rows.format]), made["row_scales"]) if rows else None,
-            Columns(made["column_values"].view(DTYPES[columns.format]), made["column_scales"], piece_ends_e)
+            Columns(made["column_values"].view(DTYPES[columns.format]), made["column_scales"].t(), piece_ends_e)
             if columns
             else None,
         )

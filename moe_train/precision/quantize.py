@@ -47,7 +47,9 @@ def quantize(x: Tensor, operand: OperandConfig) -> Quantized:
     finite = exact.isfinite()
     magnitude = torch.where(finite, exact.abs(), 0.0)
     largest = torch.finfo(DTYPES[operand.format]).max
-    scales = _largest_of_pieces(magnitude, piece) / largest
+    found = _largest_of_pieces(magnitude, piece)
+    # Divided by a tensor: by a number, torch multiplies with its reciprocal on CUDA, which changes last bits.
+    scales = found / torch.full_like(found, largest)
     if operand.power_of_two:
         scales = _rounded_up_to_power_of_two(scales)
     scales = torch.where(scales > 0, scales.clamp_min(SMALLEST_SCALE), 1.0)
@@ -79,5 +81,6 @@ def _spread(scales: Tensor, piece: tuple[int, int], shape: torch.Size) -> Tensor
 
 
 def _rounded_up_to_power_of_two(scales: Tensor) -> Tensor:
-    mantissa, exponent = torch.frexp(scales)  # mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(scales), torch.where(mantissa == 0.5, exponent - 1, exponent)) * (scales > 0)
+    """Of numbers that are not negative. By their bits: torch's ldexp goes through a power that need not be exact."""
+    bits = scales.view(torch.int32)
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)

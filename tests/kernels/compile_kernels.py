@@ -59,7 +59,7 @@ def launch_all() -> None:
     weights = Weights(fp8(e, o, k), torch.zeros(e, o, k // 128), shared_rows=True)
     fp8_matmul.grouped_product(Rows(fp8(n, k), torch.zeros(n, k // 128)), weights, ends_e, torch.bfloat16)
     pieces = n // 128 + e
-    columns = Columns(fp8(k, 128 * pieces), torch.zeros(k, pieces), ends_e)
+    columns = Columns(fp8(k, 128 * pieces), torch.zeros(pieces, k).t(), ends_e)
     fp8_matmul.grouped_weight_product(columns, columns)
     grouped_matmul.grouped_product(x, w, ends_e)
     grouped_matmul.grouped_weight_product(x, x, ends_e)
