@@ -16,7 +16,6 @@ from moe_train.data.batches import Batches
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.spread import Replicated
 from moe_train.precision import recipes
-from moe_train.precision.fp8 import holding_weights
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.runtime import Runtime
 from moe_train.training.step import Stepper
@@ -63,11 +62,7 @@ class TrainingArm:
 
     def forward_backward(self) -> None:
         """The same without clipping, optimizer and balancing."""
-        inputs, targets = self.batches[0]
-        size = self._stepper.micro_batch_size
-        with holding_weights():
-            for piece, target in zip(inputs.split(size), targets.split(size)):
-                (self._stepper.spread.wrapped(piece, target).objective / self.tokens).backward()
+        self._stepper.passes(0, *self.batches[0])
         self.model.zero_grad(set_to_none=True)
 
     def state(self) -> list[Tensor]:

@@ -29,6 +29,7 @@ _TIMED_ALIKE = {
     "num_devices": "on another number of devices",
     "num_threads": "with another number of threads",
     "cpu_kernels": "by other kernels of the CPU",
+    "cuda_graphs": "with other launches of kernels",
     "price_usd_per_hour": "at another price",
 }
 

@@ -57,6 +57,7 @@ class RunConfig:
     traceback: bool
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)  # older runs' have none
     cpu_kernels: Literal["auto", "compiled", "torch"] = "auto"  # of BF16 products; older runs' have none
+    cuda_graphs: Literal["auto", "always", "never"] = "auto"  # of the passes of a step; older runs' have none
 
     def __post_init__(self) -> None:
         for key in ("run_dir", "resume", "init_from"):
@@ -89,7 +90,8 @@ class RunConfig:
         return self.model.vocab_size or -(-size // 64) * 64
 
     _NOT_IDENTITY = (
-        *("name", "run_dir", "resume", "tracking", "checkpoint", "num_threads", "traceback", "cpu_kernels"),
+        *("name", "run_dir", "resume", "tracking", "checkpoint", "num_threads", "traceback"),
+        *("cpu_kernels", "cuda_graphs"),
         *("hardware", "cost", "budget", "parallel"),
     )
 

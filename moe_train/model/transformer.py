@@ -104,7 +104,9 @@ class Transformer(nn.Module):
     def _through(self, module: nn.Module, *inputs: object) -> BlockOutput:
         """Call a block, or in training do so without keeping its activations (arXiv 1604.06174) where asked to."""
         if self.activation_checkpointing and self.training:
-            kept: BlockOutput = checkpoint(module, *inputs, use_reentrant=False)
+            # Reading the state of a GPU's random numbers would wait for it.
+            random = self.config.dropout > 0
+            kept: BlockOutput = checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=random)
             return kept
         with remaking(self.training):
             out: BlockOutput = module(*inputs)

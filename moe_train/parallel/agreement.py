@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moe_train.config import RunConfig, differences, to_dict
 from moe_train.errors import UserError
 
-_OF_A_MACHINE = ("num_threads", "traceback", "cpu_kernels")
+_OF_A_MACHINE = ("num_threads", "traceback", "cpu_kernels", "cuda_graphs")
 
 
 def check_agreement(config: RunConfig) -> None:

@@ -21,6 +21,7 @@ class Backend(Protocol):
 
     name: str
     multiplies_in: Rate  # whose peak rate its products could have
+    asks_host: bool  # for the sizes of groups, which no CUDA graph can
 
     def quantize(
         self,

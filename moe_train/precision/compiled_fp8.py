@@ -19,6 +19,7 @@ class CompiledFp8:
 
     name = "emulated"
     multiplies_in: Rate = "bfloat16"
+    asks_host: bool = True
 
     quantize = staticmethod(fp8.quantize)
     quantize_again = staticmethod(fp8.quantize_again)

@@ -20,6 +20,7 @@ class Emulated:
 
     name = "emulated"
     multiplies_in: Rate = "float32"
+    asks_host: bool = True
 
     quantize = staticmethod(reference.quantize)
     quantize_again = staticmethod(reference.quantize_again)

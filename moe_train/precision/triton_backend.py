@@ -16,6 +16,7 @@ class Triton:
     """A backend (precision/backends.py)."""
 
     name = "triton"
+    asks_host: bool = False
 
     quantize = staticmethod(rounding.quantize)
     quantize_again = staticmethod(rounding.quantize_again)

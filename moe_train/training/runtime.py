@@ -45,6 +45,7 @@ class Runtime:
     device_name: str
     num_threads: int
     cpu_kernels: Literal["compiled", "torch"] | None  # None: on a GPU
+    cuda_graphs: bool  # the passes of a step are one
     dtype: torch.dtype  # of matrix products
     layout: Layout  # over the processes
     fp8_dispatch: bool  # tokens travel to experts in FP8
@@ -189,6 +190,7 @@ def start_runtime(config: RunConfig) -> Runtime:
         device_name=device_name,
         num_threads=num_threads,
         cpu_kernels=None if on_gpu else "torch" if cpu_kernels.in_use() is None else "compiled",
+        cuda_graphs=_choose_graphs(config, on_gpu, expected),
         dtype=dtype,
         layout=layout,
         fp8_dispatch=config.parallel.dispatch_format == "fp8",
@@ -306,6 +308,20 @@ def _choose_dtype(config: RunConfig, on_gpu: bool, device_name: str) -> tuple[to
             f"precision={config.precision.name}: {device_name} has no BF16 units; use precision=fp32 or auto"
         )
     return getattr(torch, asked), None
+
+
+def _choose_graphs(config: RunConfig, on_gpu: bool, processes: int) -> bool:
+    """Raises UserError where they were asked for and cannot be had."""
+    obstacle = None
+    if not on_gpu:
+        obstacle = "there is no CUDA device"
+    elif processes > 1:
+        obstacle = "a graph is of one process, and there are several"
+    elif config.model.resolved().dropout:
+        obstacle = "dropout draws its masks anew in every step"
+    if config.cuda_graphs == "always" and obstacle:
+        raise UserError(f"cuda_graphs=always: {obstacle}; use auto or never")
+    return config.cuda_graphs != "never" and obstacle is None
 
 
 def cpu_name() -> str:

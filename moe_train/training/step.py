@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +21,15 @@ from torch import Tensor
 
 from moe_train.config import RunConfig
 from moe_train.data.batches import Batches
+from moe_train.errors import UserError
 from moe_train.model.balancing import update_selection_bias
 from moe_train.model.transformer import Losses, Transformer
 from moe_train.parallel import communication
 from moe_train.parallel.spread import Spread
 from moe_train.precision.fp8 import holding_weights
 from moe_train.precision.health import Counts, LayerRates
+from moe_train.precision.recipes import fp8_layers
+from moe_train.training.captured import CapturedPasses
 from moe_train.training.optimizers import set_lr
 from moe_train.training.runtime import Runtime
 
@@ -65,13 +69,14 @@ class StepTotals:
             grad_norm=zeros(dtype=torch.float32),
         )
 
-    def add(self, losses: Losses) -> None:
-        """Add a micro-batch."""
-        self.nll += losses.nll
-        self.auxiliary += losses.auxiliary
-        self.mtp_nll_k += losses.mtp_nll_k
-        self.mtp_targets_k += losses.mtp_targets_k
-        self.dropped_l += losses.dropped_l
+    def add(self, more: Losses | StepTotals) -> None:
+        """Add a micro-batch, or the micro-batches of a step."""
+        self.nll += more.nll
+        self.auxiliary += more.auxiliary
+        self.mtp_nll_k += more.mtp_nll_k
+        self.mtp_targets_k += more.mtp_targets_k
+        self.dropped_l += more.dropped_l
+        self.counts_le += more.counts_le
 
 
 class StepFigures(NamedTuple):
@@ -113,7 +118,18 @@ class Stepper:
         self.fp8_counts = fp8_counts
         self.micro_batch_size = config.micro_batch_size or config.batch_size // runtime.world_size
         self.routers = model.routers()
+        self._captured = None
+        asks_host = any(layer.backend.asks_host for layer in fp8_layers(model).values())
+        if asks_host and config.cuda_graphs == "always":
+            raise UserError("cuda_graphs=always: this backend of FP8 reads where groups end on the host; use auto")
+        if runtime.cuda_graphs and not asks_host:
+            self._captured = CapturedPasses[StepTotals](list(model.parameters()))
         self.totals = StepTotals.zero(model, runtime.device)
+
+    @property
+    def captures(self) -> bool:
+        """Whether its passes are replayed as a CUDA graph."""
+        return self._captured is not None
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's share of the batch of `step`, on its device."""
@@ -135,21 +151,11 @@ class Stepper:
     ) -> int:
         """Do optimizer step `step` (from 0) at a run's `progress`; returns the targets trained on, over all ranks."""
         num_targets = self.batches.num_targets(step)
-        pieces = list(zip(inputs_bt.split(self.micro_batch_size), targets_bt.split(self.micro_batch_size), strict=True))
-        counts_le = torch.zeros_like(self.totals.counts_le)
         mtp, moe = self.model.config.mtp, self.model.config.moe
         mtp_weight = 0.0 if mtp is None else mtp.weight_at(progress)
-        counted = self.fp8_counts.counting() if counts_fp8 and self.fp8_counts else contextlib.nullcontext()
-        with holding_weights(), counted:
-            for micro, (inputs, targets) in enumerate(pieces):
-                self._seed_dropout(step, micro)
-                with self.spread.micro_batch(last=micro == len(pieces) - 1):
-                    losses = self.spread.wrapped(inputs, targets, mtp_weight)
-                    with communication.backward():
-                        (losses.objective * (self.spread.loss_scale / num_targets)).backward()
-                self.totals.add(losses)
-                counts_le += losses.counts_le
-        counts_le = self.runtime.summed(counts_le)
+        counted = self.fp8_counts.counting() if counts_fp8 and self.fp8_counts else None
+        sums = self.passes(step, inputs_bt, targets_bt, mtp_weight, counted)
+        counts_le = self.runtime.summed(sums.counts_le)
 
         norm = self.spread.clip(self.config.optimizer.max_grad_norm or float("inf"))
         set_lr(self.optimizers, lr_factor)
@@ -160,12 +166,45 @@ class Stepper:
         if moe is not None and moe.bias_update_speed and progress < moe.bias_update_fraction:
             update_selection_bias(self.routers, counts_le, moe.bias_update_speed)
 
-        self.totals.counts_le += counts_le
+        self.totals.add(dataclasses.replace(sums, counts_le=counts_le))
         self.totals.grad_norm = norm
         self.totals.targets += num_targets
         self.totals.mtp_weight = mtp_weight
         self.totals.batch_size = len(inputs_bt) * self.runtime.world_size
         return num_targets
+
+    def passes(
+        self,
+        step: int,
+        inputs_bt: Tensor,
+        targets_bt: Tensor,
+        mtp_weight: float = 0.0,
+        counted: AbstractContextManager[None] | None = None,
+    ) -> StepTotals:
+        """Forward and backward over all micro-batches; leaves gradients. The sums are of this rank, and of this call.
+
+        counted: within, what FP8 does is counted; such passes are never replayed.
+        """
+        num_targets = self.batches.num_targets(step)
+
+        def passes(inputs_bt: Tensor, targets_bt: Tensor) -> StepTotals:
+            sums = StepTotals.zero(self.model, self.runtime.device)
+            pieces = zip(inputs_bt.split(self.micro_batch_size), targets_bt.split(self.micro_batch_size), strict=True)
+            *earlier, last = enumerate(pieces)
+            with holding_weights(), counted or contextlib.nullcontext():
+                for micro, (inputs, targets) in (*earlier, last):
+                    self._seed_dropout(step, micro)
+                    with self.spread.micro_batch(last=micro == last[0]):
+                        losses = self.spread.wrapped(inputs, targets, mtp_weight)
+                        with communication.backward():
+                            (losses.objective * (self.spread.loss_scale / num_targets)).backward()
+                    sums.add(losses)
+            return sums
+
+        if self._captured is None or counted is not None:
+            return passes(inputs_bt, targets_bt)
+        in_fp8 = len(fp8_layers(self.model))
+        return self._captured((num_targets, mtp_weight, in_fp8), passes, inputs_bt, targets_bt)
 
     def _seed_dropout(self, step: int, micro: int) -> None:
         """Dropout is a function of (seed, step, micro-batch, rank), so a resumed run needs no saved random state."""

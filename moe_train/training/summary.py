@@ -150,6 +150,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "parallel": run.runtime.layout.name,
         "num_threads": run.runtime.num_threads,
         "cpu_kernels": run.runtime.cpu_kernels,
+        "cuda_graphs": run.stepper.captures,
         "precision": run.config.precision.name,
         "compute_dtype": str(run.runtime.dtype).removeprefix("torch."),
         "fp8_modules_in_compute_format": run.fp8_health.in_compute_format,

@@ -1,0 +1,54 @@
+"""A step replayed as a CUDA graph is the step, to the bit; and where there can be no graph that is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_train.benchmark.arms import TrainingArm
+from moe_train.compose import compose_run
+from moe_train.errors import UserError
+from moe_train.training.runtime import start_runtime
+
+SMALL = ("model=nano", "batch_size=4", "data.sequence_length=128", "optimizer=adamw")
+ARMS = {
+    "mla": (),
+    "gqa": ("model/attention=gqa_4x32",),
+    "dense": ("model.dense_twin_of_moe=equal_flops",),
+    "mtp": ("model/mtp=depth_1",),
+    "micro-batches": ("micro_batch_size=2",),
+    "checkpointing": ("activation_checkpointing=true",),
+    "fp8": ("precision=fp8_deepseek",),
+    "muon": ("optimizer=muon",),
+    "capacity": ("model.moe.capacity_factor=1.25",),
+    "experts choose": ("model/moe=expert_choice",),
+    "batch loss": ("model.moe.batch_loss_weight=0.01",),
+}
+
+
+def losses(settings: tuple[str, ...]) -> list[tuple[float, float]]:
+    config = compose_run([*SMALL, *settings], "test", None)
+    arm = TrainingArm(config, start_runtime(config))
+    found = []
+    for step in range(6):
+        arm._stepper.step(step, *arm.batches[step % 4], 1.0, 0.0)
+        figures = arm._stepper.read_totals()
+        found.append((figures.loss, figures.grad_norm))
+    assert arm._stepper.captures == (arm.runtime.cuda_graphs)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", ARMS.values(), ids=ARMS)
+def test_replayed_steps_are_the_steps(settings: tuple[str, ...]) -> None:
+    replayed, launched = losses((*settings, "cuda_graphs=always")), losses((*settings, "cuda_graphs=never"))
+    assert replayed == launched
+    assert replayed[0] != replayed[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_there_is_no_graph_and_asking_for_one_is_refused() -> None:
+    config = compose_run([*SMALL, "cuda_graphs=auto"], "test", None)
+    assert not TrainingArm(config, start_runtime(config))._stepper.captures
+    with pytest.raises(UserError, match="cuda_graphs=always: there is no CUDA device; use auto or never"):
+        start_runtime(compose_run([*SMALL, "cuda_graphs=always"], "test", None))
