@@ -57,7 +57,7 @@ class RunConfig:
     traceback: bool
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)  # older runs' have none
     cpu_kernels: Literal["auto", "compiled", "torch"] = "auto"  # of BF16 products; older runs' have none
-    cuda_graphs: Literal["auto", "always", "never"] = "auto"  # of the passes of a step; older runs' have none
+    cuda_graphs: Literal["auto", "always", "never"] = "auto"  # of a step; older runs' have none
 
     def __post_init__(self) -> None:
         for key in ("run_dir", "resume", "init_from"):

@@ -129,10 +129,13 @@ class Muon(torch.optim.Optimizer):
             updates = self.copies.done_once(lambda some: orthogonalized(some, steps), pieces, group_of_copies)
         else:
             updates = orthogonalized(pieces, steps)
-        scale = 0.2 * math.sqrt(max(shape))
+        scale, rate = 0.2 * math.sqrt(max(shape)), group["lr"]
         for parameter, update in zip(parameters, torch.split(updates, [len(d) for d in directions]), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+            parameter.mul_(1 - rate * group["weight_decay"])
+            if isinstance(rate, Tensor):  # on the device, where a CUDA graph reads it
+                parameter.addcmul_(update.reshape(parameter.shape).to(parameter.dtype), rate * -scale)
+            else:
+                parameter.add_(update.reshape(parameter.shape), alpha=-rate * scale)
 
     def _step_compiled(self, parameters: list[Tensor], group: dict[str, Any]) -> bool:
         """The same by kernels/cpu, if that takes them."""

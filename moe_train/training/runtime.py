@@ -45,7 +45,7 @@ class Runtime:
     device_name: str
     num_threads: int
     cpu_kernels: Literal["compiled", "torch"] | None  # None: on a GPU
-    cuda_graphs: bool  # the passes of a step are one
+    cuda_graphs: bool  # a step is one
     dtype: torch.dtype  # of matrix products
     layout: Layout  # over the processes
     fp8_dispatch: bool  # tokens travel to experts in FP8
@@ -319,6 +319,8 @@ def _choose_graphs(config: RunConfig, on_gpu: bool, processes: int) -> bool:
         obstacle = "a graph is of one process, and there are several"
     elif config.model.resolved().dropout:
         obstacle = "dropout draws its masks anew in every step"
+    elif config.optimizer.moments != "float32":
+        obstacle = "moments in BF16 count their steps on the host"
     if config.cuda_graphs == "always" and obstacle:
         raise UserError(f"cuda_graphs=always: {obstacle}; use auto or never")
     return config.cuda_graphs != "never" and obstacle is None

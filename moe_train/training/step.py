@@ -29,7 +29,7 @@ from moe_train.parallel.spread import Spread
 from moe_train.precision.fp8 import holding_weights
 from moe_train.precision.health import Counts, LayerRates
 from moe_train.precision.recipes import fp8_layers
-from moe_train.training.captured import CapturedPasses
+from moe_train.training.cuda_graph import Captured, RatesOnDevice
 from moe_train.training.optimizers import set_lr
 from moe_train.training.runtime import Runtime
 
@@ -93,6 +93,20 @@ class StepFigures(NamedTuple):
     fp8_rates: LayerRates  # of the steps that were counted; empty where none was
 
 
+class _Given(NamedTuple):
+    """What a step does beside its batch and rates; a CUDA graph is made for one."""
+
+    num_targets: int  # of all ranks
+    mtp_weight: float
+    bias_speed: float  # 0: selection biases stay
+    modules_in_fp8: int
+
+
+class _Done(NamedTuple):
+    sums: StepTotals
+    norm: Tensor  # of the gradient, before clipping
+
+
 class Stepper:
     """Trains `model` (bare) as it is spread over the processes, a step at a time.
 
@@ -118,18 +132,24 @@ class Stepper:
         self.fp8_counts = fp8_counts
         self.micro_batch_size = config.micro_batch_size or config.batch_size // runtime.world_size
         self.routers = model.routers()
-        self._captured = None
-        asks_host = any(layer.backend.asks_host for layer in fp8_layers(model).values())
-        if asks_host and config.cuda_graphs == "always":
+        self._rates: RatesOnDevice | None = None
+        self._captured_step: Captured[_Done] | None = None
+        self._captured_passes: Captured[StepTotals] | None = None
+        if self._asks_host() and config.cuda_graphs == "always":
             raise UserError("cuda_graphs=always: this backend of FP8 reads where groups end on the host; use auto")
-        if runtime.cuda_graphs and not asks_host:
-            self._captured = CapturedPasses[StepTotals](list(model.parameters()))
+        if runtime.cuda_graphs and not self._asks_host():
+            parameters = list(model.parameters())
+            self._rates = RatesOnDevice(optimizers, runtime.device)
+            self._captured_step, self._captured_passes = Captured[_Done](parameters), Captured[StepTotals](parameters)
         self.totals = StepTotals.zero(model, runtime.device)
 
     @property
     def captures(self) -> bool:
-        """Whether its passes are replayed as a CUDA graph."""
-        return self._captured is not None
+        """Whether steps are replayed as a CUDA graph."""
+        return self._captured_step is not None
+
+    def _asks_host(self) -> bool:
+        return any(layer.backend.asks_host for layer in fp8_layers(self.model).values())
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's share of the batch of `step`, on its device."""
@@ -150,61 +170,78 @@ class Stepper:
         counts_fp8: bool = False,
     ) -> int:
         """Do optimizer step `step` (from 0) at a run's `progress`; returns the targets trained on, over all ranks."""
-        num_targets = self.batches.num_targets(step)
         mtp, moe = self.model.config.mtp, self.model.config.moe
-        mtp_weight = 0.0 if mtp is None else mtp.weight_at(progress)
-        counted = self.fp8_counts.counting() if counts_fp8 and self.fp8_counts else None
-        sums = self.passes(step, inputs_bt, targets_bt, mtp_weight, counted)
-        counts_le = self.runtime.summed(sums.counts_le)
-
-        norm = self.spread.clip(self.config.optimizer.max_grad_norm or float("inf"))
+        given = _Given(
+            num_targets=self.batches.num_targets(step),
+            mtp_weight=0.0 if mtp is None else mtp.weight_at(progress),
+            bias_speed=0.0 if moe is None or progress >= moe.bias_update_fraction else moe.bias_update_speed,
+            modules_in_fp8=len(fp8_layers(self.model)),
+        )
         set_lr(self.optimizers, lr_factor)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.spread.release_gradients()
-        if moe is not None and moe.bias_update_speed and progress < moe.bias_update_fraction:
-            update_selection_bias(self.routers, counts_le, moe.bias_update_speed)
+        if self._rates is not None:
+            self._rates.update()
 
-        self.totals.add(dataclasses.replace(sums, counts_le=counts_le))
-        self.totals.grad_norm = norm
-        self.totals.targets += num_targets
-        self.totals.mtp_weight = mtp_weight
+        def whole(inputs_bt: Tensor, targets_bt: Tensor) -> _Done:
+            return self._step(step, inputs_bt, targets_bt, given, counted)
+
+        counted = self.fp8_counts.counting() if counts_fp8 and self.fp8_counts else None
+        if self._captured_step is None or counted is not None:
+            done = whole(inputs_bt, targets_bt)
+        else:
+            done = self._captured_step(given, whole, inputs_bt, targets_bt)
+        self.totals.add(done.sums)
+        self.totals.grad_norm = done.norm
+        self.totals.targets += given.num_targets
+        self.totals.mtp_weight = given.mtp_weight
         self.totals.batch_size = len(inputs_bt) * self.runtime.world_size
-        return num_targets
+        return given.num_targets
 
-    def passes(
+    def passes(self, step: int, inputs_bt: Tensor, targets_bt: Tensor) -> StepTotals:
+        """The forward and backward passes of a step alone; leaves gradients."""
+        given = _Given(self.batches.num_targets(step), 0.0, 0.0, len(fp8_layers(self.model)))
+
+        def passes(inputs_bt: Tensor, targets_bt: Tensor) -> StepTotals:
+            return self._passes(step, inputs_bt, targets_bt, given)
+
+        if self._captured_passes is None:
+            return passes(inputs_bt, targets_bt)
+        return self._captured_passes(given, passes, inputs_bt, targets_bt)
+
+    def _step(
         self,
         step: int,
         inputs_bt: Tensor,
         targets_bt: Tensor,
-        mtp_weight: float = 0.0,
-        counted: AbstractContextManager[None] | None = None,
-    ) -> StepTotals:
-        """Forward and backward over all micro-batches; leaves gradients. The sums are of this rank, and of this call.
+        given: _Given,
+        counted: AbstractContextManager[None] | None,
+    ) -> _Done:
+        """`counted`: within, what FP8 does to operands is counted."""
+        with counted or contextlib.nullcontext():
+            sums = self._passes(step, inputs_bt, targets_bt, given)
+        counts_le = self.runtime.summed(sums.counts_le)
+        norm = self.spread.clip(self.config.optimizer.max_grad_norm or float("inf"))
+        with contextlib.nullcontext() if self._rates is None else self._rates.given():
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        self.spread.release_gradients()
+        if given.bias_speed:
+            update_selection_bias(self.routers, counts_le, given.bias_speed)
+        return _Done(dataclasses.replace(sums, counts_le=counts_le), norm)
 
-        counted: within, what FP8 does is counted; such passes are never replayed.
-        """
-        num_targets = self.batches.num_targets(step)
-
-        def passes(inputs_bt: Tensor, targets_bt: Tensor) -> StepTotals:
-            sums = StepTotals.zero(self.model, self.runtime.device)
-            pieces = zip(inputs_bt.split(self.micro_batch_size), targets_bt.split(self.micro_batch_size), strict=True)
-            *earlier, last = enumerate(pieces)
-            with holding_weights(), counted or contextlib.nullcontext():
-                for micro, (inputs, targets) in (*earlier, last):
-                    self._seed_dropout(step, micro)
-                    with self.spread.micro_batch(last=micro == last[0]):
-                        losses = self.spread.wrapped(inputs, targets, mtp_weight)
-                        with communication.backward():
-                            (losses.objective * (self.spread.loss_scale / num_targets)).backward()
-                    sums.add(losses)
-            return sums
-
-        if self._captured is None or counted is not None:
-            return passes(inputs_bt, targets_bt)
-        in_fp8 = len(fp8_layers(self.model))
-        return self._captured((num_targets, mtp_weight, in_fp8), passes, inputs_bt, targets_bt)
+    def _passes(self, step: int, inputs_bt: Tensor, targets_bt: Tensor, given: _Given) -> StepTotals:
+        """All micro-batches; the sums are of this rank."""
+        sums = StepTotals.zero(self.model, self.runtime.device)
+        pieces = list(zip(inputs_bt.split(self.micro_batch_size), targets_bt.split(self.micro_batch_size), strict=True))
+        with holding_weights():
+            for micro, (inputs, targets) in enumerate(pieces):
+                self._seed_dropout(step, micro)
+                with self.spread.micro_batch(last=micro == len(pieces) - 1):
+                    losses = self.spread.wrapped(inputs, targets, given.mtp_weight)
+                    with communication.backward():
+                        (losses.objective * (self.spread.loss_scale / given.num_targets)).backward()
+                sums.add(losses)
+        return sums
 
     def _seed_dropout(self, step: int, micro: int) -> None:
         """Dropout is a function of (seed, step, micro-batch, rank), so a resumed run needs no saved random state."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from moe_train.benchmark.arms import TrainingArm
 from moe_train.compose import compose_run
 from moe_train.errors import UserError
+from moe_train.training.cuda_graph import RatesOnDevice
+from moe_train.training.muon import Muon
 from moe_train.training.runtime import start_runtime
 
 SMALL = ("model=nano", "batch_size=4", "data.sequence_length=128", "optimizer=adamw")
@@ -44,6 +48,28 @@ def test_replayed_steps_are_the_steps(settings: tuple[str, ...]) -> None:
     replayed, launched = losses((*settings, "cuda_graphs=always")), losses((*settings, "cuda_graphs=never"))
     assert replayed == launched
     assert replayed[0] != replayed[-1]
+
+
+def test_rates_on_the_device_are_the_groups_and_these_keep_plain_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values, gradient = torch.randn(2, 8, 12, generator=generator)
+    found = []
+    for on_device in (False, True):
+        parameter = torch.nn.Parameter(values.clone())
+        parameter.grad = gradient.clone()
+        muon = Muon([parameter], lr=0.02, momentum=0.9, nesterov=True, ns_steps=5, weight_decay=0.1)
+        before = dict(muon.param_groups[0])
+        muon.load_state_dict(muon.state_dict())  # which replaces the groups
+        rates = RatesOnDevice([muon], torch.device("cpu"))
+        rates.update()
+        with rates.given() if on_device else contextlib.nullcontext():
+            muon.step()
+        found.append(parameter.detach())
+        assert {k: v for k, v in muon.param_groups[0].items() if k != "params"} == {
+            k: v for k, v in before.items() if k != "params"
+        }
+    torch.testing.assert_close(*found, rtol=0, atol=1e-7)
+    assert not torch.equal(found[0], values)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
