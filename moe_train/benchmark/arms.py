@@ -56,9 +56,16 @@ class TrainingArm:
 
     def step(self) -> None:
         """A whole optimizer step."""
+        self._step()
+
+    def launched_step(self) -> None:
+        """The same without a CUDA graph, whose memory and operations nobody sees."""
+        self._step(replays=False)
+
+    def _step(self, replays: bool = True) -> None:
         batch = self._steps % _BATCHES
         self._steps += 1
-        self._stepper.step(batch, *self.batches[batch], 0.0, self.progress)
+        self._stepper.step(batch, *self.batches[batch], 0.0, self.progress, replays=replays)
 
     def forward_backward(self) -> None:
         """The same without clipping, optimizer and balancing."""

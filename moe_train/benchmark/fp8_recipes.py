@@ -66,7 +66,7 @@ def _compared(bench: Bench, settings: tuple[str, ...], name: str | None) -> list
             rounds=bench.effort.rounds,
             budget_seconds=bench.effort.budget_seconds,
         )
-        peaks = {key: peak_bytes(arm.step, arm.state(), device) for key, arm in arms.items()}
+        peaks = {key: peak_bytes(arm.launched_step, arm.state(), device) for key, arm in arms.items()}
     except torch.OutOfMemoryError:
         return [not_measured(suite, key, "ratio", "out of memory", of) for key in ("fp8_speedup", "fp8_memory_ratio")]
     against = f"against {str(bench.runtime.dtype).removeprefix('torch.')}; {_how(arms['low'])}"

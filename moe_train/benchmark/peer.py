@@ -58,7 +58,8 @@ def run(bench: Bench, *usually: str) -> list[Figure]:
     else:
         rate = estimate(rates(ours.tokens, seconds["compiled"]))
         figures.append(measured(suite, name, rate, speed, of, f"compiled in {compiling:,.0f} s"))
-    mine, yours = (peak_bytes(arm.step, arm.state(), device) for arm in (ours, theirs))
+    mine = peak_bytes(ours.launched_step, ours.state(), device)
+    yours = peak_bytes(theirs.step, theirs.state(), device)
     memory = f"{mine / 1e6:,.0f} MB against {yours / 1e6:,.0f} MB (eager) at the peak of a step"
     figures.append(Figure(suite, "peak_memory_ratio", mine / yours, "ratio", of, note=memory))
     return figures

@@ -19,7 +19,7 @@ from moe_train.errors import UserError
 
 def usual(bench: Bench) -> tuple[str, ...]:
     """`base` on a GPU, `tiny` on a CPU."""
-    return ("model=base", "data.sequence_length=1024") if bench.on_gpu else ("model=tiny",)
+    return ("model=base", "data.sequence_length=1024", "batch_size=64") if bench.on_gpu else ("model=tiny",)
 
 
 def run(bench: Bench, *usually: str, with_a_run: bool = True) -> list[Figure]:
@@ -53,7 +53,7 @@ def _timed(bench: Bench, config: RunConfig) -> list[Figure]:
         measured(suite, "optimizer_fraction", paired([s - p for s, p in zip(steps, passes)], steps), "share", of,
                  "of a step, beside forward and backward"),
         _host_reads(bench, arm, of),
-        Figure(suite, "peak_memory_bytes", peak_bytes(arm.step, arm.state(), device), "bytes", of,
+        Figure(suite, "peak_memory_bytes", peak_bytes(arm.launched_step, arm.state(), device), "bytes", of,
                note="tensors alive, weights and optimizer states included"),
     ]  # fmt: skip
 
@@ -61,13 +61,13 @@ def _timed(bench: Bench, config: RunConfig) -> list[Figure]:
 def _host_reads(bench: Bench, arm: TrainingArm, of: str) -> Figure:
     """Of one step; what a step of a GPU should have is none."""
     with HostReads() as reads:
-        arm.step()
+        arm.launched_step()
     count = sum(reads.everywhere.values())
     places = ", ".join(f"{place} {times}×" for place, times in sorted(reads.everywhere.items()))
     apart = sum(reads.on_cpu_only.values())
     notes = [places, f"{apart} more in code for CPUs alone" if apart else ""]
     if bench.on_gpu:
-        waits = waits_of_cuda(arm.step)
+        waits = waits_of_cuda(arm.launched_step)
         notes.append(f"{waits} counted by torch.cuda")
         count = max(count, waits)
     note = "; ".join(text for text in notes if text)

@@ -18,7 +18,7 @@ _NEAR = 0.01  # the twin's FLOPs a token against the mixture's
 def usual(bench: Bench) -> tuple[str, ...]:
     """64 experts, 6 of them and 2 shared ones a token; on a GPU 1,024 wide."""
     if bench.on_gpu:
-        return ("model=base", "model.moe.num_experts=64", "data.sequence_length=1024")
+        return ("model=base", "model.moe.num_experts=64", "data.sequence_length=1024", "batch_size=64")
     return ("model=tiny",)
 
 

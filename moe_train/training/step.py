@@ -168,8 +168,12 @@ class Stepper:
         progress: float,
         *,
         counts_fp8: bool = False,
+        replays: bool = True,
     ) -> int:
-        """Do optimizer step `step` (from 0) at a run's `progress`; returns the targets trained on, over all ranks."""
+        """Do optimizer step `step` (from 0) at a run's `progress`; returns the targets trained on, over all ranks.
+
+        `counts_fp8`: count what FP8 does to operands. `replays`: from a CUDA graph where steps are; it counts nothing.
+        """
         mtp, moe = self.model.config.mtp, self.model.config.moe
         given = _Given(
             num_targets=self.batches.num_targets(step),
@@ -185,7 +189,7 @@ class Stepper:
             return self._step(step, inputs_bt, targets_bt, given, counted)
 
         counted = self.fp8_counts.counting() if counts_fp8 and self.fp8_counts else None
-        if self._captured_step is None or counted is not None:
+        if self._captured_step is None or counted is not None or not replays:
             done = whole(inputs_bt, targets_bt)
         else:
             done = self._captured_step(given, whole, inputs_bt, targets_bt)
