@@ -25,7 +25,7 @@ from torch import Tensor
 from moe_train.cost.optimizer_memory import MUON_BATCH_ELEMENTS, chunk_elements
 from moe_train.kernels.cpu import muon as compiled
 from moe_train.parallel.whole_matrices import Copies, WholeMatrices
-from moe_train.precision.support import multiplies_bfloat16
+from moe_train.precision.support import multiplies_bfloat16, runs_triton
 from moe_train.training.moments import NEAREST, Rounding, load_states, store
 
 # A quintic whose slope at 0 is as steep as it can be; singular values end within about 0.7 to 1.2, not at 1.
@@ -53,6 +53,15 @@ def orthogonalized(x: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.mT if tall else x
+
+
+def _kernels_take(parameters: list[Tensor]) -> bool:
+    """Those of kernels/muon.py."""
+    return runs_triton(parameters[0].device) and all(
+        tensor is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        for parameter in parameters
+        for tensor in (parameter, parameter.grad)
+    )
 
 
 class Muon(torch.optim.Optimizer):
@@ -106,7 +115,7 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for batch in self._batches(group["params"]):
-                if not self._step_compiled(batch, group):
+                if not self._step_compiled(batch, group) and not self._step_by_kernels(batch, group):
                     self._step_batch(batch, group)
         return loss
 
@@ -149,6 +158,29 @@ class Muon(torch.optim.Optimizer):
         learn, decay = group["lr"] * 0.2 * math.sqrt(max(shape)), 1 - group["lr"] * group["weight_decay"]
         how = compiled.Step(group["momentum"], group["nesterov"], group["ns_steps"], learn, decay)
         compiled.step(parameters, gradients, momenta, shape, how)
+        return True
+
+    def _step_by_kernels(self, parameters: list[Tensor], group: dict[str, Any]) -> bool:
+        """The same on a GPU, where what is beside the products takes two kernels a parameter, if those take them."""
+        apart = self.whole is not None or self.copies is not None
+        if apart or self.momentum_dtype != torch.float32 or not _kernels_take(parameters):
+            return False
+        from moe_train.kernels import muon as kernels
+
+        rows, columns = self.matrix_shape(parameters[0])
+        counts = [parameter.numel() // (rows * columns) for parameter in parameters]
+        device, rate = parameters[0].device, group["lr"]
+        if not isinstance(rate, Tensor):
+            rate = torch.full((), rate, device=device)
+        directions = torch.empty(sum(counts), rows, columns, dtype=fast_dtype(device), device=device)
+        for parameter, out in zip(parameters, directions.split(counts), strict=True):
+            assert parameter.grad is not None
+            momentum = self._momentum(parameter)
+            kernels.direction(parameter.grad, momentum, group["momentum"], group["nesterov"], out)
+        updates = orthogonalized(directions, group["ns_steps"]).contiguous()
+        scale = 0.2 * math.sqrt(max(rows, columns))
+        for parameter, update in zip(parameters, updates.split(counts), strict=True):
+            kernels.update(parameter, update, rate, group["weight_decay"], scale)
         return True
 
     def _momentum(self, parameter: Tensor) -> Tensor:
