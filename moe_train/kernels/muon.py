@@ -1,6 +1,7 @@
 """What Muon does to each number beside its products: the momentum and the direction before them, the update after.
 
-    momentum  ← momentum + (1 - β)(gradient - momentum)        direction = gradient + β (momentum - gradient), or momentum
+    momentum  ← momentum + (1 - β)(gradient - momentum)
+    direction = gradient + β (momentum - gradient), or momentum
     parameter ← (1 - η·decay) parameter - η·scale·update
 
 In FP32, one visit each: 14 and 10 bytes a number, where torch's operations took about 60 (docs/log.md). The learning
