@@ -24,7 +24,12 @@ Random = Callable[..., Tensor]
 FORMATS = [torch.bfloat16, torch.float16, torch.float32]
 
 # batch, length, heads, features that stay, that turn, of values: as `base` has them, and sizes that fill no block
-LATENT = {"base": (2, 6, 16, 32, 32, 64), "ragged": (3, 7, 5, 12, 6, 20), "many_heads": (1, 3, 20, 3, 2, 5)}
+LATENT = {
+    "base": (2, 6, 16, 32, 32, 64),
+    "ragged": (3, 7, 5, 12, 6, 20),
+    "many_heads": (1, 3, 20, 3, 2, 5),
+    "one_of_each": (1, 1, 1, 1, 2, 1),
+}
 # batch, length, heads, key-value heads, features
 GROUPED = {"few_keys": (2, 9, 8, 2, 16), "ragged": (3, 5, 6, 3, 10), "many_heads": (1, 2, 36, 18, 4)}
 
