@@ -1,6 +1,7 @@
 """Causal self-attention: multi-head latent attention and grouped-query attention, both through torch's SDPA.
 
-On a CPU in BF16 `kernels/cpu` takes its place, and reads projections where they lie, or else `cpu_attention`.
+On a CPU in BF16 `kernels/cpu` takes its place, and reads projections where they lie, or else `cpu_attention`. On a GPU
+`kernels/heads` makes its operands of the projections, where Triton is there.
 
 MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1) caches one compressed vector and one rotary key a token for all heads;
 GQA (arXiv 2305.13245) caches the keys and values of its key-value heads. Both take an optional cache for generation;
@@ -19,7 +20,8 @@ from moe_train.model.cpu_attention import CausalAttention
 from moe_train.model.layers import Linear
 from moe_train.model.norm import RMSNorm, normed
 from moe_train.model.rope import Rotary, rotate, softmax_scale
-from moe_train.precision.remade import in_compute_format, remade
+from moe_train.precision.remade import in_compute_format, made_again, remade
+from moe_train.precision.support import runs_triton
 
 
 class LayerCache:
@@ -61,6 +63,16 @@ def causal_attention(q_bhtc: Tensor, k_bhsc: Tensor, v_bhsc: Tensor, scale: floa
         mask = torch.ones(t, s, dtype=torch.bool, device=q_bhtc.device).tril(s - t)
     return F.scaled_dot_product_attention(
         q_bhtc, k_bhsc, v_bhsc, attn_mask=mask, is_causal=t == s and t > 1, scale=scale, enable_gqa=grouped
+    )
+
+
+def _in_one_visit(rotary: Rotary, *projections: Tensor) -> bool:
+    """Whether `kernels/heads` makes heads of them: in the formats it takes, and not of what torch.compile traces."""
+    return (
+        runs_triton(projections[0].device)
+        and not torch.compiler.is_compiling()
+        and all(x.dtype in (torch.bfloat16, torch.float16, torch.float32) for x in projections)
+        and all(x.dtype == torch.float32 for x in rotary)
     )
 
 
@@ -128,11 +140,26 @@ class MLA(nn.Module):
         if compiled.takes(q, kv, k_rope_btr, rotary, heads, heads):
             out: Tensor = compiled.CausalAttention.apply(q, kv, k_rope_btr, *rotary, heads, heads, self.scale)  # type: ignore[no-untyped-call]
             return out
+        if _in_one_visit(rotary, q, kv, k_rope_btr):
+            return remade(_by_token, causal_attention(*self._by_heads(q, kv, k_rope_btr, rotary), self.scale))
         q_bhtc = torch.cat(self._turned(q, rotary), dim=-1)
         kv_bhtc = kv.unflatten(-1, (heads, -1)).transpose(1, 2)
         k_nope, v = kv_bhtc.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
         k = remade(_with_shared, k_nope, rotate(k_rope_btr, *rotary))
         return remade(_by_token, causal_attention(q_bhtc, k, v, self.scale))
+
+    def _by_heads(self, q: Tensor, kv: Tensor, k_rope_btr: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head, by a kernel; keys are made again, as values lie in kv anyway."""
+        from moe_train.kernels import heads  # Triton is not everywhere
+
+        number, width = self.config.num_attention_heads, self.config.v_head_dim
+        q_bhtc, k, v = heads.LatentHeads.apply(q, kv, k_rope_btr, *rotary, number)  # type: ignore[no-untyped-call]
+
+        def keys_again(kv: Tensor, rope: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
+            return (heads.shared_keys(kv, rope, cos, sin, number, width),)
+
+        made_again((k,), keys_again, kv, k_rope_btr, *rotary)
+        return q_bhtc, k, v
 
     def _attend_compressed(self, q_nope: Tensor, q_rope: Tensor, latent_bsr: Tensor, k_rope_bsr: Tensor) -> Tensor:
         """The same by associativity on the cache as it is: kv_b_proj goes to queries and outputs (section 2.1.2).
@@ -180,19 +207,34 @@ class GQA(nn.Module):
             mixed: Tensor = self.o_proj(compiled.CausalAttention.apply(q, v, k, *rotary, *sizes, self.scale))  # type: ignore[no-untyped-call]
             return mixed
         v = heads(v)
-        if self.config.qk_norm == "all_heads":
-            q, k = heads(self.q_norm(q)), heads(self.k_norm(k))
-        elif self.config.qk_norm == "per_head":
-            q, k = self.q_norm(heads(q)), self.k_norm(heads(k))
+        if cache is None and _in_one_visit(rotary, q, k, v):
+            q, k = self._turned(q, k, rotary, v.dtype)
         else:
-            q, k = heads(q), heads(k)
-        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+            if self.config.qk_norm == "all_heads":
+                q, k = heads(self.q_norm(q)), heads(self.k_norm(k))
+            elif self.config.qk_norm == "per_head":
+                q, k = self.q_norm(heads(q)), self.k_norm(heads(k))
+            else:
+                q, k = heads(q), heads(k)
+            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
         if cache is not None:
             k, v = cache.extend(k, v)
         grouped = self.config.num_key_value_heads != self.config.num_attention_heads
         attended = causal_attention(q, k, v, self.scale, grouped=grouped)
         out: Tensor = self.o_proj(remade(_by_token, attended))
         return out
+
+    def _turned(self, q: Tensor, k: Tensor, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Queries and keys of every head, turned by a kernel; norms are of features that lie side by side."""
+        from moe_train.kernels import heads  # Triton is not everywhere
+
+        if self.config.qk_norm == "all_heads":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (q, k))
+        if self.config.qk_norm == "per_head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        turned: tuple[Tensor, Tensor] = heads.GroupedHeads.apply(q, k, *rotary, dtype)  # type: ignore[no-untyped-call]
+        return turned
 
 
 def build_attention(model: ModelConfig) -> MLA | GQA:

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
-from moe_train.kernels import capability, fp8_matmul, grouped_matmul, quantize, rounding, swiglu
+from moe_train.kernels import capability, fp8_matmul, grouped_matmul, heads, quantize, rounding, swiglu
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
@@ -46,7 +46,7 @@ def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 
 
 def launch_all() -> None:
-    """Every kernel that multiplies or rounds, at sizes that are whole blocks."""
+    """Every kernel that multiplies or rounds to FP8, at sizes that are whole blocks, and those of attention's heads."""
     n, k, o, e = 1024, 256, 512, 4
     ends_e = torch.arange(1, e + 1, dtype=torch.int32) * (n // e)
 
@@ -66,6 +66,9 @@ def launch_all() -> None:
     gate, dh = torch.zeros(n, 1, dtype=torch.bfloat16), torch.zeros(n, k // 2, dtype=torch.bfloat16)
     swiglu.swiglu_quantize(x, gate, ends_e, tile)
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
+    of_heads = [torch.zeros(2, 64, c, dtype=torch.bfloat16, requires_grad=True) for c in (16 * 64, 16 * 96, 32)]
+    made = heads.LatentHeads.apply(*of_heads, torch.zeros(64, 32), torch.zeros(64, 32), 16)
+    torch.autograd.grad(made, of_heads, [torch.zeros_like(each) for each in made])
 
 
 if __name__ == "__main__":
