@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
-from moe_train.kernels import capability, fp8_matmul, grouped_matmul, quantize, rounding, swiglu
+from moe_train.kernels import capability, fp8_matmul, grouped_matmul, head, quantize, rounding, swiglu
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
@@ -66,6 +66,7 @@ def launch_all() -> None:
     gate, dh = torch.zeros(n, 1, dtype=torch.bfloat16), torch.zeros(n, k // 2, dtype=torch.bfloat16)
     swiglu.swiglu_quantize(x, gate, ends_e, tile)
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
+    head.cross_entropy_(x, torch.zeros(n, dtype=torch.int64), 0.0, -100, gradient=True)
 
 
 if __name__ == "__main__":
