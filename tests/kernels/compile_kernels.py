@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
-from moe_train.kernels import capability, fp8_matmul, grouped_matmul, heads, quantize, rounding, swiglu
+from moe_train.kernels import capability, fp8_matmul, grouped_matmul, head, heads, quantize, rounding, swiglu
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
@@ -69,6 +69,7 @@ def launch_all() -> None:
     of_heads = [torch.zeros(2, 64, c, dtype=torch.bfloat16, requires_grad=True) for c in (16 * 64, 16 * 96, 32)]
     made = heads.LatentHeads.apply(*of_heads, torch.zeros(64, 32), torch.zeros(64, 32), 16)
     torch.autograd.grad(made, of_heads, [torch.zeros_like(each) for each in made])
+    head.cross_entropy_(x, torch.zeros(n, dtype=torch.int64), 0.0, -100, gradient=True)
 
 
 if __name__ == "__main__":

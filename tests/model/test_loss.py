@@ -24,7 +24,7 @@ def plain(
 def test_loss_and_gradients_equal_the_plain_form_however_it_is_chunked(
     z: float, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk_elements)
     torch.manual_seed(0)
     hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
