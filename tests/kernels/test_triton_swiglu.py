@@ -31,6 +31,10 @@ def test_values_and_gradients_are_those_of_fp64_rounded(
     found = swiglu.swiglu(gate_up, gate)
     d_found, d_gate_found = swiglu.swiglu_backward(dh, gate_up, gate)
     assert found.dtype == d_found.dtype == dtype
+    *again, h_again = swiglu.swiglu_backward_and_forward(dh, gate_up, gate)
+    assert torch.equal(h_again, found)
+    assert torch.equal(again[0], d_found)
+    assert again[1] is d_gate_found is None or torch.equal(again[1], d_gate_found)
     # Half a unit of the format, and FP32's error, which grows where 1 + g (1 - s) cancels.
     relative, absolute = torch.finfo(dtype).eps / 2 + 1e-6, 1e-5 if dtype == torch.float32 else 1e-4
     torch.testing.assert_close(found.double(), h, rtol=relative, atol=absolute)
