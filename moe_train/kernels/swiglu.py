@@ -51,6 +51,23 @@ def _forward(gate_up, gate, row, column, end, f):
 
 
 @triton.jit
+def _of_gate(dh, g, u, s):
+    return dh * u * s * (1.0 + g * (1.0 - s))
+
+
+@triton.jit
+def _of_up(dh, g, s):
+    return dh * (g * s)
+
+
+@triton.jit
+def _write_share(d_gate, dh, g, u, s, row, column, end, f):
+    """What these 128 columns add to the gradient of each row's gate."""
+    at = d_gate + row.to(tl.int64) * tl.cdiv(f, 128) + tl.max(column, 0) // 128
+    tl.store(at, tl.sum(dh * (g * s) * u, 1), mask=row < end)
+
+
+@triton.jit
 def _backward(dh_ptr, gate_up, gate, d_gate, row, column, end, f, HALF: tl.constexpr):
     """A block of d_g (HALF 0, which also writes d_gate's share of these columns) or of d_u, rounded like gate_up."""
     g, u = _parts(gate_up, row, column, end, f)
@@ -59,10 +76,9 @@ def _backward(dh_ptr, gate_up, gate, d_gate, row, column, end, f, HALF: tl.const
     s = _sigmoid(g)
     if gate is not None:
         if HALF == 0:
-            at = d_gate + row.to(tl.int64) * tl.cdiv(f, 128) + tl.max(column, 0) // 128
-            tl.store(at, tl.sum(dh * (g * s) * u, 1), mask=row < end)
+            _write_share(d_gate, dh, g, u, s, row, column, end, f)
         dh = dh * widen(tl.load(gate + row, mask=row < end, other=0.0))[:, None]
-    d = dh * u * s * (1.0 + g * (1.0 - s)) if HALF == 0 else dh * (g * s)
+    d = _of_gate(dh, g, u, s) if HALF == 0 else _of_up(dh, g, s)
     return narrow(d, gate_up.dtype.element_ty)
 
 
@@ -75,14 +91,26 @@ def _forward_kernel(gate_up, gate, out, n, f, M: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(dh, gate_up, gate, d_gate, out, n, f, M: tl.constexpr):
+def _backward_kernel(dh_ptr, gate_up, gate, d_gate, h_ptr, out, n, f, M: tl.constexpr):
+    """Both halves, and h again where it is wanted, from one visit."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.program_id(1) * 128 + tl.arange(0, 128)
-    at = out + row.to(tl.int64)[:, None] * (2 * f) + column[None, :]
     inside = (row < n)[:, None] & (column < f)[None, :]
-    for half in tl.static_range(2):
-        d = _backward(dh, gate_up, gate, d_gate, row, column, n, f, half)
-        tl.store(at + half * f, d, mask=inside)
+    narrow_at = row.to(tl.int64)[:, None] * f + column[None, :]
+    g, u = _parts(gate_up, row, column, n, f)
+    dh = widen(tl.load(dh_ptr + narrow_at, mask=inside, other=0.0))
+    s = _sigmoid(g)
+    h = g * s * u
+    if gate is not None:
+        _write_share(d_gate, dh, g, u, s, row, column, n, f)
+        weight = widen(tl.load(gate + row, mask=row < n, other=0.0))[:, None]
+        dh = dh * weight
+        h = h * weight
+    at = out + row.to(tl.int64)[:, None] * (2 * f) + column[None, :]
+    tl.store(at, narrow(_of_gate(dh, g, u, s), out.dtype.element_ty), mask=inside)
+    tl.store(at + f, narrow(_of_up(dh, g, s), out.dtype.element_ty), mask=inside)
+    if h_ptr is not None:
+        tl.store(h_ptr + narrow_at, narrow(h, h_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -153,13 +181,30 @@ def swiglu(gate_up_nf2: Tensor, gate_n1: Tensor | None) -> Tensor:
 
 def swiglu_backward(dh_nf: Tensor, gate_up_nf2: Tensor, gate_n1: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """→ d_gate_up (n, 2f) in the format of gate_up, d_gate (n, 1) in FP32 or None. Raises ValueError."""
+    return _differentiated(dh_nf, gate_up_nf2, gate_n1, None)
+
+
+def swiglu_backward_and_forward(
+    dh_nf: Tensor, gate_up_nf2: Tensor, gate_n1: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """→ what `swiglu_backward` gives, and h (n, f) as `swiglu` gives it, to the bit. Raises ValueError."""
+    n, f = _checked(gate_up_nf2, gate_n1, dh_nf)
+    h = gate_up_nf2.new_empty(n, f)
+    return *_differentiated(dh_nf, gate_up_nf2, gate_n1, h), h
+
+
+def _differentiated(
+    dh_nf: Tensor, gate_up_nf2: Tensor, gate_n1: Tensor | None, h_nf: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`swiglu_backward`, which also fills h_nf."""
     n, f = _checked(gate_up_nf2, gate_n1, dh_nf)
     out = torch.empty_like(gate_up_nf2, memory_format=torch.contiguous_format)
     gate, shares = _gate(gate_n1, n, f)
     if out.numel():
-        grid = (triton.cdiv(n, 32), triton.cdiv(f, PIECE))
-        arguments = (dh_nf.contiguous(), gate_up_nf2.contiguous(), gate, shares, out, n, f)
-        _backward_kernel[grid](*arguments, M=32, num_warps=8, **EXACT)
+        grid = (triton.cdiv(n, 16), triton.cdiv(f, PIECE))
+        arguments = (dh_nf.contiguous(), gate_up_nf2.contiguous(), gate, shares, h_nf, out, n, f)
+        # 16 numbers of a block a thread, two accesses of 16 bytes for each tensor in BF16.
+        _backward_kernel[grid](*arguments, M=16, num_warps=4, **EXACT)
     return out, None if shares is None else shares.sum(1, keepdim=True)
 
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernel_checks import by_autograd, held_to_reference
+from kernel_checks import allowed, by_autograd, error, held_to_reference
 
 from moe_train.config import OperandConfig
 from moe_train.kernels import reference, swiglu
+from moe_train.precision import support
+from moe_train.precision.matmul import swiglu_linear
 
 TILE, BLOCK = OperandConfig("e4m3", "tile", True), OperandConfig("e5m2", "block", True)
 ROW = OperandConfig("e4m3", "row", False)
@@ -31,6 +33,10 @@ def test_values_and_gradients_are_those_of_fp64_rounded(
     found = swiglu.swiglu(gate_up, gate)
     d_found, d_gate_found = swiglu.swiglu_backward(dh, gate_up, gate)
     assert found.dtype == d_found.dtype == dtype
+    *again, h_again = swiglu.swiglu_backward_and_forward(dh, gate_up, gate)
+    assert torch.equal(h_again, found)
+    assert torch.equal(again[0], d_found)
+    assert again[1] is d_gate_found is None or torch.equal(again[1], d_gate_found)
     # Half a unit of the format, and FP32's error, which grows where 1 + g (1 - s) cancels.
     relative, absolute = torch.finfo(dtype).eps / 2 + 1e-6, 1e-5 if dtype == torch.float32 else 1e-4
     torch.testing.assert_close(found.double(), h, rtol=relative, atol=absolute)
@@ -75,3 +81,34 @@ def test_shapes_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> None:
         swiglu.swiglu(random(3, 8), random(3))
     with pytest.raises(ValueError, match="dh: 3 rows of 4"):
         swiglu.swiglu_backward(random(3, 8), random(3, 8), None)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_both_products_with_it_are_as_near_to_float64_as_with_torchs_operations(
+    grouped: bool, random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, d, f = (45, 24, 40) if random(1).device.type == "cpu" else (3000, 512, 264)
+    ends_e = torch.tensor([n // 3, n // 3, n], dtype=torch.int32, device=random(1).device) if grouped else None
+    stack = (3,) if grouped else ()
+    inputs = [random(n, d), random(*stack, 2 * f, d) * d**-0.5, random(*stack, d, f) * f**-0.5]
+    inputs += [random(n, 1).sigmoid()] if grouped else []
+    grad = random(n, d)
+    found = []
+    for kernel in (False, True):
+        monkeypatch.setattr(support, "runs_triton", lambda _, kernel=kernel: kernel)
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        with torch.autocast(grad.device.type, torch.bfloat16):
+            y = swiglu_linear(*leaves[:3], row_weight=leaves[3] if grouped else None, ends_e=ends_e)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))])
+    exact_leaves = [each.double().requires_grad_() for each in inputs]
+    x, first, second, *weight = exact_leaves
+    rows = [x] if ends_e is None else list(x.tensor_split(ends_e[:-1].long().cpu()))
+    weights = list(zip(first, second, strict=True)) if grouped else [(first, second)]
+    hidden = [torch.nn.functional.silu(g) * u for g, u in ((r @ w.mT).chunk(2, -1) for r, (w, _) in zip(rows, weights))]
+    if grouped:
+        hidden = [h * w for h, w in zip(hidden, weight[0].tensor_split(ends_e[:-1].long().cpu()))]  # type: ignore[index]
+    y = torch.cat([h @ w.mT for h, (_, w) in zip(hidden, weights)])
+    exact = [y.detach(), *torch.autograd.grad(y, exact_leaves, grad.double())]
+    for with_kernel, without, right in zip(found[1], found[0], exact, strict=True):
+        assert with_kernel.dtype == without.dtype
+        assert error(with_kernel, right) <= allowed(without, right)
