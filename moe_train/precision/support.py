@@ -22,6 +22,11 @@ def multiplies_bfloat16(device_type: str) -> bool:
         return False
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether the project's Triton kernels run there: CUDA from compute capability 8.0, with Triton installed."""
+    return _HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def takes_torchs_grouped_matmul(device: torch.device) -> bool:
     """Whether torch's grouped matmul is the fast one there: on a GPU of 9.x or 10.x, and where Triton lacks."""
     if device.type != "cuda":

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
-from moe_train.kernels import capability, fp8_matmul, grouped_matmul, quantize, rounding, swiglu
+from moe_train.kernels import capability, fp8_matmul, grouped_matmul, norm, quantize, rounding, swiglu
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
@@ -46,7 +46,7 @@ def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 
 
 def launch_all() -> None:
-    """Every kernel that multiplies or rounds, at sizes that are whole blocks."""
+    """Every kernel that multiplies or rounds, and norms, at sizes that are whole blocks."""
     n, k, o, e = 1024, 256, 512, 4
     ends_e = torch.arange(1, e + 1, dtype=torch.int32) * (n // e)
 
@@ -66,6 +66,11 @@ def launch_all() -> None:
     gate, dh = torch.zeros(n, 1, dtype=torch.bfloat16), torch.zeros(n, k // 2, dtype=torch.bfloat16)
     swiglu.swiglu_quantize(x, gate, ends_e, tile)
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
+    wide, scale, weight = torch.zeros(n, k), torch.zeros(n), torch.zeros(k)
+    norm.norm_rows(wide, x, weight, scale, eps=1e-6, total=wide, narrow=x, exact=wide)
+    norm.norm_rows(wide, None, weight, scale, eps=None, total=None, narrow=x, exact=None)
+    grads = {"along": wide, "grad_narrow": x, "grad_exact": wide}
+    norm.norm_rows_backward(wide, weight, scale, **grads, grad_x=wide, grad_added=x)
 
 
 if __name__ == "__main__":
