@@ -1,8 +1,9 @@
 """RMSNorm (arXiv 1910.07467): x / rms(x) · weight, over the last dimension, alone or of a sum on the residual stream.
 
-CUDA has it as one kernel. Elsewhere torch composes it of five operations and keeps three tensors of the input's size;
-here the input is kept, with a number a row, and both passes go over memory about half as often. On a CPU in BF16
-`kernels/cpu` does it in one visit, the addition before it and the rounding after it included.
+On a GPU `gpu_norm` does it in one visit, the addition before it and the rounding after it included, as `kernels/cpu`
+does on a CPU in BF16; what they do not take torch has as one kernel on CUDA. Elsewhere torch composes it of five
+operations and keeps three tensors of the input's size; here the input is kept, with a number a row, and both passes go
+over memory about half as often.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.kernels.cpu import norm as compiled
+from moe_train.model import gpu_norm
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.remade import in_compute_format, made_again, remade
 
@@ -27,6 +29,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if gpu_norm.takes(x, self.weight):
+            exact: Tensor = gpu_norm.NormOfSum.apply(x, None, self.weight, self.eps, None, True)[2]  # type: ignore[no-untyped-call]
+            return exact
         if x.is_cuda:
             return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
         out: Tensor = _Norm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
@@ -48,6 +53,8 @@ class Normed(NamedTuple):
 
 def normed(norm: RMSNorm, x: Tensor, added: Tensor | None = None, *, exact: bool = False) -> Normed:
     """The norm of x + added (…, features). Without `exact` that norm may be the rounded one. Neither is kept."""
+    if gpu_norm.takes(x, norm.weight, added):
+        return _normed_on_gpu(norm, x, added, exact)
     if compute_dtype(x) is torch.bfloat16 and compiled.takes(x, norm.weight, added):
         total, narrow, wide = compiled.NormOfSum.apply(x, added, norm.weight, norm.eps, exact)  # type: ignore[no-untyped-call]
         results = (narrow, wide) if exact else (narrow,)
@@ -56,6 +63,24 @@ def normed(norm: RMSNorm, x: Tensor, added: Tensor | None = None, *, exact: bool
     total = x if added is None else x + added
     wide = remade(norm, total)
     return Normed(total, wide, None)
+
+
+def _normed_on_gpu(norm: RMSNorm, x: Tensor, added: Tensor | None, exact: bool) -> Normed:
+    dtype = compute_dtype(norm.weight)
+    rounds = None if dtype == norm.weight.dtype else dtype
+    exact = exact or rounds is None
+    total, narrow, wide, scale = gpu_norm.NormOfSum.apply(x, added, norm.weight, norm.eps, rounds, exact)  # type: ignore[no-untyped-call]
+
+    def again(total: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return _there(*gpu_norm.again(total, scale, norm.weight, rounds, exact))
+
+    results = _there(narrow, wide)
+    made_again(results, again, total, scale)
+    return Normed(total, results[-1], narrow)
+
+
+def _there(*norms: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(each for each in norms if each is not None)
 
 
 class _Norm(torch.autograd.Function):

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
-from moe_train.kernels import capability, fp8_matmul, grouped_matmul, head, heads, quantize, rounding, swiglu
+from moe_train.kernels import capability, fp8_matmul, grouped_matmul, head, heads, norm, quantize, rounding, swiglu
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
@@ -47,6 +47,7 @@ def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 
 def launch_all() -> None:
     """Every kernel that multiplies or rounds to FP8, at sizes that are whole blocks, and those of attention's heads."""
+    """Every kernel that multiplies or rounds, and norms, at sizes that are whole blocks."""
     n, k, o, e = 1024, 256, 512, 4
     ends_e = torch.arange(1, e + 1, dtype=torch.int32) * (n // e)
 
@@ -70,6 +71,11 @@ def launch_all() -> None:
     made = heads.LatentHeads.apply(*of_heads, torch.zeros(64, 32), torch.zeros(64, 32), 16)
     torch.autograd.grad(made, of_heads, [torch.zeros_like(each) for each in made])
     head.cross_entropy_(x, torch.zeros(n, dtype=torch.int64), 0.0, -100, gradient=True)
+    wide, scale, weight = torch.zeros(n, k), torch.zeros(n), torch.zeros(k)
+    norm.norm_rows(wide, x, weight, scale, eps=1e-6, total=wide, narrow=x, exact=wide)
+    norm.norm_rows(wide, None, weight, scale, eps=None, total=None, narrow=x, exact=None)
+    grads = {"along": wide, "grad_narrow": x, "grad_exact": wide}
+    norm.norm_rows_backward(wide, weight, scale, **grads, grad_x=wide, grad_added=x)
 
 
 if __name__ == "__main__":
