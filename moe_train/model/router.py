@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_train.config import MoEConfig
 from moe_train.kernels.cpu import router as compiled_linear
 from moe_train.kernels.cpu import routing as compiled
+from moe_train.precision.support import runs_triton
 
 
 class Affinities(NamedTuple):
@@ -68,6 +69,11 @@ class Router(nn.Module):
         if plain and compiled.takes(logits_te):
             expert_tk, score_tk, share_be = compiled.Chosen.apply(logits_te, self.selection_bias, real_bt, c.top_k)  # type: ignore[no-untyped-call]
             return Choice(expert_tk, self._gates(score_tk), share_be)
+        if plain and runs_triton(logits_te.device) and _fits_kernel(logits_te):
+            from moe_train.kernels.routing import Chosen
+
+            expert_tk, score_tk, share_be = Chosen.apply(logits_te, self.selection_bias, real_bt, c.top_k, shares)  # type: ignore[no-untyped-call]
+            return Choice(expert_tk, self._gates(score_tk), share_be)
         scores_te = self.scores(logits_te)
         chosen = self.choose_experts(scores_te)
         return chosen._replace(
@@ -90,6 +96,12 @@ class Router(nn.Module):
         if self.config.norm_topk_prob:
             score_tk = score_tk / (score_tk.sum(-1, keepdim=True) + 1e-20)
         return score_tk * self.config.routed_scaling_factor
+
+
+def _fits_kernel(logits_te: Tensor) -> bool:
+    from moe_train.kernels.routing import MOST_EXPERTS
+
+    return logits_te.dtype == torch.float32 and logits_te.shape[1] <= MOST_EXPERTS
 
 
 def sequence_shares(scores_te: Tensor, real_bt: Tensor) -> Tensor:
