@@ -7,6 +7,7 @@ experts choose tokens (arXiv 2202.09368).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,9 +55,18 @@ class Router(nn.Module):
     def logits(self, x_td: Tensor) -> Tensor:
         with torch.autocast(x_td.device.type, enabled=False):
             x_td = x_td.to(self.weight.dtype)
-            takes = compiled_linear.takes(x_td, self.weight)
-            logits_te: Tensor = (compiled_linear.RouterLinear.apply if takes else F.linear)(x_td, self.weight)
+            logits_te: Tensor = self._product(x_td)(x_td, self.weight)
         return logits_te
+
+    def _product(self, x_td: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        if compiled_linear.takes(x_td, self.weight):
+            return compiled_linear.RouterLinear.apply
+        if runs_triton(x_td.device):
+            from moe_train.kernels import router as of_gpu
+
+            if of_gpu.takes(x_td, self.weight):
+                return of_gpu.RouterLinear.apply
+        return F.linear
 
     def scores(self, logits_te: Tensor) -> Tensor:
         sigmoid = self.config.scoring_func == "sigmoid"

@@ -33,7 +33,7 @@ def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, tmp_path:
     assert done.returncode == 0, done.stderr
     card, product = of_capability((major, minor)), MULTIPLIES_WITH[major, minor]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 12
+    assert len(kernels) == 13
     for kernel in kernels:
         assert kernel["shared"] <= card.shared_bytes, kernel
         multiplies = kernel["kernel"].endswith(("_product_kernel", "_weight_kernel"))

@@ -61,7 +61,7 @@ def test_choices_shares_and_their_gradients_are_those_of_fp64(
     found_expert, found_chosen, found_share = routing.Chosen.apply(leaf[:, :e], bias, real, k, True)
     assert found_expert.dtype == torch.int64
     agree = (found_expert == expert).all(-1)
-    assert agree.all() if wide.device.type == "cpu" else agree.float().mean() > 0.9999  # of near scores either is best
+    assert agree.all() if wide.device.type == "cpu" else agree.float().mean() > 0.999  # of near scores either is best
     torch.testing.assert_close(found_chosen.double()[agree], chosen[agree], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found_share.double(), share, rtol=1e-5, atol=1e-6)
     (found_grad,) = torch.autograd.grad(found_chosen.square().sum() + found_share.square().sum(), leaf)
