@@ -7,6 +7,7 @@ experts choose tokens (arXiv 2202.09368).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from moe_train.config import MoEConfig
 from moe_train.kernels.cpu import router as compiled_linear
 from moe_train.kernels.cpu import routing as compiled
+from moe_train.precision.support import runs_triton
 
 
 class Affinities(NamedTuple):
@@ -53,9 +55,18 @@ class Router(nn.Module):
     def logits(self, x_td: Tensor) -> Tensor:
         with torch.autocast(x_td.device.type, enabled=False):
             x_td = x_td.to(self.weight.dtype)
-            takes = compiled_linear.takes(x_td, self.weight)
-            logits_te: Tensor = (compiled_linear.RouterLinear.apply if takes else F.linear)(x_td, self.weight)
+            logits_te: Tensor = self._product(x_td)(x_td, self.weight)
         return logits_te
+
+    def _product(self, x_td: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        if compiled_linear.takes(x_td, self.weight):
+            return compiled_linear.RouterLinear.apply
+        if runs_triton(x_td.device):
+            from moe_train.kernels import router as of_gpu
+
+            if of_gpu.takes(x_td, self.weight):
+                return of_gpu.RouterLinear.apply
+        return F.linear
 
     def scores(self, logits_te: Tensor) -> Tensor:
         sigmoid = self.config.scoring_func == "sigmoid"
@@ -67,6 +78,11 @@ class Router(nn.Module):
         plain = c.scoring_func == "sigmoid" and c.topk_group == c.n_group and not scores
         if plain and compiled.takes(logits_te):
             expert_tk, score_tk, share_be = compiled.Chosen.apply(logits_te, self.selection_bias, real_bt, c.top_k)  # type: ignore[no-untyped-call]
+            return Choice(expert_tk, self._gates(score_tk), share_be)
+        if plain and runs_triton(logits_te.device) and _fits_kernel(logits_te):
+            from moe_train.kernels.routing import Chosen
+
+            expert_tk, score_tk, share_be = Chosen.apply(logits_te, self.selection_bias, real_bt, c.top_k, shares)  # type: ignore[no-untyped-call]
             return Choice(expert_tk, self._gates(score_tk), share_be)
         scores_te = self.scores(logits_te)
         chosen = self.choose_experts(scores_te)
@@ -90,6 +106,12 @@ class Router(nn.Module):
         if self.config.norm_topk_prob:
             score_tk = score_tk / (score_tk.sum(-1, keepdim=True) + 1e-20)
         return score_tk * self.config.routed_scaling_factor
+
+
+def _fits_kernel(logits_te: Tensor) -> bool:
+    from moe_train.kernels.routing import MOST_EXPERTS
+
+    return logits_te.dtype == torch.float32 and logits_te.shape[1] <= MOST_EXPERTS
 
 
 def sequence_shares(scores_te: Tensor, real_bt: Tensor) -> Tensor:

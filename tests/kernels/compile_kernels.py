@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
-from moe_train.kernels import capability, fp8_matmul, grouped_matmul, head, heads, norm, quantize, rounding, swiglu
+from moe_train.kernels import capability, fp8_matmul, grouped_matmul, head, heads, norm, quantize, rounding, router, routing, swiglu
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
@@ -76,6 +76,11 @@ def launch_all() -> None:
     norm.norm_rows(wide, None, weight, scale, eps=None, total=None, narrow=x, exact=None)
     grads = {"along": wide, "grad_narrow": x, "grad_exact": wide}
     norm.norm_rows_backward(wide, weight, scale, **grads, grad_x=wide, grad_added=x)
+    logits, real, expert = torch.zeros(n, 96), torch.ones(2, n // 2, dtype=torch.bool), torch.zeros(n, 6).long()
+    routing.choose_experts(logits, logits[0], real, 6, shares=True)
+    routing.choice_gradient(logits, real, expert, torch.zeros(n, 6), logits[:2])
+    routing.sort_by_expert(expert, real.flatten(), 96)
+    router._product(torch.zeros(n, k), torch.zeros(k, 96))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,12 @@ def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, tmp_path:
     assert done.returncode == 0, done.stderr
     card, product = of_capability((major, minor)), MULTIPLIES_WITH[major, minor]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len({kernel["kernel"] for kernel in kernels}) == EXPECTED
+    for kernel in kernels:
+        assert kernel["shared"] <= card.shared_bytes, kernel
+        multiplies = kernel["kernel"].endswith(("_product_kernel", "_weight_kernel"))
+        assert (product in kernel["instructions"]) == multiplies
+        assert card.multiplies_fp8 or "e4m3" not in kernel["instructions"]
+        if kernel["kernel"].endswith("_quantize_kernel"):
     for kernel in kernels:
         assert kernel["shared"] <= card.shared_bytes, kernel
         multiplies = kernel["kernel"].endswith(("_product_kernel", "_weight_kernel"))

@@ -1,0 +1,221 @@
+"""The experts of each token and the tokens of each expert on a GPU: what kernels/cpu/routing.c does, a visit each.
+
+Choosing takes k maxima of a row. They are of integers in the order of the scores, so that what is taken can be marked
+by one below all, NaN can stand above all as for torch, and a warp has an instruction for them.
+Sorting counts: how often each expert occurs in each block of 128 pairs, one running sum over experts and the blocks of
+each, and then a pair's place is where its expert's pairs of its block begin plus how many of these precede it. Sums are
+of integers or in a fixed order. Nothing waits for the host. Not measured on a GPU.
+
+    t tokens = b sequences of a length, e experts, k of them a token, n = t · k pairs
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_train.kernels.capability import check
+
+MOST_EXPERTS = 1024  # whose scores are a row that a program holds
+_PART = 64  # tokens of a sequence that a program chooses for
+_PAIRS = 128  # that a program sorts
+_COLUMNS = tl.constexpr(32)  # experts that are counted at a time
+_TAKEN = tl.constexpr(-(2**31))
+_NAN = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _scores(logits, token, inside, column, e):
+    """Sigmoids of a block's logits in FP32, zero beyond its edges."""
+    at = logits + token[:, None] * e + column[None, :]
+    x = tl.load(at, mask=inside[:, None] & (column < e)[None, :], other=float("-inf"))
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _choose_kernel(
+    logits, bias_ptr, real_ptr, expert_ptr, score_ptr, share_ptr, length, parts, e, k,
+    PART: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    sequence, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    column = tl.arange(0, E)
+    bias = tl.load(bias_ptr + column, mask=column < e, other=0.0)
+    shares = tl.zeros((ROWS, E), tl.float32)
+    for first in range(0, PART, ROWS):
+        position = part * PART + first + tl.arange(0, ROWS)
+        inside = position < length
+        token = sequence.to(tl.int64) * length + position
+        score = _scores(logits, token, inside, column, e)
+        biased = score + bias[None, :]
+        bits = biased.to(tl.int32, bitcast=True)
+        order = tl.where(biased == biased, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
+        order = tl.where((column < e)[None, :], order, _TAKEN)
+        for j in range(k):
+            largest = tl.max(order, 1)
+            place = tl.min(tl.where(order == largest[:, None], column[None, :], E), 1)
+            here = column[None, :] == place[:, None]
+            chosen = tl.sum(tl.where(here, score.to(tl.int32, bitcast=True), 0), 1)
+            tl.store(expert_ptr + token * k + j, place.to(tl.int64), mask=inside)
+            tl.store(score_ptr + token * k + j, chosen.to(tl.float32, bitcast=True), mask=inside)
+            order = tl.where(here, _TAKEN, order)
+        if share_ptr is not None:
+            real = tl.load(real_ptr + token, mask=inside, other=0) != 0
+            scale = 1.0 / tl.sum(score, 1)
+            shares += tl.where(real[:, None], score * scale[:, None], 0.0)
+    if share_ptr is not None:
+        tl.store(share_ptr + tl.program_id(0).to(tl.int64) * e + column, tl.sum(shares, 0), mask=column < e)
+
+
+@triton.jit
+def _choice_gradient_kernel(
+    logits, real_ptr, expert_ptr, grad_chosen, grad_share, out, t, length, e, k, ROWS: tl.constexpr, E: tl.constexpr
+):
+    """s (1 - s) times the gradient of s: that of the scores chosen, and with the sum S of a token's scores and the
+    gradient g of its sequence's shares g / S - (Σ g s) / S².
+    """
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, E)
+    inside = token < t
+    score = _scores(logits, token, inside, column, e)
+    grad = tl.zeros((ROWS, E), tl.float32)
+    if grad_share is not None:
+        real = tl.load(real_ptr + token, mask=inside, other=0) != 0
+        at = grad_share + (token // length)[:, None] * e + column[None, :]
+        g = tl.load(at, mask=real[:, None] & (column < e)[None, :], other=0.0)
+        scale = 1.0 / tl.sum(score, 1)
+        mean = tl.sum(g * score, 1) * scale
+        grad = tl.where(real[:, None], (g - mean[:, None]) * scale[:, None], 0.0)
+    if grad_chosen is not None:
+        for j in range(k):
+            place = tl.load(expert_ptr + token * k + j, mask=inside, other=-1).to(tl.int32)
+            chosen = tl.load(grad_chosen + token * k + j, mask=inside, other=0.0)
+            grad += tl.where(column[None, :] == place[:, None], chosen[:, None], 0.0)
+    at = out + token[:, None] * e + column[None, :]
+    tl.store(at, grad * (score * (1.0 - score)), mask=inside[:, None] & (column < e)[None, :])
+
+
+@triton.jit
+def _count_kernel(expert_ptr, real_ptr, counts, real_counts, n, k, e, blocks, PAIRS: tl.constexpr):
+    """How many pairs of a block, and of these of real tokens, go to each expert: (e, blocks)."""
+    block = tl.program_id(0)
+    pair = block * PAIRS + tl.arange(0, PAIRS)
+    expert = tl.load(expert_ptr + pair, mask=pair < n, other=-1).to(tl.int32)
+    real = tl.load(real_ptr + pair // k, mask=pair < n, other=0) != 0
+    for first in range(0, e, _COLUMNS):
+        column = first + tl.arange(0, _COLUMNS)
+        same = expert[:, None] == column[None, :]
+        at = column.to(tl.int64) * blocks + block
+        tl.store(counts + at, tl.sum(same.to(tl.int32), 0), mask=column < e)
+        tl.store(real_counts + at, tl.sum((same & real[:, None]).to(tl.int32), 0), mask=column < e)
+
+
+@triton.jit
+def _place_kernel(
+    expert_ptr, counts, upto, pair_ptr, token_ptr, place_ptr, n, k, blocks, PAIRS: tl.constexpr
+):  # fmt: skip
+    block = tl.program_id(0)
+    index = tl.arange(0, PAIRS)
+    pair = block * PAIRS + index
+    inside = pair < n
+    expert = tl.load(expert_ptr + pair, mask=inside, other=-1).to(tl.int32)
+    same = expert[:, None] == expert[None, :]
+    before = tl.sum((same & (index[None, :] < index[:, None])).to(tl.int32), 1)
+    at = expert.to(tl.int64) * blocks + block
+    start = tl.load(upto + at, mask=inside, other=0) - tl.load(counts + at, mask=inside, other=0)
+    place = start + before
+    tl.store(place_ptr + pair, place.to(tl.int64), mask=inside)
+    tl.store(pair_ptr + place, pair.to(tl.int64), mask=inside)
+    tl.store(token_ptr + place, (pair // k).to(tl.int64), mask=inside)
+
+
+def _rows(e: int) -> tuple[int, int]:
+    """Tokens, and the power of two of experts, that a program works on at a time: at most 2,048 scores."""
+    lanes = max(16, triton.next_power_of_2(e))
+    return min(16, 2048 // lanes), lanes
+
+
+def choose_experts(
+    logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, k: int, *, shares: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """→ experts (t, k) int64, the best first and the lower of equal ones, their scores (t, k), and with `shares` what
+    share each expert has of a token's scores, summed over each sequence's real tokens: (b, e).
+
+    Scores are sigmoids of the logits (FP32); experts are chosen by score plus bias. real_bt: bool. Raises ValueError.
+    """
+    t, e = logits_te.shape
+    check(logits_te.dtype == bias_e.dtype == torch.float32 and bias_e.shape == (e,), "logits and bias: FP32, e columns")
+    check(1 <= k <= e <= MOST_EXPERTS, f"{k} of {e} experts: 1 to all of at most {MOST_EXPERTS}")
+    check(real_bt.dtype == torch.bool and real_bt.numel() == t, f"real: bool, one for each of {t} tokens")
+    b, length = real_bt.shape if shares else (1, t)
+    parts, (rows, lanes) = max(1, triton.cdiv(length, _PART)), _rows(e)
+    expert_tk = torch.empty(t, k, dtype=torch.int64, device=logits_te.device)
+    score_tk = torch.empty(t, k, dtype=torch.float32, device=logits_te.device)
+    share = logits_te.new_empty(b, parts, e) if shares else None
+    tensors = (logits_te.contiguous(), bias_e.contiguous(), _bytes(real_bt), expert_tk, score_tk, share)
+    if b:
+        _choose_kernel[(b * parts,)](*tensors, length, parts, e, k, PART=_PART, ROWS=rows, E=lanes)
+    return expert_tk, score_tk, None if share is None else share.sum(1)
+
+
+def choice_gradient(
+    logits_te: Tensor, real_bt: Tensor, expert_tk: Tensor, grad_tk: Tensor | None, grad_be: Tensor | None
+) -> Tensor:
+    """Of the logits, from those of the scores chosen (t, k) and of the shares (b, e)."""
+    (t, e), k, length = logits_te.shape, expert_tk.shape[1], real_bt.shape[1]
+    rows, lanes = _rows(e)
+    out = torch.empty_like(logits_te, memory_format=torch.contiguous_format)
+    grads = [None if grad is None else grad.contiguous() for grad in (grad_tk, grad_be)]
+    tensors = (logits_te.contiguous(), _bytes(real_bt), expert_tk.contiguous(), *grads, out)
+    if t:
+        _choice_gradient_kernel[(triton.cdiv(t, rows),)](*tensors, t, length, e, k, ROWS=rows, E=lanes)
+    return out
+
+
+def _bytes(real: Tensor) -> Tensor:
+    return real.contiguous().view(torch.uint8)
+
+
+class Chosen(torch.autograd.Function):
+    """`choose_experts` with its gradient; the logits are kept, and what was chosen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, k: int, shares: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        expert_tk, score_tk, share_be = choose_experts(logits_te, bias_e, real_bt, k, shares=shares)
+        ctx.save_for_backward(logits_te, real_bt, expert_tk)
+        ctx.mark_non_differentiable(expert_tk)
+        ctx.set_materialize_grads(False)
+        return expert_tk, score_tk, share_be
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+        logits_te, real_bt, expert_tk = ctx.saved_tensors
+        return choice_gradient(logits_te, real_bt, expert_tk, grads[1], grads[2]), None, None, None, None
+
+
+def takes_pairs(expert_tk: Tensor, num_experts: int) -> bool:
+    """Whether `sort_by_expert` can count them: places are 32 bits, and so are those of the table of counts."""
+    return expert_tk.dtype == torch.int64 and (expert_tk.numel() // _PAIRS + 1) * max(_PAIRS, num_experts) < 2**31
+
+
+def sort_by_expert(
+    expert_tk: Tensor, real_t: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What model/dispatch.py's Plan is made of, from experts in 0 … num_experts - 1. Raises ValueError."""
+    (t, k), n = expert_tk.shape, expert_tk.numel()
+    check(takes_pairs(expert_tk, num_experts), "experts: int64, of fewer than 2³¹ pairs")
+    check(real_t.dtype == torch.bool and real_t.shape == (t,), f"real: bool, one for each of {t} tokens")
+    blocks = max(1, triton.cdiv(n, _PAIRS))
+    expert = expert_tk.contiguous()
+    counts = torch.empty(2, num_experts, blocks, dtype=torch.int32, device=expert.device)
+    _count_kernel[(blocks,)](expert, _bytes(real_t), counts[0], counts[1], n, k, num_experts, blocks, PAIRS=_PAIRS)
+    upto = counts[0].flatten().cumsum(0, dtype=torch.int32)  # experts in order, and of each its blocks in order
+    pair_n, token_n, place_tk = expert.new_empty(n), expert.new_empty(n), torch.empty_like(expert)
+    _place_kernel[(blocks,)](expert, counts, upto, pair_n, token_n, place_tk, n, k, blocks, PAIRS=_PAIRS)
+    ends_e = upto.view(num_experts, blocks)[:, -1].contiguous()
+    return pair_n, token_n, place_tk, ends_e, counts[1].sum(1)

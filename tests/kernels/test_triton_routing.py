@@ -1,0 +1,155 @@
+"""Choosing and sorting in Triton: what torch does, to the bit, and scores, shares and their gradients against FP64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernel_checks import allowed, error
+
+from moe_train.config import MoEConfig
+from moe_train.kernels import routing
+from moe_train.model import dispatch, router
+
+MOE = MoEConfig(
+    num_experts=24,
+    num_shared_experts=1,
+    top_k=4,
+    moe_intermediate_size=16,
+    first_k_dense_replace=0,
+    routing="token_choice",
+    scoring_func="sigmoid",
+    n_group=1,
+    topk_group=1,
+    group_score_top_k=2,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    bias_update_speed=1e-3,
+    bias_update_fraction=1.0,
+    sequence_loss_weight=1e-4,
+    batch_loss_weight=0.0,
+    router_z_loss_weight=0.0,
+    capacity_factor=None,
+)
+
+
+def in_fp64(logits: Tensor, bias: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts, their scores, shares, and the gradient of both squared and summed."""
+    leaf = logits.double().requires_grad_()
+    score = leaf.sigmoid()
+    expert = (score.detach() + bias).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    chosen, share = score.gather(-1, expert), router.sequence_shares(score, real)
+    (grad,) = torch.autograd.grad(chosen.square().sum() + share.square().sum(), leaf)
+    return expert, chosen.detach(), share.detach(), grad
+
+
+@pytest.mark.parametrize(("b", "length", "e", "k"), [(2, 70, 96, 6), (3, 5, 24, 1), (1, 3, 300, 8), (2, 9, 3, 3)])
+def test_choices_shares_and_their_gradients_are_those_of_fp64(
+    b: int, length: int, e: int, k: int, random: Callable[..., Tensor]
+) -> None:
+    if random(1).device.type == "cuda":
+        b, length = 16 * b, 40 * length
+    wide, bias = random(b * length, e + 5), 0.1 * random(e)
+    real = random(b, length) > -1
+    expert, chosen, share, grad = in_fp64(wide[:, :e], bias, real, k)
+    leaf = wide.requires_grad_()
+    found_expert, found_chosen, found_share = routing.Chosen.apply(leaf[:, :e], bias, real, k, True)
+    assert found_expert.dtype == torch.int64
+    agree = (found_expert == expert).all(-1)
+    assert agree.all() if wide.device.type == "cpu" else agree.float().mean() > 0.999  # of near scores either is best
+    torch.testing.assert_close(found_chosen.double()[agree], chosen[agree], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found_share.double(), share, rtol=1e-5, atol=1e-6)
+    (found_grad,) = torch.autograd.grad(found_chosen.square().sum() + found_share.square().sum(), leaf)
+    torch.testing.assert_close(found_grad[agree, :e].double(), grad[agree], rtol=1e-4, atol=1e-6 * length)
+    assert not found_grad[:, e:].any()
+    again = routing.choose_experts(leaf[:, :e], bias, real, k, shares=True)
+    assert all(torch.equal(*pair) for pair in zip(again, (found_expert, found_chosen, found_share), strict=True))
+
+
+def test_gradients_of_scores_alone_and_of_shares_alone(random: Callable[..., Tensor]) -> None:
+    b, length, e, k = 2, 20, 40, 3
+    logits, bias, real = random(b * length, e), torch.zeros(e, device=random(1).device), random(b, length) > 0
+    for part in (0, 1):
+        right = logits.double().requires_grad_()
+        score = right.sigmoid()
+        expert = score.detach().topk(k).indices
+        value = (score.gather(-1, expert).square().sum(), router.sequence_shares(score, real).square().sum())[part]
+        (exact,) = torch.autograd.grad(value, right)
+        leaf = logits.clone().requires_grad_()
+        _, chosen, share = routing.Chosen.apply(leaf, bias, real, k, part == 1)
+        assert (share is None) == (part == 0)
+        (grad,) = torch.autograd.grad((share if part else chosen).square().sum(), leaf)
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_lower_of_equal_experts_comes_first_and_what_is_no_number_before_all(device: torch.device) -> None:
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[nan] * 5, [0.0, nan, inf, 1.0, nan], [-inf] * 5, [0.0, 1.0, 0.0, 1.0, 0.0]], device=device)
+    bias, real = torch.zeros(5, device=device), torch.ones(1, 4, dtype=torch.bool, device=device)
+    expert, score, _ = routing.choose_experts(logits, bias, real, 4, shares=False)
+    assert expert.tolist() == [[0, 1, 2, 3], [1, 4, 2, 3], [0, 1, 2, 3], [1, 3, 0, 2]]
+    torch.testing.assert_close(score, logits.sigmoid().gather(-1, expert), equal_nan=True)
+    bias = torch.tensor([0.0, -inf, 0.0, -inf, -inf], device=device)
+    assert routing.choose_experts(logits[3:], bias, real[:, 3:], 5, shares=False)[0].tolist() == [[0, 2, 1, 3, 4]]
+
+
+@pytest.mark.parametrize(("t", "e", "k"), [(200, 96, 3), (1, 5, 5), (0, 4, 2), (130, 1, 1), (70, 300, 2), (64, 8, 2)])
+def test_pairs_are_sorted_as_torch_sorts_them(
+    t: int, e: int, k: int, random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if random(1).device.type == "cuda":
+        t *= 100
+    expert = (random(t, e) + 2 * random(e)).topk(k).indices  # some have many, some none
+    real = random(t) > -1
+    found = dispatch.Plan(*routing.sort_by_expert(expert, real, e))
+    monkeypatch.setattr(dispatch, "runs_triton", lambda _: False)
+    for one, other in zip(found, dispatch.plan(expert, real, e), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    monkeypatch.setattr(dispatch, "runs_triton", lambda _: True)
+    turned = expert.t().contiguous().t()
+    assert all(torch.equal(*pair) for pair in zip(found, dispatch.plan(turned, real, e), strict=True))
+
+
+def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> None:
+    logits, bias = random(6, 8), random(8)
+    real = bias.new_ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="9 of 8 experts"):
+        routing.choose_experts(logits, bias, real, 9, shares=True)
+    with pytest.raises(ValueError, match="FP32"):
+        routing.choose_experts(logits.double(), bias, real, 2, shares=True)
+    with pytest.raises(ValueError, match="one for each of 6 tokens"):
+        routing.choose_experts(logits, bias, real[:1], 2, shares=True)
+    with pytest.raises(ValueError, match="one for each of 6 tokens"):
+        routing.sort_by_expert(logits.topk(2).indices, real, 8)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_the_router_chooses_the_same_with_them_and_without(
+    shares: bool, random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b, length, e = 2, 30, MOE.num_experts
+    logits, real = random(b * length, e), random(b, length) > -1
+    layer = router.Router(MOE, 8).to(logits.device)
+    layer.selection_bias.copy_(0.1 * random(e))
+
+    def through(by_kernel: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        monkeypatch.setattr(router, "runs_triton", lambda _: by_kernel)
+        leaf = logits.to(dtype).requires_grad_()
+        choice = layer.choose(leaf, real, shares=shares)
+        assert (choice.share_be is not None) == shares
+        parts = [choice.gate_tk * torch.arange(1, MOE.top_k + 1, device=leaf.device)]
+        parts += [] if choice.share_be is None else [choice.share_be]
+        (grad,) = torch.autograd.grad(sum(part.square().sum() for part in parts), leaf)
+        return [choice.expert_tk, choice.gate_tk.detach(), *(part.detach() for part in parts[1:]), grad]
+
+    (expert, *found), (other, *without), (_, *exact) = through(True), through(False), through(False, torch.float64)
+    assert torch.equal(expert, other)
+    for each, theirs, right in zip(found, without, exact, strict=True):
+        assert error(each, right) <= allowed(theirs, right)
+        assert error(each, right) < 1e-5
