@@ -1,6 +1,7 @@
 """Grouped products in BF16, FP16 and FP32 without host synchronisation, where torch has none (before 9.0, and 12.0).
 
-Sums are in FP32 and rounded once. As many programs start as the groups could need; each finds its group on the device.
+Sums are in FP32 and rounded once. As many programs start as the groups could need. Which rows of which group each has
+is found on the device by a small kernel before: within the product, finding it takes as long as many a block's sums.
 Programs of the same rows follow one another. FP32 is multiplied as FP32, not as TF32. Rows may be read where an index
 says they are, so that rows of tokens, once for each of their experts, need not be copied.
 
@@ -52,13 +53,23 @@ def _dot(left, right, total):
 
 
 @triton.jit
+def _pieces_kernel(ends_ptr, piece_ptr, groups, rows, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    piece = tl.program_id(0)
+    group, start, end, _ = find_piece(ends_ptr, piece, groups, rows, GROUPS, SIZE)
+    tl.store(piece_ptr + 3 * piece, group)
+    tl.store(piece_ptr + 3 * piece + 1, start)
+    tl.store(piece_ptr + 3 * piece + 2, end)
+
+
+@triton.jit
 def _grouped_product_kernel(
-    x_ptr, source_ptr, w_ptr, ends_ptr, out, n, k, o, groups,
+    x_ptr, source_ptr, w_ptr, piece_ptr, out, k, o, groups,
     x_stride_n, x_stride_k, w_stride_e, w_stride_o, w_stride_k,
-    EVEN_K: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(o, N)
-    group, start, end, _ = find_piece(ends_ptr, tl.program_id(0) // across, groups, n, GROUPS, M)
+    piece_ptr += 3 * (tl.program_id(0) // across)
+    group, start, end = tl.load(piece_ptr), tl.load(piece_ptr + 1), tl.load(piece_ptr + 2)
     if group <= groups:
         row = start + tl.arange(0, M)
         column = (tl.program_id(0) % across) * N + tl.arange(0, N)
@@ -126,6 +137,16 @@ def _weight_kernel(
     tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
 
 
+def _pieces(ends_e: Tensor, rows: int, size: int, count: int) -> Tensor:
+    """Group, first row and the group's end of each piece of `size` rows: (count, 3) int32, as `find_piece` has them."""
+    pieces = ends_e.new_empty(count, 3)
+    groups = len(ends_e)
+    lanes = group_lanes(groups)
+    # One warp a program: sums over groups are then its lanes' alone.
+    _pieces_kernel[(count,)](ends_e.contiguous(), pieces, groups, rows, GROUPS=lanes, SIZE=size, num_warps=1)
+    return pieces
+
+
 def _rows(operand: Tensor, source_n: Tensor | None) -> int:
     if source_n is None:
         return len(operand)
@@ -156,16 +177,14 @@ def grouped_product(x_nk: Tensor, w_eok: Tensor, ends_e: Tensor, source_n: Tenso
             x_nk,
             _index(source_n),
             w_eok,
-            ends_e.contiguous(),
+            _pieces(ends_e, n, tile.rows, tiles),
             out,
-            n,
             k,
             o,
             e,
             *x_nk.stride(),
             *w_eok.stride(),
             EVEN_K=k % tile.inner == 0,
-            GROUPS=group_lanes(e),
             M=tile.rows,
             N=tile.columns,
             K=tile.inner,

@@ -17,6 +17,7 @@ from moe_train.kernels.capability import of_capability
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
+PRODUCTS = {"_grouped_product_kernel", "_weight_kernel"}
 MULTIPLIES_WITH = {
     **dict.fromkeys([(8, 0), (8, 6), (8, 9), (12, 0)], "mma.sync"),
     (9, 0): "wgmma.mma_async",
@@ -33,12 +34,12 @@ def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, tmp_path:
     assert done.returncode == 0, done.stderr
     card, product = of_capability((major, minor)), MULTIPLIES_WITH[major, minor]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 7
+    assert len(kernels) == 15
     for kernel in kernels:
         assert kernel["shared"] <= card.shared_bytes, kernel
-        multiplies = not kernel["kernel"].endswith("_quantize_kernel")
+        multiplies = kernel["kernel"] in PRODUCTS
         assert (product in kernel["instructions"]) == multiplies
         assert card.multiplies_fp8 or "e4m3" not in kernel["instructions"]
-        if not multiplies:
+        if kernel["kernel"].endswith("_quantize_kernel"):
             assert "div.rn.f32" in kernel["instructions"]  # rounded as the reference rounds it
             assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel["instructions"]) == card.rounds_fp8
