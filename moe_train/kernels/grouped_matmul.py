@@ -217,6 +217,8 @@ def grouped_weight_product(
     check(ends_e.dtype == torch.int32, "ends_e: int32")
     out = left_no.new_empty((len(ends_e), o, i), dtype=out_dtype)
     tile = _tile(left_no)
+    if left_source_n is not None or right_source_n is not None:
+        tile = tile._replace(stages=tile.stages + 1)  # the index of the next rows is read a stage before them
     if out.numel():
         _weight_kernel[(len(ends_e) * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns),)](
             left_no,

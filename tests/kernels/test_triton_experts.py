@@ -18,6 +18,7 @@ from moe_train.kernels import experts
 from moe_train.kernels.cpu import library
 from moe_train.model import dispatch
 from moe_train.model.experts import MoELayer
+from moe_train.model.transformer import Transformer
 from moe_train.precision import support
 from moe_train.precision.matmul import swiglu_linear
 
@@ -139,6 +140,25 @@ def test_a_layer_gives_the_same_with_it(
     for with_kernel, without in zip(found[1], found[0], strict=True):
         assert with_kernel.dtype == without.dtype
         assert error(with_kernel, without.double()) <= floor(without)
+
+
+def test_a_model_recomputes_its_activations_to_the_same_bits(
+    random: Callable[..., Tensor], kernels: Callable[[bool], None], small_model: Callable[..., Transformer]
+) -> None:
+    kernels(True)
+    device = random(1).device
+    model = small_model(dtype=torch.float32).to(device)
+    tokens, targets = torch.randint(0, 64, (2, 2, 6), generator=torch.Generator().manual_seed(0)).to(device)
+    found = []
+    for recompute in (False, True):
+        model.activation_checkpointing = recompute
+        model.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            losses = model(tokens, targets, mtp_weight=0.3)
+        losses.objective.backward()
+        found.append([*losses, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(grad.isfinite().all() and grad.any() for grad in found[0][-8:])
 
 
 def test_rows_that_came_from_elsewhere_go_through_the_same_products(
