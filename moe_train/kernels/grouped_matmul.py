@@ -1,7 +1,12 @@
 """Grouped products in BF16, FP16 and FP32 without host synchronisation, where torch has none (before 9.0, and 12.0).
 
-Sums are in FP32 and rounded once. As many programs start as the groups could need; each finds its group on the device.
-Programs of the same rows follow one another. FP32 is multiplied as FP32, not as TF32. Nothing was measured on a GPU.
+Sums are in FP32 and rounded once. As many programs start as the groups could need. Which rows of which group each has
+is found on the device by a small kernel before: within the product, finding it takes as long as many a block's sums.
+Programs of the same rows follow one another. FP32 is multiplied as FP32, not as TF32. Rows may be read where an index
+says they are, so that rows of tokens, once for each of their experts, need not be copied.
+
+On an H200, 393,216 rows of 96 experts, 1024 wide, 256 an expert, BF16, without an index: products 0.97 and 0.90 ms
+(torch's grouped matmul 0.71 and 0.54), weight gradients 0.71 and 0.38 ms (torch's 0.80 and 0.46).
 
     n rows of all groups, k inner, e groups, o outputs, i inputs
 """
@@ -48,12 +53,23 @@ def _dot(left, right, total):
 
 
 @triton.jit
+def _pieces_kernel(ends_ptr, piece_ptr, groups, rows, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    piece = tl.program_id(0)
+    group, start, end, _ = find_piece(ends_ptr, piece, groups, rows, GROUPS, SIZE)
+    tl.store(piece_ptr + 3 * piece, group)
+    tl.store(piece_ptr + 3 * piece + 1, start)
+    tl.store(piece_ptr + 3 * piece + 2, end)
+
+
+@triton.jit
 def _grouped_product_kernel(
-    x_ptr, w_ptr, ends_ptr, out, n, k, o, groups, x_stride_n, x_stride_k, w_stride_e, w_stride_o, w_stride_k,
-    EVEN_K: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    x_ptr, source_ptr, w_ptr, piece_ptr, out, k, o, groups,
+    x_stride_n, x_stride_k, w_stride_e, w_stride_o, w_stride_k,
+    EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(o, N)
-    group, start, end, _ = find_piece(ends_ptr, tl.program_id(0) // across, groups, n, GROUPS, M)
+    piece_ptr += 3 * (tl.program_id(0) // across)
+    group, start, end = tl.load(piece_ptr), tl.load(piece_ptr + 1), tl.load(piece_ptr + 2)
     if group <= groups:
         row = start + tl.arange(0, M)
         column = (tl.program_id(0) % across) * N + tl.arange(0, N)
@@ -61,6 +77,8 @@ def _grouped_product_kernel(
         # Rows and columns beyond the edge are read as some inside it, and not written.
         near_row = tl.minimum(row, end - 1).to(tl.int64)
         near_column = (column % o).to(tl.int64)
+        if source_ptr is not None:
+            near_row = tl.load(source_ptr + near_row).to(tl.int64)
         x_at = x_ptr + near_row[:, None] * x_stride_n + inner[None, :] * x_stride_k
         w_at = w_ptr + group.to(tl.int64) * w_stride_e
         w_at += near_column[None, :] * w_stride_o + inner[:, None] * w_stride_k
@@ -82,8 +100,18 @@ def _grouped_product_kernel(
 
 
 @triton.jit
+def _row(source_ptr, token, inside):
+    """Which row of an operand each token's is."""
+    row = token.to(tl.int64)
+    if source_ptr is not None:
+        row = tl.load(source_ptr + row, mask=inside, other=0).to(tl.int64)
+    return row
+
+
+@triton.jit
 def _weight_kernel(
-    left, right, ends_ptr, out, o, i, left_stride_n, left_stride_o, right_stride_n, right_stride_i,
+    left, left_source, right, right_source, ends_ptr, out, o, i,
+    left_stride_n, left_stride_o, right_stride_n, right_stride_i,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(i, N)
@@ -94,29 +122,49 @@ def _weight_kernel(
     column = (tile % across) * N + tl.arange(0, N)
     start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
     end = tl.load(ends_ptr + group)
-    token = start + tl.arange(0, K)
-    left_at = left + (row % o).to(tl.int64)[:, None] * left_stride_o + token.to(tl.int64)[None, :] * left_stride_n
+    left_at = left + (row % o).to(tl.int64)[:, None] * left_stride_o
     right_at = right + (column % i).to(tl.int64)[None, :] * right_stride_i
-    right_at += token.to(tl.int64)[:, None] * right_stride_n
     total = tl.zeros((M, N), dtype=tl.float32)
     for first in range(start, end, K):
-        inside = tl.arange(0, K) < end - first
-        x = tl.load(left_at, mask=inside[None, :], other=0.0)
-        y = tl.load(right_at, mask=inside[:, None], other=0.0)
+        token = first + tl.arange(0, K)
+        inside = token < end
+        x_row = _row(left_source, token, inside)
+        y_row = _row(right_source, token, inside)
+        x = tl.load(left_at + x_row[None, :] * left_stride_n, mask=inside[None, :], other=0.0)
+        y = tl.load(right_at + y_row[:, None] * right_stride_n, mask=inside[:, None], other=0.0)
         total = _dot(x, y, total)
-        left_at += K * left_stride_n
-        right_at += K * right_stride_n
     place = (group.to(tl.int64) * o + row)[:, None] * i + column[None, :]
     tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
 
 
-def grouped_product(x_nk: Tensor, w_eok: Tensor, ends_e: Tensor) -> Tensor:
+def _pieces(ends_e: Tensor, rows: int, size: int, count: int) -> Tensor:
+    """Group, first row and the group's end of each piece of `size` rows: (count, 3) int32, as `find_piece` has them."""
+    pieces = ends_e.new_empty(count, 3)
+    groups = len(ends_e)
+    lanes = group_lanes(groups)
+    # One warp a program: sums over groups are then its lanes' alone.
+    _pieces_kernel[(count,)](ends_e.contiguous(), pieces, groups, rows, GROUPS=lanes, SIZE=size, num_warps=1)
+    return pieces
+
+
+def _rows(operand: Tensor, source_n: Tensor | None) -> int:
+    if source_n is None:
+        return len(operand)
+    check(source_n.dim() == 1 and source_n.dtype in (torch.int64, torch.int32), "source: one int64 or int32 a row")
+    return len(source_n)
+
+
+def _index(source_n: Tensor | None) -> Tensor | None:
+    return None if source_n is None else source_n.contiguous()
+
+
+def grouped_product(x_nk: Tensor, w_eok: Tensor, ends_e: Tensor, source_n: Tensor | None = None) -> Tensor:
     """Rows of group e, which end before `ends_e[e]` (int32, on the device), times w_eok[e] transposed → (n, o).
 
     x and w of one format and any strides: `w.mT` serves the input gradient. Rows behind the last group are zero.
-    Raises ValueError.
+    `source_n` (int64 or int32): row i is row source_n[i] of x, of which there may be any number. Raises ValueError.
     """
-    n, k = x_nk.shape
+    n, k = _rows(x_nk, source_n), x_nk.shape[1]
     e, o, inner = w_eok.shape
     check(inner == k, f"operands: the inner dimensions are {k} and {inner}")
     check(x_nk.dtype == w_eok.dtype and x_nk.dtype in DTYPES, "operands: both FP32, BF16 or FP16")
@@ -127,17 +175,16 @@ def grouped_product(x_nk: Tensor, w_eok: Tensor, ends_e: Tensor) -> Tensor:
     if out.numel():
         _grouped_product_kernel[(tiles * triton.cdiv(o, tile.columns),)](
             x_nk,
+            _index(source_n),
             w_eok,
-            ends_e.contiguous(),
+            _pieces(ends_e, n, tile.rows, tiles),
             out,
-            n,
             k,
             o,
             e,
             *x_nk.stride(),
             *w_eok.stride(),
             EVEN_K=k % tile.inner == 0,
-            GROUPS=group_lanes(e),
             M=tile.rows,
             N=tile.columns,
             K=tile.inner,
@@ -148,23 +195,36 @@ def grouped_product(x_nk: Tensor, w_eok: Tensor, ends_e: Tensor) -> Tensor:
 
 
 def grouped_weight_product(
-    left_no: Tensor, right_ni: Tensor, ends_e: Tensor, out_dtype: torch.dtype = torch.float32
+    left_no: Tensor,
+    right_ni: Tensor,
+    ends_e: Tensor,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    left_source_n: Tensor | None = None,
+    right_source_n: Tensor | None = None,
 ) -> Tensor:
     """left transposed times right over the rows of each group → (e, o, i); a group without rows gives zeros.
 
-    Both of one format and any strides. Raises ValueError.
+    Both of one format and any strides. With a source (int64 or int32) row i of an operand is row source_n[i] of what is
+    given. Raises ValueError.
     """
-    n, o = left_no.shape
-    rows, i = right_ni.shape
+    (n, o), (rows, i) = (
+        (_rows(operand, source), operand.shape[1])
+        for operand, source in ((left_no, left_source_n), (right_ni, right_source_n))
+    )
     check(rows == n, f"operands: {n} and {rows} rows")
     check(left_no.dtype == right_ni.dtype and left_no.dtype in DTYPES, "operands: both FP32, BF16 or FP16")
     check(ends_e.dtype == torch.int32, "ends_e: int32")
     out = left_no.new_empty((len(ends_e), o, i), dtype=out_dtype)
     tile = _tile(left_no)
+    if left_source_n is not None or right_source_n is not None:
+        tile = tile._replace(stages=tile.stages + 1)  # the index of the next rows is read a stage before them
     if out.numel():
         _weight_kernel[(len(ends_e) * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns),)](
             left_no,
+            _index(left_source_n),
             right_ni,
+            _index(right_source_n),
             ends_e.contiguous(),
             out,
             o,

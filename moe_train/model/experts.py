@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.config import MoEConfig
+from moe_train.kernels import experts as kernels
 from moe_train.kernels.cpu import experts as compiled
 from moe_train.model import dispatch, slots
 from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequence_balance_loss
@@ -49,6 +50,7 @@ class Outputs(NamedTuple):
     shared_td: Tensor | None  # where tokens travelled meanwhile
     counts_e: Tensor
     dropped: Tensor
+    with_shared: bool = False  # routed_td is the sum with the shared ones already
 
 
 class Sent(Protocol):
@@ -87,13 +89,29 @@ class Experts(nn.Module):
 
     def take_tokens(self, x_td: Tensor) -> bool:
         """Whether `of_tokens` can be asked for."""
-        return (self.fp8 is None or not self.may_round) and compiled.takes(x_td, self.gate_up_proj, self.down_proj)
+        return self.add_to_sums(x_td) or (self._wide and compiled.takes(x_td, self.gate_up_proj, self.down_proj))
 
-    def of_tokens(self, x_td: Tensor, gate_n1: Tensor, plan: dispatch.Plan) -> Tensor:
-        """Each token through the experts of `plan`, their gated outputs summed: (t, d). No row is copied for it."""
+    def add_to_sums(self, x_td: Tensor) -> bool:
+        """Whether `of_tokens` adds what it is given as it sums: on a GPU."""
+        return self._wide and kernels.takes(x_td, self.gate_up_proj, self.down_proj)
+
+    def of_tokens(self, x_td: Tensor, gate_n1: Tensor, plan: dispatch.Plan, added_td: Tensor | None = None) -> Tensor:
+        """Each token through the experts of `plan`, their gated outputs summed: (t, d). No row is copied for it.
+
+        added_td: added to the sums before they are rounded; where `add_to_sums` says so.
+        """
         weights, places = (self.gate_up_proj, self.down_proj), (plan.ends_e, plan.token_n, plan.place_tk)
-        out: Tensor = compiled.SwiGLUOfTokens.apply(x_td, *weights, gate_n1.to(x_td.dtype), *places)  # type: ignore[no-untyped-call]
+        out: Tensor
+        if self.add_to_sums(x_td):
+            out = kernels.RoutedExperts.apply(x_td, *weights, gate_n1, *places, added_td)  # type: ignore[no-untyped-call]
+        else:
+            out = compiled.SwiGLUOfTokens.apply(x_td, *weights, gate_n1.to(x_td.dtype), *places)  # type: ignore[no-untyped-call]
         return out
+
+    @property
+    def _wide(self) -> bool:
+        """Whether products are not in FP8 now."""
+        return self.fp8 is None or not self.may_round
 
     @property
     def may_round(self) -> bool:
@@ -135,7 +153,7 @@ class MoELayer(nn.Module):
             auxiliary = auxiliary + router_z_loss(logits_te, real_t, c.router_z_loss_weight)
         if c.routing == "expert_choice":
             places = slots.by_experts(self.router.scores(logits_te), real_t, c)
-            y_td, shared_td, counts_e, dropped = self._outputs(_in_slots(x_td, places), x_td)
+            y_td, shared_td, counts_e, dropped, with_shared = self._outputs(_in_slots(x_td, places), x_td)
         else:
             by_sequence, by_batch = (
                 self.training and weight > 0 for weight in (c.sequence_loss_weight, c.batch_loss_weight)
@@ -143,16 +161,16 @@ class MoELayer(nn.Module):
             choice = self.router.choose(logits_te, real_bt, shares=by_sequence, scores=by_batch)
             if c.capacity_factor is None or not self.training:
                 plan = dispatch.plan(choice.expert_tk, real_t, c.num_experts)
-                y_td, shared_td, counts_e, dropped = self._dropless(x_td, choice, plan)
+                y_td, shared_td, counts_e, dropped, with_shared = self._dropless(x_td, choice, plan)
             else:
                 places = slots.by_tokens(choice, real_t, c)
-                y_td, shared_td, counts_e, dropped = self._outputs(_in_slots(x_td, places), x_td)
+                y_td, shared_td, counts_e, dropped, with_shared = self._outputs(_in_slots(x_td, places), x_td)
             if by_sequence and choice.share_be is not None:
                 loss = sequence_balance_loss(choice.share_be, choice.expert_tk, real_bt, c.sequence_loss_weight)
                 auxiliary = auxiliary + loss
             if by_batch and choice.scores_te is not None:
                 auxiliary = auxiliary + batch_balance_loss(choice.scores_te, counts_e, real_t, c.batch_loss_weight)
-        if self.shared_experts is not None:
+        if self.shared_experts is not None and not with_shared:
             y_td = y_td + (self.shared_experts(x_td) if shared_td is None else shared_td)
         return y_td.view_as(x_btd), Routed(auxiliary, counts_e, dropped)
 
@@ -160,7 +178,11 @@ class MoELayer(nn.Module):
         gate_n1 = dispatch.gates_to_experts(choice.gate_tk, plan)
         dropped = x_td.new_zeros((), dtype=torch.float32)
         if self.exchange is None and self.experts.take_tokens(x_td):
-            return Outputs(self.experts.of_tokens(x_td, gate_n1, plan), None, plan.counts_e, dropped)
+            added_td = None
+            if self.shared_experts is not None and self.experts.add_to_sums(x_td):
+                added_td = self.shared_experts(x_td)
+            y_td = self.experts.of_tokens(x_td, gate_n1, plan, added_td)
+            return Outputs(y_td, None, plan.counts_e, dropped, with_shared=added_td is not None)
         rows_nd = remade(lambda x: dispatch.to_experts(x, plan), x_td)
         collect = lambda y_nd: dispatch.from_experts(y_nd, plan)  # noqa: E731
         return self._outputs(Sorted(rows_nd, gate_n1, plan.ends_e, plan.counts_e, dropped, collect), x_td)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
-from moe_train.kernels import capability, fp8_matmul, grouped_matmul, head, heads, norm, quantize, rounding, router, routing, swiglu
+from moe_train.kernels import capability, collect, fp8_matmul, grouped_matmul, head, heads, norm, quantize, rounding, router, routing, swiglu
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
@@ -48,6 +48,7 @@ def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 def launch_all() -> None:
     """Every kernel that multiplies or rounds to FP8, at sizes that are whole blocks, and those of attention's heads."""
     """Every kernel that multiplies or rounds, and norms, at sizes that are whole blocks."""
+    """The kernels at sizes that are whole blocks."""
     n, k, o, e = 1024, 256, 512, 4
     ends_e = torch.arange(1, e + 1, dtype=torch.int32) * (n // e)
 
@@ -64,7 +65,14 @@ def launch_all() -> None:
     fp8_matmul.grouped_weight_product(columns, columns)
     grouped_matmul.grouped_product(x, w, ends_e)
     grouped_matmul.grouped_weight_product(x, x, ends_e)
+    source = torch.zeros(n, dtype=torch.int64)
+    grouped_matmul.grouped_product(x[: n // 2], w, ends_e, source)
+    grouped_matmul.grouped_weight_product(x, x[: n // 2], ends_e, right_source_n=source)
+    grouped_matmul.grouped_weight_product(x[: n // 2], x, ends_e, left_source_n=source)
+    collect.collect(x, source.view(-1, 4), x[: n // 4])
     gate, dh = torch.zeros(n, 1, dtype=torch.bfloat16), torch.zeros(n, k // 2, dtype=torch.bfloat16)
+    swiglu.swiglu(x, gate)
+    swiglu.swiglu_backward_and_forward(dh, x, gate)
     swiglu.swiglu_quantize(x, gate, ends_e, tile)
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
     of_heads = [torch.zeros(2, 64, c, dtype=torch.bfloat16, requires_grad=True) for c in (16 * 64, 16 * 96, 32)]

@@ -18,6 +18,7 @@ EXPECTED = 10  # kernels of different names
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
+PRODUCTS = {"_grouped_product_kernel", "_weight_kernel"}
 MULTIPLIES_WITH = {
     **dict.fromkeys([(8, 0), (8, 6), (8, 9), (12, 0)], "mma.sync"),
     (9, 0): "wgmma.mma_async",
@@ -34,12 +35,6 @@ def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, tmp_path:
     assert done.returncode == 0, done.stderr
     card, product = of_capability((major, minor)), MULTIPLIES_WITH[major, minor]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    for kernel in kernels:
-        assert kernel["shared"] <= card.shared_bytes, kernel
-        multiplies = kernel["kernel"].endswith(("_product_kernel", "_weight_kernel"))
-        assert (product in kernel["instructions"]) == multiplies
-        assert card.multiplies_fp8 or "e4m3" not in kernel["instructions"]
-        if kernel["kernel"].endswith("_quantize_kernel"):
     for kernel in kernels:
         assert kernel["shared"] <= card.shared_bytes, kernel
         multiplies = kernel["kernel"].endswith(("_product_kernel", "_weight_kernel"))

@@ -51,6 +51,27 @@ def test_products_of_ragged_groups(
     assert (dx[start:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+def test_rows_read_where_they_are_give_the_bits_of_copied_ones(
+    dtype: torch.dtype, index: torch.dtype, ragged: tuple[int, Tensor], random: Callable[..., Tensor]
+) -> None:
+    n, ends_e = ragged
+    k, o = (75, 140) if n < 1000 else (600, 1120)
+    source = torch.randint(n // 3, (2 * n,), generator=torch.Generator().manual_seed(3)).to(ends_e.device, index)[::2]
+    x, w = random(k, n // 3, dtype=dtype).t(), random(len(ends_e), o, k, dtype=dtype)
+    dy, few = random(n, o, dtype=dtype), random(n // 3, o, dtype=dtype)
+    rows = x[source.long()]
+    assert torch.equal(
+        grouped_matmul.grouped_product(x, w, ends_e, source), grouped_matmul.grouped_product(rows, w, ends_e)
+    )
+    product = grouped_matmul.grouped_weight_product
+    assert torch.equal(product(dy, x, ends_e, right_source_n=source), product(dy, rows, ends_e))
+    assert torch.equal(product(x, dy, ends_e, left_source_n=source), product(rows, dy, ends_e))
+    both = product(x, few, ends_e, dtype, left_source_n=source, right_source_n=source)
+    assert torch.equal(both, product(rows, few[source.long()], ends_e, dtype))
+
+
 def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> None:
     x, w = random(4, 8), random(1, 3, 8)
     ends_e = torch.tensor([4], dtype=torch.int32, device=x.device)
@@ -60,3 +81,7 @@ def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> Non
         grouped_matmul.grouped_product(x[:, 1:], w, ends_e)
     with pytest.raises(ValueError, match="ends_e"):
         grouped_matmul.grouped_weight_product(x, x, ends_e.long())
+    with pytest.raises(ValueError, match="source: one int64 or int32"):
+        grouped_matmul.grouped_product(x, w, ends_e, ends_e.short())
+    with pytest.raises(ValueError, match="4 and 1 rows"):
+        grouped_matmul.grouped_weight_product(x, x, ends_e, right_source_n=ends_e - 1)
