@@ -16,11 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.kernels.cpu import routing as compiled
-<<<<<<< HEAD
 from moe_train.precision import support
-=======
-from moe_train.precision.support import runs_triton
->>>>>>> groute
 
 
 class Plan(NamedTuple):
@@ -41,7 +37,7 @@ def plan(expert_tk: Tensor, real_t: Tensor, num_experts: int) -> Plan:
     if compiled.takes(expert_tk):
         pair_n, token_n, place_tk, ends_e, counts_e = compiled.sort_by_expert(expert_tk, real_t, num_experts)
         return Plan(pair_n, token_n, place_tk, ends_e, counts_e)
-    if runs_triton(expert_tk.device):
+    if support.runs_triton(expert_tk.device):
         from moe_train.kernels import routing
 
         if routing.takes_pairs(expert_tk, num_experts):

@@ -16,7 +16,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
-from moe_train.kernels import capability, collect, fp8_matmul, grouped_matmul, head, heads, norm, quantize, rounding, router, routing, swiglu
+from moe_train.kernels import (
+    capability,
+    collect,
+    fp8_matmul,
+    grouped_matmul,
+    head,
+    heads,
+    norm,
+    quantize,
+    rounding,
+    router,
+    routing,
+    swiglu,
+)
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")

@@ -107,11 +107,11 @@ def test_pairs_are_sorted_as_torch_sorts_them(
     expert = (random(t, e) + 2 * random(e)).topk(k).indices  # some have many, some none
     real = random(t) > -1
     found = dispatch.Plan(*routing.sort_by_expert(expert, real, e))
-    monkeypatch.setattr(dispatch, "runs_triton", lambda _: False)
+    monkeypatch.setattr(dispatch.support, "runs_triton", lambda _: False)
     for one, other in zip(found, dispatch.plan(expert, real, e), strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
-    monkeypatch.setattr(dispatch, "runs_triton", lambda _: True)
+    monkeypatch.setattr(dispatch.support, "runs_triton", lambda _: True)
     turned = expert.t().contiguous().t()
     assert all(torch.equal(*pair) for pair in zip(found, dispatch.plan(turned, real, e), strict=True))
 
