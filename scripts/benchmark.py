@@ -9,10 +9,11 @@
     startup    from the command to the first step
     smoke      a little of each, within a minute on two cores;  all: every suite but this
 
-python scripts/benchmark.py suite=NAME[,NAME…] [rounds=9] [compile=true|false] [json=FILE] [save=true] [profile=true \
-[out=DIR]] [--config-dir DIR] [settings of train.py: model, optimizer, precision, data, batch_size, num_threads, …]
+python scripts/benchmark.py suite=NAME[,NAME…] [rounds=9] [compile=true|false] [launch=false] [json=FILE] [save=true] \
+[profile=true [out=DIR]] [--config-dir DIR] [settings of train.py: model, optimizer, precision, data, batch_size, …]
 
 compile=false leaves out torch.compile of transformers' model, which takes minutes on a CPU; with smoke it is left out.
+launch=false leaves out the run of the real command that suite=step makes for the overhead of its loop.
 save=true keeps the figures in docs/results/DEVICE.json, beside those of other suites. profile=true writes a trace, the
 slowest operations and memory of suite=step's model into out= (by default under outputs/).
 """
@@ -41,6 +42,7 @@ class Arguments:
     suite: str | None = None
     rounds: Annotated[int, Field(ge=3, le=1000)] | None = None
     compile: bool | None = None
+    launch: bool = True
     json: Path | None = None
     save: bool = False
     profile: bool = False
@@ -59,6 +61,8 @@ def main() -> None:
         raise UsageError("save= and json= keep the figures of a suite: give suite=")
     if arguments.compile is not None and not {"peer", "smoke"} & set(names):
         raise UsageError("compile= is about transformers' model: give it with suite=peer")
+    if not arguments.launch and "step" not in names:
+        raise UsageError("launch= is about the run that suite=step makes: give it with suite=step")
     if arguments.out is not None and not arguments.profile:
         raise UsageError("out= is the folder of a profile: give profile=true as well")
     overrides, config_dir, unknown = split_overrides(others, KEYS)
@@ -74,7 +78,7 @@ def main() -> None:
     if runtime.world_size > 1:
         raise UserError("a benchmark is of one device: start it as one process")
     effort = Effort() if arguments.rounds is None else Effort(rounds=arguments.rounds)
-    bench = Bench("step", tuple(overrides), config_dir, runtime, effort, arguments.compile)
+    bench = Bench("step", tuple(overrides), config_dir, runtime, effort, arguments.compile, arguments.launch)
     file = results.results_file(runtime)
     earlier = results.read(file) if arguments.save else None
     if arguments.save:

@@ -38,6 +38,7 @@ class Bench:
     runtime: Runtime
     effort: Effort
     compiles_peer: bool | None = None  # None: in suite=peer, not in smoke
+    launches: bool = True  # the real command as well, for what a run spends beside its steps
 
     @property
     def on_gpu(self) -> bool:

@@ -27,7 +27,7 @@ def run(bench: Bench, *usually: str, with_a_run: bool = True) -> list[Figure]:
     settings = usually or usual(bench)
     config = bench.config(*settings)
     figures = _timed(bench, config)
-    if with_a_run:
+    if with_a_run and bench.launches:
         figures += _overhead(bench, settings, described(config, bench.runtime))
     return figures
 

@@ -39,11 +39,29 @@ class _Tile(NamedTuple):
 
 
 def _tile(like: Tensor, few_rows: bool = False) -> _Tile:
-    """128 bytes of each row and column a stage: three take 96 KB at most. FP32 has no tensor cores: a smaller block."""
+    """128 bytes of each row and column a stage: three take 96 KB at most. FP32 has no tensor cores: a smaller block.
+
+    On 9.0 128 x 256 was the fastest of thirteen for experts of 256 and 512 outputs (docs/log.md, 2026-11-27).
+    """
     rows = 64 if few_rows or like.dtype == torch.float32 else 128
     columns = 64 if like.dtype == torch.float32 else 128
-    roomy = card(like.device).shared_bytes > 128 * 1024
+    here = card(like.device)
+    roomy = here.shared_bytes > 128 * 1024
+    if roomy and here.rounds_fp8 and not here.threads_hold_rows and rows == 128:  # 9.0
+        return _Tile(128, 256, 64, warps=8, stages=3)
     return _Tile(rows, columns, 128 // like.itemsize, warps=4 if rows == 64 else 8, stages=4 if roomy else 3)
+
+
+def _weight_tile(like: Tensor, left_gathered: bool, right_gathered: bool) -> _Tile:
+    """On 9.0 what is read by an index is read for 256 of the other operand's columns at a time."""
+    tile = _tile(like)
+    if tile.columns == 256 and (left_gathered or right_gathered):
+        tile = _Tile(128, 256, 64, 8, 4) if left_gathered else _Tile(256, 128, 64, 8, 4)
+    elif tile.columns == 256:
+        tile = _Tile(128, 128, 64, 4, 4)
+    if left_gathered or right_gathered:
+        tile = tile._replace(stages=tile.stages + 1)  # the index of the next rows is read a stage before them
+    return tile
 
 
 @triton.jit
@@ -217,9 +235,7 @@ def grouped_weight_product(
     check(left_no.dtype == right_ni.dtype and left_no.dtype in DTYPES, "operands: both FP32, BF16 or FP16")
     check(ends_e.dtype == torch.int32, "ends_e: int32")
     out = left_no.new_empty((len(ends_e), o, i), dtype=out_dtype)
-    tile = _tile(left_no)
-    if left_source_n is not None or right_source_n is not None:
-        tile = tile._replace(stages=tile.stages + 1)  # the index of the next rows is read a stage before them
+    tile = _weight_tile(left_no, left_source_n is not None, right_source_n is not None)
     if out.numel():
         _weight_kernel[(len(ends_e) * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns),)](
             left_no,

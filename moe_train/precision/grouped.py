@@ -1,9 +1,9 @@
 """The three products of a linear layer in one format, for all rows at once or for groups of rows with a weight each.
 
 Without `ends_e` there is one group and its weight is (o, i); else weights are (e, o, i). Groups are multiplied by
-torch's grouped matmul on GPUs of compute capability 9.x and 10.x. On other GPUs that one copies the groups' ends to the
-host and goes round them, and the project's kernel reads them on the device; on a CPU `cpu_grouped` does it. What is not
-torch's is an operator of torch's library, which torch.compile takes as it is.
+torch's grouped matmul in BF16 on GPUs of compute capability 9.x and 10.x. Elsewhere that one copies the groups' ends to
+the host and goes round them, and the project's kernel reads them on the device; on a CPU `cpu_grouped` does it. What is
+not torch's is an operator of torch's library, which torch.compile takes as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def product(x_ni: Tensor, weight: Tensor, ends_e: Tensor | None) -> Tensor:
     """(n, i) → (n, o): rows times their weight transposed."""
     if ends_e is None:
         return x_ni @ weight.mT
-    if takes_torchs_grouped_matmul(x_ni.device):
+    if takes_torchs_grouped_matmul(x_ni):
         return F.grouped_mm(x_ni, weight.mT, offs=ends_e)
     out: Tensor = _product(x_ni, weight, ends_e)
     return out
@@ -31,7 +31,7 @@ def input_gradient(grad_no: Tensor, weight: Tensor, ends_e: Tensor | None) -> Te
     """(n, o) → (n, i)."""
     if ends_e is None:
         return grad_no @ weight
-    if takes_torchs_grouped_matmul(grad_no.device):
+    if takes_torchs_grouped_matmul(grad_no):
         return F.grouped_mm(grad_no, weight, offs=ends_e)
     out: Tensor = _product(grad_no, weight.mT, ends_e)
     return out
@@ -41,7 +41,7 @@ def weight_gradient(grad_no: Tensor, x_ni: Tensor, ends_e: Tensor | None) -> Ten
     """(n, o), (n, i) → (o, i) or (e, o, i); zeros for a group without rows."""
     if ends_e is None:
         return (x_ni.mT @ grad_no).mT  # as torch's own backward pass has it, to the bit
-    if takes_torchs_grouped_matmul(grad_no.device):
+    if takes_torchs_grouped_matmul(grad_no):
         return F.grouped_mm(grad_no.mT, x_ni, offs=ends_e)
     out: Tensor = _weight_gradient(grad_no, x_ni, ends_e)
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -27,9 +28,12 @@ def runs_triton(device: torch.device) -> bool:
     return _HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def takes_torchs_grouped_matmul(device: torch.device) -> bool:
-    """Whether torch's grouped matmul is the fast one there: on a GPU of 9.x or 10.x, and where Triton lacks."""
-    if device.type != "cuda":
-        return device.type == "meta"
-    capability = torch.cuda.get_device_capability(device)
-    return capability[0] in (9, 10) or capability < (8, 0) or not _HAS_TRITON
+def takes_torchs_grouped_matmul(x: Tensor) -> bool:
+    """Whether torch's grouped matmul is the fast one for it: in BF16 on a GPU of 9.x or 10.x, and where Triton lacks.
+
+    In FP32 and FP16 torch 2.11 goes round the groups there too, whose ends it copies to the host.
+    """
+    if x.device.type != "cuda":
+        return x.device.type == "meta"
+    capability = torch.cuda.get_device_capability(x.device)
+    return (capability[0] in (9, 10) and x.dtype == torch.bfloat16) or capability < (8, 0) or not _HAS_TRITON

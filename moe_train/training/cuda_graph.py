@@ -11,9 +11,9 @@ calls a graph keeps its memory; those of one process share it, as they never run
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Captured(Generic[Result]):
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may load batches meanwhile.
-            with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=_shared_pool(), capture_error_mode="thread_local"):
                 result = function(*own)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -70,12 +70,18 @@ class Captured(Generic[Result]):
             raise UserError(
                 f"a step does not become a CUDA graph here ({one_line(error)[:200]}): use cuda_graphs=never"
             ) from error
+        _graphs.add(graph)
         return _Graph(graph, *own, result, [(parameter, parameter.grad) for parameter in self._parameters])
 
 
-@functools.cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+_graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+
+def _shared_pool() -> Any:
+    """The memory of the graphs there are; a pool ends with its last graph."""
+    for graph in _graphs:
+        return graph.pool()
+    return None
 
 
 class RatesOnDevice:

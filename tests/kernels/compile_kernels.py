@@ -26,7 +26,6 @@ from moe_train.kernels import (
     norm,
     quantize,
     rounding,
-    router,
     routing,
     swiglu,
 )
@@ -101,7 +100,6 @@ def launch_all() -> None:
     routing.choose_experts(logits, logits[0], real, 6, shares=True)
     routing.choice_gradient(logits, real, expert, torch.zeros(n, 6), logits[:2])
     routing.sort_by_expert(expert, real.flatten(), 96)
-    router._product(torch.zeros(n, k), torch.zeros(k, 96))
 
 
 if __name__ == "__main__":
