@@ -30,10 +30,11 @@ class TrainingArm:
         self.config, self.runtime = config, runtime
         self.model_config = config.model.resolved()
         self.vocab_size = config.vocab_size
-        self.model = Transformer(
-            self.model_config, self.vocab_size, config.z_loss_weight, config.activation_checkpointing
-        )
-        self.model.initialise(config.seed)
+        with runtime.device:
+            self.model = Transformer(
+                self.model_config, self.vocab_size, config.z_loss_weight, config.activation_checkpointing
+            )
+        _draw(self.model, config.seed)
         recipes.apply(self.model, config.precision, runtime.device)
         spread = Replicated(self.model, runtime.accelerator)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.seed)
@@ -75,6 +76,17 @@ class TrainingArm:
     def state(self) -> list[Tensor]:
         """Everything it holds between steps."""
         return held(self.model, self.optimizers) + [tensor for batch in self.batches for tensor in batch]
+
+
+@torch.no_grad()
+def _draw(model: Transformer, seed: int) -> None:
+    """As a run's, but on the model's device: a CPU takes ten seconds for a billion numbers."""
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0, model.config.initializer_range, generator=generator)
 
 
 def held(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:

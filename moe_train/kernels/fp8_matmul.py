@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_train.kernels.capability import card, check
-from moe_train.kernels.device import decode, find_piece, narrow
+from moe_train.kernels.device import decode, narrow
 from moe_train.kernels.layouts import PIECE, Columns, Rows, Weights
-from moe_train.kernels.quantize import group_lanes
+from moe_train.kernels.pieces import pieces, rows_of
 
 
 class _Tile(NamedTuple):
@@ -60,13 +60,13 @@ def _dot(left, right, LEFT_E4M3: tl.constexpr, RIGHT_E4M3: tl.constexpr, NATIVE:
 
 @triton.jit
 def _grouped_product_kernel(
-    left, left_scales, right, right_scales, ends_ptr, out, n, k, o, groups,
+    left, left_scales, right, right_scales, piece_ptr, out, k, o, groups,
     left_stride, right_stride_e, right_stride_o, right_stride_k, scale_stride_e, scale_stride_o, scale_stride_k,
     LEFT_E4M3: tl.constexpr, RIGHT_E4M3: tl.constexpr, SHARED_ROWS: tl.constexpr, EVEN_K: tl.constexpr,
-    NATIVE: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    NATIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(o, N)
-    group, start, end, _ = find_piece(ends_ptr, tl.program_id(0) // across, groups, n, GROUPS, M)
+    group, start, end = rows_of(piece_ptr, tl.program_id(0) // across)
     if group <= groups:
         row = start + tl.arange(0, M)
         column = (tl.program_id(0) % across) * N + tl.arange(0, N)
@@ -163,9 +163,8 @@ def grouped_product(left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dty
             left.scales,
             right.values.view(torch.uint8),
             right.scales,
-            ends_e.contiguous(),
+            pieces(ends_e, n, tile.rows, tiles)[0],
             out,
-            n,
             k,
             o,
             e,
@@ -177,7 +176,6 @@ def grouped_product(left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dty
             SHARED_ROWS=right.shared_rows,
             EVEN_K=k % PIECE == 0,
             NATIVE=card(out.device).multiplies_fp8,
-            GROUPS=group_lanes(e),
             M=tile.rows,
             N=tile.columns,
             num_warps=tile.warps,

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_train.kernels.capability import card, check
-from moe_train.kernels.device import INTERPRETED, find_piece, narrow, widen
-from moe_train.kernels.quantize import group_lanes
+from moe_train.kernels.device import INTERPRETED, narrow, widen
+from moe_train.kernels.pieces import pieces, rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,23 +72,13 @@ def _dot(left, right, total):
 
 
 @triton.jit
-def _pieces_kernel(ends_ptr, piece_ptr, groups, rows, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    piece = tl.program_id(0)
-    group, start, end, _ = find_piece(ends_ptr, piece, groups, rows, GROUPS, SIZE)
-    tl.store(piece_ptr + 3 * piece, group)
-    tl.store(piece_ptr + 3 * piece + 1, start)
-    tl.store(piece_ptr + 3 * piece + 2, end)
-
-
-@triton.jit
 def _grouped_product_kernel(
     x_ptr, source_ptr, w_ptr, piece_ptr, out, k, o, groups,
     x_stride_n, x_stride_k, w_stride_e, w_stride_o, w_stride_k,
     EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(o, N)
-    piece_ptr += 3 * (tl.program_id(0) // across)
-    group, start, end = tl.load(piece_ptr), tl.load(piece_ptr + 1), tl.load(piece_ptr + 2)
+    group, start, end = rows_of(piece_ptr, tl.program_id(0) // across)
     if group <= groups:
         row = start + tl.arange(0, M)
         column = (tl.program_id(0) % across) * N + tl.arange(0, N)
@@ -156,16 +146,6 @@ def _weight_kernel(
     tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
 
 
-def _pieces(ends_e: Tensor, rows: int, size: int, count: int) -> Tensor:
-    """Group, first row and the group's end of each piece of `size` rows: (count, 3) int32, as `find_piece` has them."""
-    pieces = ends_e.new_empty(count, 3)
-    groups = len(ends_e)
-    lanes = group_lanes(groups)
-    # One warp a program: sums over groups are then its lanes' alone.
-    _pieces_kernel[(count,)](ends_e.contiguous(), pieces, groups, rows, GROUPS=lanes, SIZE=size, num_warps=1)
-    return pieces
-
-
 def _rows(operand: Tensor, source_n: Tensor | None) -> int:
     if source_n is None:
         return len(operand)
@@ -196,7 +176,7 @@ def grouped_product(x_nk: Tensor, w_eok: Tensor, ends_e: Tensor, source_n: Tenso
             x_nk,
             _index(source_n),
             w_eok,
-            _pieces(ends_e, n, tile.rows, tiles),
+            pieces(ends_e, n, tile.rows, tiles)[0],
             out,
             k,
             o,

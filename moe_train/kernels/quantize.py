@@ -18,8 +18,10 @@ from torch import Tensor
 
 from moe_train.config import OperandConfig
 from moe_train.kernels.capability import check
-from moe_train.kernels.device import decode, find_piece, widen
+from moe_train.kernels.device import decode, widen
 from moe_train.kernels.layouts import PIECE, Columns, Rows, Weights, pieces_at_most
+from moe_train.kernels.pieces import pieces as rows_of_pieces
+from moe_train.kernels.pieces import rows_of
 from moe_train.kernels.rounding import WARPS, Outputs, finite_magnitude, round_block
 
 SHARED = ("block", "tensor")  # what makes 128 rows have the same scales
@@ -42,10 +44,9 @@ def _load(x_ptr, x_scales, row, end, column, k, stride, SOURCE: tl.constexpr):
 
 @triton.jit
 def _largest_kernel(
-    x_ptr, x_scales, ends_ptr, largest_row, largest_column, largest_group, n, k, groups, stride,
-    SOURCE: tl.constexpr, GROUPS: tl.constexpr,
+    x_ptr, x_scales, piece_ptr, largest_row, largest_column, largest_group, k, groups, stride, SOURCE: tl.constexpr,
 ):  # fmt: skip
-    group, start, end, _ = find_piece(ends_ptr, tl.program_id(0), groups, n, GROUPS, 128)
+    group, start, end = rows_of(piece_ptr, tl.program_id(0))
     if group < groups:
         row = start + tl.arange(0, 128)
         column = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -61,17 +62,14 @@ def _largest_kernel(
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, x_scales, ends_ptr, piece_ends_ptr, n, k, groups, stride,
+    x_ptr, x_scales, piece_ptr, k, groups, stride,
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
-    NATIVE: tl.constexpr, SOURCE: tl.constexpr, GROUPS: tl.constexpr,
+    NATIVE: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
-    group, start, end, piece_ends = find_piece(ends_ptr, piece, groups, n, GROUPS, 128)
-    if (piece == 0) & (tl.program_id(1) == 0):
-        index = tl.arange(0, GROUPS)
-        tl.store(piece_ends_ptr + index, piece_ends, mask=index < groups)
+    group, start, end = rows_of(piece_ptr, piece)
     if group < groups:
         row = start + tl.arange(0, 128)
         column = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -81,11 +79,6 @@ def _quantize_kernel(
             row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
             ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
         )  # fmt: skip
-
-
-def group_lanes(groups: int) -> int:
-    """The power of two that `find_piece` asks for."""
-    return int(triton.next_power_of_2(groups + 1))
 
 
 def quantize(
@@ -144,23 +137,21 @@ def _quantize(
     check(ends_e.dtype == torch.int32 and ends_e.device == x_nk.device, "ends_e: int32, on the device of x")
     x_nk = x_nk if x_nk.stride(1) == 1 else x_nk.contiguous()
     source = "float" if x_scales is None else "e4m3" if x_nk.dtype == torch.float8_e4m3fn else "e5m2"
+    table, piece_ends_e = rows_of_pieces(ends_e, n, PIECE, pieces)
     shared: dict[str, Any] = {
         "x_ptr": x_nk if x_scales is None else x_nk.view(torch.uint8),
         "x_scales": None if x_scales is None else x_scales.contiguous(),
-        "ends_ptr": ends_e.contiguous(),
-        "n": n,
+        "piece_ptr": table,
         "k": k,
         "groups": groups,
         "stride": x_nk.stride(0),
         "SOURCE": source,
-        "GROUPS": group_lanes(groups),
         "num_warps": WARPS,
     }
     outputs = Outputs(x_nk, (n, k, pieces, groups), rows, columns)
-    piece_ends_e = torch.zeros_like(ends_e)
     grid = (pieces, triton.cdiv(k, PIECE))
     if n and k:
         if largest := outputs.largest():
             _largest_kernel[grid](**shared, **largest)
-        _quantize_kernel[grid](**shared, **outputs.arguments, piece_ends_ptr=piece_ends_e)
+        _quantize_kernel[grid](**shared, **outputs.arguments)
     return outputs.layouts(piece_ends_e)

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from moe_train.config import OperandConfig
 from moe_train.kernels.capability import check
-from moe_train.kernels.device import find_piece, narrow, widen
+from moe_train.kernels.device import narrow, widen
 from moe_train.kernels.layouts import PIECE, Columns, Rows, pieces_at_most
-from moe_train.kernels.quantize import group_lanes, quantize
+from moe_train.kernels.pieces import pieces as rows_of_pieces
+from moe_train.kernels.pieces import rows_of
+from moe_train.kernels.quantize import quantize
 from moe_train.kernels.rounding import WARPS, Outputs, round_block
 
 EXACT = {"enable_fp_fusion": False}  # without fused multiply-adds a formula gives the same number in every kernel
@@ -116,14 +118,14 @@ def _backward_kernel(dh_ptr, gate_up, gate, d_gate, h_ptr, out, n, f, M: tl.cons
 
 @triton.jit
 def _forward_quantize_kernel(
-    gate_up, gate, ends_ptr, n, f, groups,
+    gate_up, gate, piece_ptr, n, f, groups,
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
-    NATIVE: tl.constexpr, GROUPS: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
-    group, start, end, _ = find_piece(ends_ptr, piece, groups, n, GROUPS, 128)
+    group, start, end = rows_of(piece_ptr, piece)
     if group < groups:
         row = start + tl.arange(0, 128)
         column = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -137,17 +139,14 @@ def _forward_quantize_kernel(
 
 @triton.jit
 def _backward_quantize_kernel(
-    dh, gate_up, gate, d_gate, ends_ptr, piece_ends_ptr, n, f, groups,
+    dh, gate_up, gate, d_gate, piece_ptr, n, f, groups,
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
-    NATIVE: tl.constexpr, GROUPS: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
-    group, start, end, piece_ends = find_piece(ends_ptr, piece, groups, n, GROUPS, 128)
-    if (piece == 0) & (tl.program_id(1) == 0):
-        index = tl.arange(0, GROUPS)
-        tl.store(piece_ends_ptr + index, piece_ends, mask=index < groups)
+    group, start, end = rows_of(piece_ptr, piece)
     if group < groups:
         row = start + tl.arange(0, 128)
         column = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -242,9 +241,9 @@ def swiglu_quantize(
     pieces = pieces_at_most(n, e)
     outputs = Outputs(gate_up_nf2, (n, f, pieces, e), rows, None)
     gate = None if gate_n1 is None else gate_n1.contiguous()
-    arguments = (gate_up_nf2.contiguous(), gate, ends_e.contiguous(), n, f, e)
+    arguments = (gate_up_nf2.contiguous(), gate, rows_of_pieces(ends_e, n, PIECE, pieces)[0], n, f, e)
     grid = (pieces, triton.cdiv(f, PIECE))
-    _forward_quantize_kernel[grid](*arguments, **outputs.arguments, GROUPS=group_lanes(e), num_warps=WARPS, **EXACT)
+    _forward_quantize_kernel[grid](*arguments, **outputs.arguments, num_warps=WARPS, **EXACT)
     straight, _ = outputs.layouts(ends_e)
     assert straight is not None
     return straight
@@ -272,9 +271,9 @@ def swiglu_backward_quantize(
     pieces = pieces_at_most(n, e)
     outputs = Outputs(gate_up_nf2, (n, 2 * f, pieces, e), rows, columns)
     gate, shares = _gate(gate_n1, n, f)
-    piece_ends_e = torch.empty_like(ends_e)
+    table, piece_ends_e = rows_of_pieces(ends_e, n, PIECE, pieces)
     operands = (dh_nf.contiguous(), gate_up_nf2.contiguous(), gate, shares)
-    arguments = (*operands, ends_e.contiguous(), piece_ends_e, n, f, e)
+    arguments = (*operands, table, n, f, e)
     grid = (pieces, f // PIECE)
-    _backward_quantize_kernel[grid](*arguments, **outputs.arguments, GROUPS=group_lanes(e), num_warps=WARPS, **EXACT)
+    _backward_quantize_kernel[grid](*arguments, **outputs.arguments, num_warps=WARPS, **EXACT)
     return *outputs.layouts(piece_ends_e), None if shares is None else shares.sum(1, keepdim=True)
