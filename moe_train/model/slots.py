@@ -70,7 +70,7 @@ def by_experts(scores_te: Tensor, real_t: Tensor, config: MoEConfig) -> Slots:
     places = capacity(config, num_tokens)
     token_ec, score_ec = choose_tokens(scores_te * real_t.unsqueeze(1), places)  # scores are above 0
     taken_t = torch.zeros(num_tokens, dtype=torch.bool, device=scores_te.device)
-    taken_t[token_ec.flatten()] = True
+    taken_t.index_fill_(0, token_ec.flatten(), True)  # to index it would copy the value from the host
     counts_e = real_t[token_ec].sum(1)
     gate_n1 = score_ec.reshape(-1, 1) * config.routed_scaling_factor
     ends_e = _ends(num_experts, places, token_ec)
