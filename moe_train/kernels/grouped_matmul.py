@@ -7,7 +7,8 @@ says they are, so that rows of tokens, once for each of their experts, need not 
 
 On an H200, 393,216 rows of 96 experts, 1024 wide, 256 an expert, BF16: products 0.97 and 0.90 ms (torch's grouped
 matmul 0.71 and 0.54) when every program found its rows itself, weight gradients 0.71 and 0.38 ms (torch's 0.80 and
-0.46). With an index, and with rows found before, nothing was measured.
+0.46). Reading rows by an index, which spares copies of 0.40 ms each: 0.77 for the first product and 0.42 for the input
+gradient of the second with blocks of 128 x 256, weight gradients 0.94 and 0.50.
 
     n rows of all groups, k inner, e groups, o outputs, i inputs
 """

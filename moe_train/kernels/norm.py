@@ -5,8 +5,9 @@
     d_y = s · (g · weight - y · s · c) + what comes along the stream,   d_weight = Σ_rows g · y · s
 
 A row lies in the registers of a program, in FP32, and results are rounded once. The number of programs, and so the
-order in which a weight's gradient is summed, depends on the shape alone. Nothing was measured on a GPU; compiled for
-compute capability 9.0, rows of 1,024 need at most 122 registers a thread and none is spilled.
+order in which a weight's gradient is summed, depends on the shape alone. Compiled for compute capability 9.0, rows of
+1,024 need at most 122 registers a thread and none is spilled. In a step of `base` on an H200 norms and what is added
+before and cast after them take 16 ms instead of about 45 (docs/log.md, 2026-11-27).
 
     rows of width d, not necessarily side by side in x; everything else is contiguous
 """
