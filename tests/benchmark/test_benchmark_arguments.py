@@ -39,6 +39,7 @@ spec.loader.exec_module(script)
         (["suite=step", "compile=maybe"], "compile=maybe: choose true or false"),
         (["suite=step", "json=nowhere/x.json"], "there is no folder"),
         (["suite=step", "compile=true"], "give it with suite=peer"),
+        (["suite=tax", "launch=false"], "give it with suite=step"),
         (["suite=step", "out=somewhere"], "out= is the folder of a profile"),
         (["profile=true", "save=true"], "give suite="),
         (["profile=true", "out=taken"], "out=taken is there already"),

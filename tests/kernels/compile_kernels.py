@@ -23,6 +23,7 @@ from moe_train.kernels import (
     grouped_matmul,
     head,
     heads,
+    muon,
     norm,
     quantize,
     rounding,
@@ -99,6 +100,8 @@ def launch_all() -> None:
     logits, real, expert = torch.zeros(n, 96), torch.ones(2, n // 2, dtype=torch.bool), torch.zeros(n, 6).long()
     routing.choose_experts(logits, logits[0], real, 6, shares=True)
     routing.choice_gradient(logits, real, expert, torch.zeros(n, 6), logits[:2])
+    muon.direction(wide, wide, 0.9, True, x)
+    muon.update(wide, x, torch.zeros(1), 0.1, 1.0)
     routing.sort_by_expert(expert, real.flatten(), 96)
 
 
