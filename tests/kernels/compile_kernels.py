@@ -1,5 +1,7 @@
 """Compile what the wrappers launch for a compute capability, without its GPU: python compile_kernels.py 9 0
 
+For 9.0 all of it, for others what multiplies or rounds to FP8.
+
 Prints a line of JSON a kernel: its name, the shared memory it needs, and the instructions of interest it has.
 """
 
@@ -58,51 +60,58 @@ def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
     print(json.dumps({"kernel": self.fn.__name__, "shared": compiled.metadata.shared, "instructions": found}))
 
 
-def launch_all() -> None:
-    """Every kernel that multiplies or rounds to FP8, at sizes that are whole blocks, and those of attention's heads."""
-    """Every kernel that multiplies or rounds, and norms, at sizes that are whole blocks."""
-    """The kernels at sizes that are whole blocks."""
-    n, k, o, e = 1024, 256, 512, 4
-    ends_e = torch.arange(1, e + 1, dtype=torch.int32) * (n // e)
+N, K = 1024, 256  # sizes that are whole blocks
 
-    def fp8(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
-    x, w = torch.zeros(n, k, dtype=torch.bfloat16), torch.zeros(e, o, k, dtype=torch.bfloat16)
+def fp8(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+def launch_products() -> None:
+    """Those that multiply or round to FP8: what a device can do decides what they become."""
+    o, e = 512, 4
+    ends_e = torch.arange(1, e + 1, dtype=torch.int32) * (N // e)
+    x, w = torch.zeros(N, K, dtype=torch.bfloat16), torch.zeros(e, o, K, dtype=torch.bfloat16)
     tile = OperandConfig("e4m3", "tile", False)
     quantize.quantize(x, ends_e, rows=tile, columns=tile)
-    weights = Weights(fp8(e, o, k), torch.zeros(e, o, k // 128), shared_rows=True)
-    fp8_matmul.grouped_product(Rows(fp8(n, k), torch.zeros(n, k // 128)), weights, ends_e, torch.bfloat16)
-    pieces = n // 128 + e
-    columns = Columns(fp8(k, 128 * pieces), torch.zeros(pieces, k).t(), ends_e)
+    weights = Weights(fp8(e, o, K), torch.zeros(e, o, K // 128), shared_rows=True)
+    fp8_matmul.grouped_product(Rows(fp8(N, K), torch.zeros(N, K // 128)), weights, ends_e, torch.bfloat16)
+    pieces = N // 128 + e
+    columns = Columns(fp8(K, 128 * pieces), torch.zeros(pieces, K).t(), ends_e)
     fp8_matmul.grouped_weight_product(columns, columns)
     grouped_matmul.grouped_product(x, w, ends_e)
     grouped_matmul.grouped_weight_product(x, x, ends_e)
-    source = torch.zeros(n, dtype=torch.int64)
-    grouped_matmul.grouped_product(x[: n // 2], w, ends_e, source)
-    grouped_matmul.grouped_weight_product(x, x[: n // 2], ends_e, right_source_n=source)
-    grouped_matmul.grouped_weight_product(x[: n // 2], x, ends_e, left_source_n=source)
-    collect.collect(x, source.view(-1, 4), x[: n // 4])
-    gate, dh = torch.zeros(n, 1, dtype=torch.bfloat16), torch.zeros(n, k // 2, dtype=torch.bfloat16)
-    swiglu.swiglu(x, gate)
-    swiglu.swiglu_backward_and_forward(dh, x, gate)
+    source = torch.zeros(N, dtype=torch.int64)
+    grouped_matmul.grouped_product(x[: N // 2], w, ends_e, source)
+    grouped_matmul.grouped_weight_product(x, x[: N // 2], ends_e, right_source_n=source)
+    grouped_matmul.grouped_weight_product(x[: N // 2], x, ends_e, left_source_n=source)
+    gate, dh = torch.zeros(N, 1, dtype=torch.bfloat16), torch.zeros(N, K // 2, dtype=torch.bfloat16)
     swiglu.swiglu_quantize(x, gate, ends_e, tile)
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
+
+
+def launch_rest() -> None:
+    """Those that are the same for every device."""
+    x, source = torch.zeros(N, K, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.int64)
+    collect.collect(x, source.view(-1, 4), x[: N // 4])
+    gate, dh = torch.zeros(N, 1, dtype=torch.bfloat16), torch.zeros(N, K // 2, dtype=torch.bfloat16)
+    swiglu.swiglu(x, gate)
+    swiglu.swiglu_backward_and_forward(dh, x, gate)
     of_heads = [torch.zeros(2, 64, c, dtype=torch.bfloat16, requires_grad=True) for c in (16 * 64, 16 * 96, 32)]
     made = heads.LatentHeads.apply(*of_heads, torch.zeros(64, 32), torch.zeros(64, 32), 16)
     torch.autograd.grad(made, of_heads, [torch.zeros_like(each) for each in made])
-    head.cross_entropy_(x, torch.zeros(n, dtype=torch.int64), 0.0, -100, gradient=True)
-    wide, scale, weight = torch.zeros(n, k), torch.zeros(n), torch.zeros(k)
+    head.cross_entropy_(x, torch.zeros(N, dtype=torch.int64), 0.0, -100, gradient=True)
+    wide, scale, weight = torch.zeros(N, K), torch.zeros(N), torch.zeros(K)
     norm.norm_rows(wide, x, weight, scale, eps=1e-6, total=wide, narrow=x, exact=wide)
     norm.norm_rows(wide, None, weight, scale, eps=None, total=None, narrow=x, exact=None)
     grads = {"along": wide, "grad_narrow": x, "grad_exact": wide}
     norm.norm_rows_backward(wide, weight, scale, **grads, grad_x=wide, grad_added=x)
-    logits, real, expert = torch.zeros(n, 96), torch.ones(2, n // 2, dtype=torch.bool), torch.zeros(n, 6).long()
+    logits, real, expert = torch.zeros(N, 96), torch.ones(2, N // 2, dtype=torch.bool), torch.zeros(N, 6).long()
     routing.choose_experts(logits, logits[0], real, 6, shares=True)
-    routing.choice_gradient(logits, real, expert, torch.zeros(n, 6), logits[:2])
+    routing.choice_gradient(logits, real, expert, torch.zeros(N, 6), logits[:2])
+    routing.sort_by_expert(expert, real.flatten(), 96)
     muon.direction(wide, wide, 0.9, True, x)
     muon.update(wide, x, torch.zeros(1), 0.1, 1.0)
-    routing.sort_by_expert(expert, real.flatten(), 96)
 
 
 if __name__ == "__main__":
@@ -113,4 +122,6 @@ if __name__ == "__main__":
     for module in (rounding, fp8_matmul, grouped_matmul):
         module.card = lambda _: card  # type: ignore[attr-defined]
     JITFunction.run = compile_only
-    launch_all()
+    launch_products()
+    if major == 9:
+        launch_rest()
