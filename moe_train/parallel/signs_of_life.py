@@ -116,7 +116,11 @@ class FailedAlone(UserError):
         super().__init__(f"process {signs.rank} could not begin: {in_words(error)}; more is in {signs.path}")
 
 
+# What the libraries that carry collectives say; gloo does not always give its name.
+_OF_A_NETWORK = ("gloo", "NCCL", "caused pair closure", "Connection closed by peer", "Connection reset by peer")
+
+
 def is_of_the_network(error: BaseException) -> bool:
     """Whether an error says that other processes cannot be reached, rather than what went wrong here."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_A_NETWORK)
+    return isinstance(error, dist.DistError) or said

@@ -42,4 +42,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
 def test_an_error_of_the_network_is_told_from_one_of_our_own() -> None:
     closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
     assert is_of_the_network(closed)
+    assert is_of_the_network(
+        RuntimeError("Application timeout caused pair closure")
+    )  # as gloo says it of a stopped process
     assert not is_of_the_network(RuntimeError("shape '[3]' is invalid for input of size 4"))
