@@ -48,17 +48,8 @@ def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
     tape.make(WORKSPACE, across)
     layer.leave_gated(rows, width)
     tape.passing(WORKSPACE, exchanged)
-    if moe.capacity_factor is None:
-        tape.make(WORKSPACE, layer.narrowed)  # summed by tokens
-        tape.drop(WORKSPACE, across)
-    else:  # summed in FP32, from zeros; autograd keeps what is summed
-        tape.make(ACTIVATIONS, FP32 * rows * hidden)
-        if not layer.given.narrow:  # that is the experts' own result
-            tape.drop(WORKSPACE, across)
-        tape.passing(WORKSPACE, 2 * layer.residual)
-        if layer.given.narrow:
-            tape.drop(WORKSPACE, across)
-        tape.make(WORKSPACE, layer.narrowed)
+    tape.make(WORKSPACE, layer.narrowed)  # summed by tokens
+    tape.drop(WORKSPACE, across)
     if layer.kept == WORKSPACE:
         tape.drop(WORKSPACE, across)
     if moe.num_shared_experts:
@@ -92,14 +83,7 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     spread = layout.expert_parallel > 1
     if moe.num_shared_experts and not spread:
         layer.swiglu_backward(moe.num_shared_experts * width)
-    if moe.capacity_factor is not None and narrow:
-        tape.make(WORKSPACE, layer.residual)
-        tape.make(WORKSPACE, FP32 * rows * hidden)
     tape.make(WORKSPACE, across)  # a token's gradient, for each of its experts
-    if moe.capacity_factor is not None:
-        if narrow:
-            tape.drop(WORKSPACE, layer.residual + FP32 * rows * hidden)
-        tape.drop(ACTIVATIONS, FP32 * rows * hidden)
     if narrow:
         tape.drop(WORKSPACE, layer.narrowed)
     if remakes:
@@ -119,8 +103,6 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
         if moe.num_shared_experts:
             layer.swiglu_backward(moe.num_shared_experts * width)
         tape.drop(WORKSPACE, across)
-    if moe.capacity_factor is not None:
-        tape.passing(WORKSPACE, layer.narrowed)
     tape.make(WORKSPACE, layer.narrowed)  # by tokens
     tape.drop(WORKSPACE, across)
     if moe.num_shared_experts:

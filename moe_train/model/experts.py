@@ -208,5 +208,5 @@ def _in_slots(x_td: Tensor, places: slots.Slots) -> Sorted:
         places.ends_e,
         places.counts_e,
         places.dropped,
-        lambda y_nd: slots.from_experts(y_nd, places, len(x_td)),
+        lambda y_nd: slots.from_experts(y_nd, places),
     )

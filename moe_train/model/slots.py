@@ -1,18 +1,21 @@
 """Dispatch with a fixed number of places an expert: what does not fit is dropped, what is not filled is multiplied too.
 
 The layout of GShard and Switch (arXiv 2006.16668, 2101.03961) and of expert choice (2202.09368). An empty place holds
-token 0 with gate 0; since the gate multiplies the activation before the down-projection, its output is exactly zero.
-Places are shared out among the tokens of one device's micro-batch, as in Switch and GShard: cut otherwise, a batch
-drops other tokens. Padding takes no place, though places are reckoned from all positions, since no shape may depend on
-the data. Arms to be measured against the dropless `dispatch`, so written plainly.
+some token with gate 0; since the gate multiplies the activation before the down-projection, its output is exactly zero.
+A token's rows are summed in the order of its places, in both directions: added up by atomics, as autograd would, they
+would come out differently on each run of a GPU. Places are shared out among the tokens of one device's micro-batch, as
+in Switch and GShard: cut otherwise, a batch drops other tokens. Padding takes no place, though places are reckoned from
+all positions, since no shape may depend on the data. Arms to be measured against the dropless `dispatch`, so written
+plainly.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.config import MoEConfig
@@ -23,6 +26,8 @@ class Slots(NamedTuple):
     """n = e · c places, those of expert 0 first."""
 
     token_n: Tensor  # int64: the token at each place
+    place_n: Tensor  # int64: places by their tokens, those of token 0 first
+    starts_t: Tensor  # int64: where each token's places begin in place_n
     gate_n1: Tensor  # FP32; 0 where the place is empty
     ends_e: Tensor  # int32: where each expert's places end
     counts_e: Tensor  # int64: tokens that chose each expert, or that it chose
@@ -54,11 +59,13 @@ def by_tokens(choice: Choice, real_t: Tensor, config: MoEConfig) -> Slots:
     # What does not fit is written to one place past the end, which is cut off: no shape depends on the data.
     slot_p = torch.where(fits_p, expert_p * places + rank_p, num_experts * places)
     token_p = torch.arange(num_tokens, device=expert_p.device).repeat_interleave(top_k)
-    token_n = token_p.new_zeros(num_experts * places + 1).scatter(0, slot_p, token_p)[:-1]
+    some_token_n = torch.arange(num_experts * places + 1, device=expert_p.device) % num_tokens  # not all the same
+    token_n = some_token_n.scatter(0, slot_p, token_p)[:-1]
     gate_p = choice.gate_tk.flatten()
     gate_n = gate_p.new_zeros(num_experts * places + 1).scatter(0, slot_p, gate_p)[:-1]
     dropped = (real_p & ~fits_p).float().sum() / top_k
-    return Slots(token_n, gate_n.unsqueeze(1), _ends(num_experts, places, token_n), counts_e, dropped)
+    ends_e = _ends(num_experts, places, token_n)
+    return Slots(token_n, *_by_token(token_n, num_tokens), gate_n.unsqueeze(1), ends_e, counts_e, dropped)
 
 
 def by_experts(scores_te: Tensor, real_t: Tensor, config: MoEConfig) -> Slots:
@@ -73,19 +80,56 @@ def by_experts(scores_te: Tensor, real_t: Tensor, config: MoEConfig) -> Slots:
     taken_t.index_fill_(0, token_ec.flatten(), True)  # to index it would copy the value from the host
     counts_e = real_t[token_ec].sum(1)
     gate_n1 = score_ec.reshape(-1, 1) * config.routed_scaling_factor
-    ends_e = _ends(num_experts, places, token_ec)
-    return Slots(token_ec.flatten(), gate_n1, ends_e, counts_e, (real_t & ~taken_t).float().sum())
+    ends_e, token_n = _ends(num_experts, places, token_ec), token_ec.flatten()
+    dropped = (real_t & ~taken_t).float().sum()
+    return Slots(token_n, *_by_token(token_n, num_tokens), gate_n1, ends_e, counts_e, dropped)
 
 
 def to_experts(x_td: Tensor, slots: Slots) -> Tensor:
     """The row of the token at each place: (n, d)."""
-    return x_td.index_select(0, slots.token_n)
+    out: Tensor = _Spread.apply(x_td, slots.token_n, slots.place_n, slots.starts_t)  # type: ignore[no-untyped-call]
+    return out
 
 
-def from_experts(y_nd: Tensor, slots: Slots, num_tokens: int) -> Tensor:
+def from_experts(y_nd: Tensor, slots: Slots) -> Tensor:
     """Sum the rows of each token's places, in FP32 where y is narrower: (t, d)."""
-    wide = y_nd.to(torch.float32) if y_nd.dtype.itemsize < 4 else y_nd
-    return wide.new_zeros(num_tokens, y_nd.shape[1]).index_add(0, slots.token_n, wide).to(y_nd.dtype)
+    out: Tensor = _Collect.apply(y_nd, slots.token_n, slots.place_n, slots.starts_t)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Spread(torch.autograd.Function):
+    """Row i of the result is row `token_n[i]` of x; backwards the rows of a token's places are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x_td: Tensor, token_n: Tensor, place_n: Tensor, starts_t: Tensor) -> Tensor:
+        ctx.save_for_backward(place_n, starts_t)
+        return x_td.index_select(0, token_n)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        place_n, starts_t = ctx.saved_tensors
+        return F.embedding_bag(place_n, grad_outputs[0], starts_t, mode="sum"), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, y_nd: Tensor, token_n: Tensor, place_n: Tensor, starts_t: Tensor) -> Tensor:
+        ctx.save_for_backward(token_n)
+        return F.embedding_bag(place_n, y_nd, starts_t, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (token_n,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, token_n), None, None, None
+
+
+def _by_token(token_n: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """`place_n` and `starts_t`."""
+    sorted_n, place_n = token_n.sort(stable=True)
+    tokens = torch.arange(num_tokens, device=token_n.device)
+    return place_n, torch.searchsorted(sorted_n, tokens)
 
 
 def _ends(num_experts: int, places: int, like: Tensor) -> Tensor:
