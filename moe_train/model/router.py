@@ -1,8 +1,9 @@
 """Which experts a token goes to, and with what weight.
 
-The affinities are sigmoid or softmax scores of a linear layer, in FP32 whatever the precision: a rounded affinity can
-change the choice. Tokens then choose experts (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16, groups included), or
-experts choose tokens (arXiv 2202.09368).
+The affinities are sigmoid or softmax scores of a linear layer, whose operands are never rounded to the compute format:
+that would change a choice in a hundred. In BF16 a GPU multiplies them as TF32, everything else as FP32. Tokens then
+choose experts (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16, groups included), or experts choose tokens (arXiv
+2202.09368).
 """
 
 from __future__ import annotations
@@ -38,17 +39,18 @@ class Choice(NamedTuple):
     scores_te: Tensor | None = None  # as well
 
 
-class ExactForward(torch.autograd.Function):
-    """x (t, d) times weight (e, d) transposed in FP32, and its gradients' products in TF32.
+class TF32Linear(torch.autograd.Function):
+    """x (t, d) times weight (e, d) transposed, its gradients too, as products of 10 bits on a GPU that has TF32.
 
-    Only the choice needs FP32. Beside the other gradients, which are products of BF16's 7 bits, TF32 has 10; and a
-    GPU's FP32 units took 0.35 ms for each of the two, where TF32's take 0.08 (docs/log.md, 2026-11-27).
+    That changes 0.1% of a trained model's choices, where BF16 in the products before it changes 2% (docs/log.md,
+    2026-11-27); a GPU's FP32 units take 0.35 ms for what TF32's take 0.08.
     """
 
     @staticmethod
     def forward(ctx: Any, x_td: Tensor, weight_ed: Tensor) -> Tensor:
         ctx.save_for_backward(x_td, weight_ed)
-        return F.linear(x_td, weight_ed)
+        with _tf32():
+            return F.linear(x_td, weight_ed)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ class Router(nn.Module):
             if compiled_linear.takes(x_td, self.weight):
                 function = compiled_linear.RouterLinear.apply
             elif narrow and x_td.is_cuda:
-                function = ExactForward.apply
+                function = TF32Linear.apply
             return function(x_td, self.weight)
 
     def scores(self, logits_te: Tensor) -> Tensor:
