@@ -14,26 +14,31 @@ from typing import Literal
 from moe_train.config import ModelConfig, PeakConfig
 from moe_train.cost.flops import ATTENTION_CORE, HEAD, ROUTER, main_forward_flops, mtp_forward_flops
 
-Format = Literal["float32", "bfloat16", "float8"]
+Format = Literal["float32", "tensorfloat32", "bfloat16", "float8"]
 
 
-def formats_of_parts(compute: Format) -> dict[str, Format]:
+def formats_of_parts(compute: Format, router: Format = "float32") -> dict[str, Format]:
     """In what format the parts multiply that no recipe rounds to FP8; parts not named are linear layers.
 
-    The router is FP32 (model/router.py). Attention core and head stay in the compute format, as in DeepSeek-V3 (arXiv
-    2412.19437, section 3.3.1).
+    router: FP32, but TF32 where a GPU computes in BF16 (model/router.py). Attention core and head stay in the compute
+    format, as in DeepSeek-V3 (arXiv 2412.19437, section 3.3.1).
     """
-    return {ROUTER: "float32", ATTENTION_CORE: compute, HEAD: compute}
+    return {ROUTER: router, ATTENTION_CORE: compute, HEAD: compute}
 
 
 def flops_by_format(
-    model: ModelConfig, sequence_length: int, vocab_size: int, compute: Format, linear: Format | None = None
+    model: ModelConfig,
+    sequence_length: int,
+    vocab_size: int,
+    compute: Format,
+    linear: Format | None = None,
+    router: Format = "float32",
 ) -> dict[Format, float]:
     """Training FLOPs per token in each format. They add up to `training_flops_per_token`.
 
     linear: what linear layers multiply in, where that is not `compute`: float8 with a recipe and a device that has it.
     """
-    formats, linear = formats_of_parts(compute), linear or compute
+    formats, linear = formats_of_parts(compute, router), linear or compute
     found: dict[Format, float] = {}
     for parts in (
         main_forward_flops(model, sequence_length, vocab_size),
@@ -49,8 +54,16 @@ def ideal_seconds(flops: Mapping[Format, float], peaks: PeakConfig) -> float | N
     """Seconds one device needs for `flops` at its peaks (TFLOP/s); None where the peak of a format is not known."""
     total = 0.0
     for name, count in flops.items():
-        peak: float | None = getattr(peaks, name)
+        peak = _peak(name, peaks)
         if peak is None:
             return None
         total += count / (peak * 1e12)
     return total
+
+
+def _peak(name: Format, peaks: PeakConfig) -> float | None:
+    """TF32's is half of BF16's on every GPU here that has it (data sheets; A100: 156 of 312, H100: 494.7 of 989.4)."""
+    if name == "tensorfloat32":
+        return None if peaks.bfloat16 is None else peaks.bfloat16 / 2
+    peak: float | None = getattr(peaks, name)
+    return peak

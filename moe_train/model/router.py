@@ -20,7 +20,7 @@ from moe_train.config import MoEConfig
 from moe_train.kernels.cpu import router as compiled_linear
 from moe_train.kernels.cpu import routing as compiled
 from moe_train.precision.formats import compute_dtype
-from moe_train.precision.support import runs_triton
+from moe_train.precision.support import router_in_tf32, runs_triton
 
 
 class Affinities(NamedTuple):
@@ -89,13 +89,13 @@ class Router(nn.Module):
         return Affinities(logits_te, self.scores(logits_te))
 
     def logits(self, x_td: Tensor) -> Tensor:
-        narrow = compute_dtype(x_td).itemsize < 4
+        in_tf32 = router_in_tf32(x_td.device, compute_dtype(x_td))
         with torch.autocast(x_td.device.type, enabled=False):
             x_td = x_td.to(self.weight.dtype)
             function: Callable[[Tensor, Tensor], Tensor] = F.linear
             if compiled_linear.takes(x_td, self.weight):
                 function = compiled_linear.RouterLinear.apply
-            elif narrow and x_td.is_cuda:
+            elif in_tf32:
                 function = TF32Linear.apply
             return function(x_td, self.weight)
 

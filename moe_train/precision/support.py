@@ -23,6 +23,13 @@ def multiplies_bfloat16(device_type: str) -> bool:
         return False
 
 
+def router_in_tf32(device: torch.device, compute: torch.dtype) -> bool:
+    """Whether the router multiplies in TF32: beside narrower products, on a GPU that has it (NVIDIA's from 8.0)."""
+    if device.type != "cuda" or compute.itemsize >= 4 or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether the project's Triton kernels run there: CUDA from compute capability 8.0, with Triton installed."""
     return _HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -29,6 +29,7 @@ from moe_train.cost.peak import measured_matmul_tflops
 from moe_train.cost.price import JOULES_PER_KWH, price_notes, price_of
 from moe_train.cost.shared_ledger import SharedLedger
 from moe_train.cost.utilization import Format, flops_by_format, ideal_seconds
+from moe_train.precision.support import router_in_tf32
 from moe_train.training.limits import Limits, Spent
 from moe_train.training.runtime import Runtime
 
@@ -153,11 +154,12 @@ class Account:
         config, model = self.config, self.config.model.resolved()
         shape = (model, config.data.sequence_length, vocab_size)
         compute: Format = "bfloat16" if self.runtime.dtype is torch.bfloat16 else "float32"
+        router: Format = "tensorfloat32" if router_in_tf32(self.runtime.device, self.runtime.dtype) else "float32"
         peaks = self._peaks(compute, needs_float32=model.moe is not None or fp8_products_in == "float32")
         self.meter.work = Work(
             flops=training_flops_per_token(*shape),
             recomputed_flops=recomputed_flops_per_token(*shape) if config.activation_checkpointing else 0.0,
-            ideal_seconds=ideal_seconds(flops_by_format(*shape, compute, fp8_products_in), peaks),
+            ideal_seconds=ideal_seconds(flops_by_format(*shape, compute, fp8_products_in, router), peaks),
             peak_tflops=self.peak,
         )
 

@@ -37,6 +37,15 @@ def test_ideal_time_is_each_formats_flops_over_its_own_peak() -> None:
     assert ideal_seconds(flops, H800) == pytest.approx(3.0)
 
 
+def test_a_router_in_tf32_is_held_against_half_of_bf16s_peak(model_config: ModelOf) -> None:
+    shape = (model_config("base"), 1024, 16_384)
+    wide, tf32 = (flops_by_format(*shape, "bfloat16", router=router) for router in ("float32", "tensorfloat32"))
+    assert tf32["tensorfloat32"] == wide["float32"] > 0
+    faster = tf32["tensorfloat32"] / 1e12 * (1 / 67 - 2 / 989)
+    assert ideal_seconds(wide, H800) - ideal_seconds(tf32, H800) == pytest.approx(faster)
+    assert ideal_seconds(tf32, PeakConfig(bfloat16=None, float8=None, float32=67.0)) is None
+
+
 def test_without_a_peak_for_one_of_the_formats_there_is_no_ideal_time() -> None:
     assert ideal_seconds({"float8": 1.0}, PeakConfig(bfloat16=312.0, float8=None, float32=19.5)) is None
     assert ideal_seconds({"bfloat16": 1.0}, PeakConfig(bfloat16=312.0, float8=None, float32=None)) is not None
