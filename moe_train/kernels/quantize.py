@@ -22,42 +22,62 @@ from moe_train.kernels.device import decode, widen
 from moe_train.kernels.layouts import PIECE, Columns, Rows, Weights, pieces_at_most
 from moe_train.kernels.pieces import pieces as rows_of_pieces
 from moe_train.kernels.pieces import rows_of
-from moe_train.kernels.rounding import WARPS, Outputs, finite_magnitude, round_block
+from moe_train.kernels.rounding import WARPS, Outputs, magnitude_of, ordered, parts_of, round_block, rows_of_piece
 
 SHARED = ("block", "tensor")  # what makes 128 rows have the same scales
 
 
 @triton.jit
-def _load(x_ptr, x_scales, row, end, column, k, stride, SOURCE: tl.constexpr):
+def _load(x_ptr, x_scales, row, end, column, block, k, stride, SOURCE: tl.constexpr, NATIVE: tl.constexpr):
     """A block in FP32, zero beyond its group and beyond k. SOURCE: "float", or the FP8 format of bytes with scales."""
     place = row.to(tl.int64)[:, None] * stride + column[None, :]
     inside = (row < end)[:, None] & (column < k)[None, :]
     if SOURCE == "float":
         x = widen(tl.load(x_ptr + place, mask=inside, other=0.0))
     else:
-        scale = tl.load(
-            x_scales + row.to(tl.int64) * tl.cdiv(k, 128) + tl.max(column, 0) // 128, mask=row < end, other=0.0
-        )
-        x = decode(tl.load(x_ptr + place, mask=inside, other=0), SOURCE == "e4m3").to(tl.float32) * scale[:, None]
+        scale = tl.load(x_scales + row.to(tl.int64) * tl.cdiv(k, 128) + block, mask=row < end, other=0.0)
+        byte = tl.load(x_ptr + place, mask=inside, other=0)
+        if NATIVE and SOURCE == "e4m3":
+            half = byte.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        else:
+            half = decode(byte, SOURCE == "e4m3")
+        x = half.to(tl.float32) * scale[:, None]
     return x
 
 
 @triton.jit
 def _largest_kernel(
-    x_ptr, x_scales, piece_ptr, largest_row, largest_column, largest_group, k, groups, stride, SOURCE: tl.constexpr,
+    x_ptr, x_scales, piece_ptr, largest_row, largest_column, largest_group, k, groups, stride,
+    SOURCE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     group, start, end = rows_of(piece_ptr, tl.program_id(0))
     if group < groups:
         row = start + tl.arange(0, 128)
         column = tl.program_id(1) * 128 + tl.arange(0, 128)
-        magnitude = finite_magnitude(_load(x_ptr, x_scales, row, end, column, k, stride, SOURCE))
+        key = ordered(_load(x_ptr, x_scales, row, end, column, tl.program_id(1), k, stride, SOURCE, NATIVE))
         if largest_row is not None:
-            tl.atomic_max(largest_row + row, tl.max(magnitude, 1).to(tl.int32, bitcast=True), mask=row < end)
+            tl.atomic_max(largest_row + row, magnitude_of(tl.max(key, 1)).to(tl.int32, bitcast=True), mask=row < end)
         if largest_column is not None:
             at = group.to(tl.int64) * k + column
-            tl.atomic_max(largest_column + at, tl.max(magnitude, 0).to(tl.int32, bitcast=True), mask=column < k)
+            tl.atomic_max(largest_column + at, magnitude_of(tl.max(key, 0)).to(tl.int32, bitcast=True), mask=column < k)
         if largest_group is not None:
-            tl.atomic_max(largest_group + group, tl.max(tl.max(magnitude, 1), 0).to(tl.int32, bitcast=True))
+            tl.atomic_max(largest_group + group, magnitude_of(tl.max(tl.max(key, 1), 0)).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _round_part(
+    x_ptr, x_scales, row, end, column, block, k, group, piece, stride,
+    row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+    ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
+    COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
+    NATIVE: tl.constexpr, SOURCE: tl.constexpr,
+):  # fmt: skip
+    x = _load(x_ptr, x_scales, row, end, column, block, k, stride, SOURCE, NATIVE)
+    round_block(
+        x, row, end, column, block, k, group, piece,
+        row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+        ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -66,19 +86,39 @@ def _quantize_kernel(
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
-    NATIVE: tl.constexpr, SOURCE: tl.constexpr,
+    NATIVE: tl.constexpr, SOURCE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(0)
+    """A block for both layouts (M and N 128), or M of its rows for one or N of its columns for the other."""
+    FOR_ROWS: tl.constexpr = 128 // M if ROWS is not None else 0
+    FOR_COLUMNS: tl.constexpr = 128 // N if COLUMNS is not None else 0
+    TOGETHER: tl.constexpr = M == 128
+    PARTS: tl.constexpr = 1 if TOGETHER else FOR_ROWS + FOR_COLUMNS
+    part = tl.program_id(0) % PARTS
+    block = tl.program_id(0) // PARTS % tl.cdiv(k, 128)
+    piece = tl.program_id(0) // PARTS // tl.cdiv(k, 128)
     group, start, end = rows_of(piece_ptr, piece)
+    column = block * 128 + tl.arange(0, 128)
     if group < groups:
-        row = start + tl.arange(0, 128)
-        column = tl.program_id(1) * 128 + tl.arange(0, 128)
-        x = _load(x_ptr, x_scales, row, end, column, k, stride, SOURCE)
-        round_block(
-            x, row, end, column, k, group, piece,
-            row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
-            ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
-        )  # fmt: skip
+        if TOGETHER:
+            _round_part(
+                x_ptr, x_scales, rows_of_piece(start), end, column, block, k, group, piece, stride,
+                row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+                ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, SOURCE,
+            )  # fmt: skip
+        elif part < FOR_ROWS:
+            _round_part(
+                x_ptr, x_scales, start + part * M + tl.arange(0, M), end, column, block, k, group, piece, stride,
+                row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+                ROWS, ROWS_E4M3, ROWS_POWER, None, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, SOURCE,
+            )  # fmt: skip
+        else:
+            # Eight to a thread, whatever their format: with sixteen bytes it would have too few rows to turn.
+            of_part = block * 128 + (part - FOR_ROWS) * N + tl.max_contiguous(tl.arange(0, N), 8)
+            _round_part(
+                x_ptr, x_scales, rows_of_piece(start), end, of_part, block, k, group, piece, stride,
+                row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+                None, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, SOURCE,
+            )  # fmt: skip
 
 
 def quantize(
@@ -146,12 +186,13 @@ def _quantize(
         "groups": groups,
         "stride": x_nk.stride(0),
         "SOURCE": source,
-        "num_warps": WARPS,
     }
     outputs = Outputs(x_nk, (n, k, pieces, groups), rows, columns)
-    grid = (pieces, triton.cdiv(k, PIECE))
+    blocks = triton.cdiv(k, PIECE)
     if n and k:
         if largest := outputs.largest():
-            _largest_kernel[grid](**shared, **largest)
-        _quantize_kernel[grid](**shared, **outputs.arguments)
+            native = outputs.arguments["NATIVE"]
+            _largest_kernel[(pieces, blocks)](**shared, **largest, NATIVE=native, num_warps=WARPS)
+        parts = parts_of(rows, columns)
+        _quantize_kernel[(pieces * blocks * parts.programs,)](**shared, **outputs.arguments, **parts.sizes)
     return outputs.layouts(piece_ends_e)

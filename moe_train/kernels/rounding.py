@@ -7,7 +7,7 @@ come from largest magnitudes found in an earlier pass, as the bits of FP32 numbe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,42 +19,85 @@ from moe_train.kernels.capability import card
 from moe_train.kernels.device import round_to_fp8, scale_of_largest
 from moe_train.kernels.layouts import DTYPES, PIECE, Columns, Rows
 
-WARPS = 16  # 32 numbers of a block a thread: what they take fits its registers
+WARPS = 16  # of a program that has a whole block: 32 numbers a thread, which fits its registers
+
+
+class Parts(NamedTuple):
+    """How a block is shared out: `rows` of it to each program of one layout, `columns` to each of the other.
+
+    Such programs are small, and six or more run beside each other on a core, so that some compute while others wait for
+    memory; what the second layout reads comes from a cache. Where 128 x 128 numbers share a scale one program has them.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    programs: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Arguments of a kernel."""
+        return {"M": self.rows, "N": self.columns, "num_warps": self.warps}
+
+
+def parts_of(rows: OperandConfig | None, columns: OperandConfig | None, warps: int = 4) -> Parts:
+    """For the layouts asked for; 4 warps have 32 numbers a thread."""
+    if any(operand and operand.scale_of == "block" for operand in (rows, columns)):
+        return Parts(PIECE, PIECE, WARPS, 1)
+    return Parts(32, 32, warps, 4 * bool(rows) + 4 * bool(columns))
 
 
 @triton.jit
-def finite_magnitude(x):
-    magnitude = tl.abs(x)
-    return tl.where(magnitude < float("inf"), magnitude, 0.0)
+def ordered(x):
+    """Numbers (FP32) as unsigned integers in the order of their magnitudes, infinities and NaN before all others.
+
+    Two instructions a number for the largest of many, where comparing magnitudes takes four.
+    """
+    return (x.to(tl.int32, bitcast=True) * 2 + 0x01000000).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def magnitude_of(key):
+    """The magnitude that `ordered` gives `key`; 0 of what is not finite."""
+    return ((tl.maximum(key, 0x01000000) - 0x01000000) >> 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rows_of_piece(start):
+    """The rows of a piece (128) in the order in which `round_block` has those along tokens: 0, 4, 8, …, 1, 5, …"""
+    index = tl.arange(0, 128)
+    return start + index % 32 * 4 + index // 32
 
 
 @triton.jit
 def round_block(
-    x, row, end, column, k, group, piece,
+    x, row, end, column, block, k, group, piece,
     row_values, row_scales, column_values, column_scales, inner,
     largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Round x (128, 128) in FP32, zero beyond `end` and `k`, into the layouts asked for.
+    """Round x (m, c) in FP32, zero beyond `end` and `k`, into the layouts asked for.
 
-    row, column: which row of all and which column each element is. inner: 128 p, the width of the column layout.
-    ROWS, COLUMNS: what shares a scale in each layout, None where it is not wanted.
+    row, column: which row of all and which column each element is. Of a layout whose scales are those of tiles, a whole
+    tile is there: along a row the 128 columns of `block`, along a column the 128 rows of `piece` in the order of
+    `rows_of_piece`. inner: 128 p, the width of the column layout. ROWS, COLUMNS: what shares a scale in each layout,
+    None where it is not wanted.
     """
     PIECE: tl.constexpr = 128
-    magnitude = finite_magnitude(x)
+    key = ordered(x)
     blocks = tl.cdiv(k, PIECE)
-    block = tl.max(column, 0) // PIECE
     if ROWS is not None:
         if ROWS == "row":
             largest = tl.load(largest_row + row, mask=row < end, other=0).to(tl.float32, bitcast=True)
         elif ROWS == "tensor":
             largest = tl.load(largest_group + group + row * 0).to(tl.float32, bitcast=True)
         else:
-            largest = tl.max(magnitude, 1)
+            largest = tl.max(key, 1)
             if ROWS == "block":
                 largest = tl.broadcast_to(tl.max(largest, 0), largest.shape)
+            largest = magnitude_of(largest)
         scale = scale_of_largest(largest, ROWS_E4M3, ROWS_POWER)
         rounded = round_to_fp8(x, scale[:, None], ROWS_E4M3, NATIVE)
         place = row.to(tl.int64)[:, None] * k + column[None, :]
@@ -68,13 +111,16 @@ def round_block(
         elif COLUMNS == "tensor":
             largest = tl.load(largest_group + group + column * 0).to(tl.float32, bitcast=True)
         else:
-            largest = tl.max(magnitude, 0)
+            largest = tl.max(key, 0)
             if COLUMNS == "block":
                 largest = tl.broadcast_to(tl.max(largest, 0), largest.shape)
+            largest = magnitude_of(largest)
         scale = scale_of_largest(largest, COLUMNS_E4M3, COLUMNS_POWER)
         rounded = round_to_fp8(x, scale[None, :], COLUMNS_E4M3, NATIVE)
-        place = wide[None, :] * inner + (piece * PIECE + tl.arange(0, PIECE))[:, None]
-        tl.store(column_values + place, rounded, mask=(column < k)[None, :])
+        # A thread has four rows that follow one another in memory: they are turned as one number, not as four bytes.
+        four = tl.reshape(rounded, (4, 32, column.shape[0])).to(tl.int32) << (8 * tl.arange(0, 4))[:, None, None]
+        place = wide[None, :] * (inner // 4) + (piece * 32 + tl.arange(0, 32))[:, None]
+        tl.store(column_values + place, tl.sum(four, 0), mask=(column < k)[None, :])
         tl.store(column_scales + piece.to(tl.int64) * k + column, scale, mask=column < k)
 
 
@@ -97,7 +143,7 @@ class Outputs:
         self.arguments: dict[str, Any] = {
             "row_values": empty((n, k), dtype=torch.uint8) if rows else None,
             "row_scales": empty((n, blocks), dtype=torch.float32) if rows else None,
-            "column_values": empty((k, pieces * PIECE), dtype=torch.uint8) if columns else None,
+            "column_values": empty((k, pieces * (PIECE // 4)), dtype=torch.int32) if columns else None,
             "column_scales": empty((pieces, k), dtype=torch.float32) if columns else None,
             "inner": pieces * PIECE,
             "largest_row": largest(n, dtype=torch.int32) if rows and rows.scale_of == "row" else None,

@@ -25,7 +25,7 @@ from moe_train.kernels.layouts import PIECE, Columns, Rows, pieces_at_most
 from moe_train.kernels.pieces import pieces as rows_of_pieces
 from moe_train.kernels.pieces import rows_of
 from moe_train.kernels.quantize import quantize
-from moe_train.kernels.rounding import WARPS, Outputs, round_block
+from moe_train.kernels.rounding import Outputs, parts_of, round_block, rows_of_piece
 
 EXACT = {"enable_fp_fusion": False}  # without fused multiply-adds a formula gives the same number in every kernel
 
@@ -71,14 +71,14 @@ def _write_share(d_gate, dh, g, u, s, row, column, end, f):
 
 
 @triton.jit
-def _backward(dh_ptr, gate_up, gate, d_gate, row, column, end, f, HALF: tl.constexpr):
-    """A block of d_g (HALF 0, which also writes d_gate's share of these columns) or of d_u, rounded like gate_up."""
+def _backward(dh_ptr, gate_up, gate, d_gate, row, column, end, f, HALF: tl.constexpr, SHARES: tl.constexpr):
+    """A block of d_g (HALF 0; with SHARES it also writes d_gate's of these columns) or of d_u, rounded like gate_up."""
     g, u = _parts(gate_up, row, column, end, f)
     at = dh_ptr + row.to(tl.int64)[:, None] * f + column[None, :]
     dh = widen(tl.load(at, mask=(row < end)[:, None] & (column < f)[None, :], other=0.0))
     s = _sigmoid(g)
     if gate is not None:
-        if HALF == 0:
+        if HALF == 0 and SHARES:
             _write_share(d_gate, dh, g, u, s, row, column, end, f)
         dh = dh * widen(tl.load(gate + row, mask=row < end, other=0.0))[:, None]
     d = _of_gate(dh, g, u, s) if HALF == 0 else _of_up(dh, g, s)
@@ -122,19 +122,37 @@ def _forward_quantize_kernel(
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(0)
+    """M rows of a block for a product over its columns."""
+    piece = tl.program_id(0) // (128 // M)
     group, start, end = rows_of(piece_ptr, piece)
     if group < groups:
-        row = start + tl.arange(0, 128)
-        column = tl.program_id(1) * 128 + tl.arange(0, 128)
+        row = start + tl.program_id(0) % (128 // M) * M + tl.arange(0, M)
+        block = tl.program_id(1)
+        column = block * 128 + tl.arange(0, 128)
         h = widen(_forward(gate_up, gate, row, column, end, f))
         round_block(
-            h, row, end, column, f, group, piece,
+            h, row, end, column, block, f, group, piece,
             row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
             ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
         )  # fmt: skip
+
+
+@triton.jit
+def _round_gradient(
+    dh, gate_up, gate, d_gate, row, column, end, block, piece, f, group,
+    row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+    ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
+    COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
+    NATIVE: tl.constexpr, HALF: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    d = _backward(dh, gate_up, gate, d_gate, row, column, end, f, HALF, SHARES)
+    round_block(
+        widen(d), row, end, column + HALF * f, block + HALF * (f // 128), 2 * f, group, piece,
+        row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
+        ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -143,21 +161,47 @@ def _backward_quantize_kernel(
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(0)
+    """Both halves of a block for both layouts (M and N 128), or of M of its rows for one or N of its columns for the
+    other. What d_gate gets is summed where there are whole rows.
+    """
+    TOGETHER: tl.constexpr = M == 128
+    FOR_ROWS: tl.constexpr = 128 // M
+    PARTS: tl.constexpr = FOR_ROWS + 128 // N if COLUMNS is not None and not TOGETHER else FOR_ROWS
+    part = tl.program_id(0) % (2 * PARTS)
+    half = part // PARTS
+    part = part % PARTS
+    block = tl.program_id(0) // (2 * PARTS) % tl.cdiv(f, 128)
+    piece = tl.program_id(0) // (2 * PARTS) // tl.cdiv(f, 128)
     group, start, end = rows_of(piece_ptr, piece)
+    column = block * 128 + tl.arange(0, 128)
     if group < groups:
-        row = start + tl.arange(0, 128)
-        column = tl.program_id(1) * 128 + tl.arange(0, 128)
-        # One half after the other, read twice (the second time from a cache): both do not fit a thread's registers.
-        for half in tl.static_range(2):
-            d = _backward(dh, gate_up, gate, d_gate, row, column, end, f, half)
-            round_block(
-                widen(d), row, end, column + half * f, 2 * f, group, piece,
-                row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
-                ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE,
-            )  # fmt: skip
+        for HALF in tl.static_range(2):
+            if half == HALF:
+                if TOGETHER:
+                    _round_gradient(
+                        dh, gate_up, gate, d_gate, rows_of_piece(start), column, end, block, piece, f, group,
+                        row_values, row_scales, column_values, column_scales, inner,
+                        largest_row, largest_column, largest_group,
+                        ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, HALF, True,
+                    )  # fmt: skip
+                elif part < FOR_ROWS:
+                    row = start + part * M + tl.arange(0, M)
+                    _round_gradient(
+                        dh, gate_up, gate, d_gate, row, column, end, block, piece, f, group,
+                        row_values, row_scales, column_values, column_scales, inner,
+                        largest_row, largest_column, largest_group,
+                        ROWS, ROWS_E4M3, ROWS_POWER, None, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, HALF, True,
+                    )  # fmt: skip
+                else:
+                    of_part = block * 128 + (part - FOR_ROWS) * N + tl.max_contiguous(tl.arange(0, N), 4)
+                    _round_gradient(
+                        dh, gate_up, gate, d_gate, rows_of_piece(start), of_part, end, block, piece, f, group,
+                        row_values, row_scales, column_values, column_scales, inner,
+                        largest_row, largest_column, largest_group,
+                        None, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, HALF, False,
+                    )  # fmt: skip
 
 
 def _checked(gate_up_nf2: Tensor, gate_n1: Tensor | None, dh_nf: Tensor | None = None) -> tuple[int, int]:
@@ -242,8 +286,9 @@ def swiglu_quantize(
     outputs = Outputs(gate_up_nf2, (n, f, pieces, e), rows, None)
     gate = None if gate_n1 is None else gate_n1.contiguous()
     arguments = (gate_up_nf2.contiguous(), gate, rows_of_pieces(ends_e, n, PIECE, pieces)[0], n, f, e)
-    grid = (pieces, triton.cdiv(f, PIECE))
-    _forward_quantize_kernel[grid](*arguments, **outputs.arguments, num_warps=WARPS, **EXACT)
+    parts = parts_of(rows, None, warps=8)
+    grid = (pieces * parts.programs, triton.cdiv(f, PIECE))
+    _forward_quantize_kernel[grid](*arguments, **outputs.arguments, **parts.sizes, **EXACT)
     straight, _ = outputs.layouts(ends_e)
     assert straight is not None
     return straight
@@ -274,6 +319,11 @@ def swiglu_backward_quantize(
     table, piece_ends_e = rows_of_pieces(ends_e, n, PIECE, pieces)
     operands = (dh_nf.contiguous(), gate_up_nf2.contiguous(), gate, shares)
     arguments = (*operands, table, n, f, e)
-    grid = (pieces, f // PIECE)
-    _backward_quantize_kernel[grid](*arguments, **outputs.arguments, num_warps=WARPS, **EXACT)
+    parts = parts_of(rows, columns, warps=8)
+    # Rows are visited for d_gate even where their layout is not wanted.
+    programs = parts.programs if rows or parts.rows == PIECE else parts.programs + PIECE // parts.rows
+    grid = (2 * pieces * programs * (f // PIECE),)
+    # 80 registers a thread let three programs run beside each other on a core; it would take 92.
+    limit = {} if parts.rows == PIECE else {"maxnreg": 80}
+    _backward_quantize_kernel[grid](*arguments, **outputs.arguments, **parts.sizes, **limit, **EXACT)
     return *outputs.layouts(piece_ends_e), None if shares is None else shares.sum(1, keepdim=True)

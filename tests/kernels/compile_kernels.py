@@ -2,14 +2,19 @@
 
 For 9.0 all of it, for others what multiplies or rounds to FP8.
 
-Prints a line of JSON a kernel: its name, the shared memory it needs, and the instructions of interest it has.
+Prints a line of JSON a kernel: its name, the shared memory it needs, how many of its programs find registers on a core,
+the bytes a thread keeps outside of these, and the instructions of interest it has.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +40,8 @@ from moe_train.kernels import (
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
+REGISTERS = 65_536  # of a core
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 run = JITFunction.run
 
 
@@ -54,10 +61,28 @@ class Driver:
         return 0
 
 
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it keeps in memory for want of them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", found)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    return registers, stack
+
+
 def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-    found = [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]]
-    print(json.dumps({"kernel": self.fn.__name__, "shared": compiled.metadata.shared, "instructions": found}))
+    registers, spilled = usage(compiled.asm["cubin"])
+    said = {
+        "kernel": self.fn.__name__,
+        "shared": compiled.metadata.shared,
+        "beside_each_other": REGISTERS // (registers * 32 * compiled.metadata.num_warps),
+        "spilled": spilled,
+        "instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
+    }
+    print(json.dumps(said))
 
 
 N, K = 1024, 256  # sizes that are whole blocks

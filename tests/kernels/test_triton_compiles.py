@@ -37,9 +37,11 @@ def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, tmp_path:
     assert len({kernel["kernel"] for kernel in kernels}) == (20 if major == 9 else 6)  # of different names
     for kernel in kernels:
         assert kernel["shared"] <= card.shared_bytes, kernel
+        assert kernel["spilled"] <= 16, kernel  # bytes a thread
         multiplies = kernel["kernel"].endswith(("_product_kernel", "_weight_kernel"))
         assert (product in kernel["instructions"]) == multiplies
         assert card.multiplies_fp8 or "e4m3" not in kernel["instructions"]
         if kernel["kernel"].endswith("_quantize_kernel"):
             assert "div.rn.f32" in kernel["instructions"]  # rounded as the reference rounds it
+            assert kernel["beside_each_other"] >= 3, kernel  # some compute while others wait for memory
             assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel["instructions"]) == card.rounds_fp8
