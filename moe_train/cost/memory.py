@@ -193,7 +193,8 @@ def _optimizer_workspace(
     muons = HIDDEN_MATRICES if isinstance(optimizer, MuonConfig) else ()
     adamws = [{part: count for part, count in of.items() if part not in muons} for of in parts]
     routed = sum(of.get(ROUTED_EXPERTS, 0) for of in adamws)
-    adamw = adamw_workspace(_share(sum(sum(of.values()) for of in adamws), routed, layout), optimizer)
+    adamw_parameters = _share(sum(sum(of.values()) for of in adamws), routed, layout)
+    adamw = adamw_workspace(adamw_parameters, optimizer, device_type)
     muon = muon_workspace(
         model,
         optimizer,

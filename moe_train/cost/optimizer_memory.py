@@ -53,9 +53,14 @@ def state_elements(main: dict[str, int], mtp: dict[str, int], optimizer: Optimiz
     return 2 * parameters - sum(parts.get(part, 0) for parts in (main, mtp) for part in HIDDEN_MATRICES)
 
 
-def adamw_workspace(parameters: int, optimizer: OptimizerConfig) -> int:
-    """Bytes of AdamW's working copies for its `parameters` on a device; with FP32 moments it is one fused operation."""
-    if optimizer.moments == "float32" or not parameters:
+def adamw_workspace(parameters: int, optimizer: OptimizerConfig, device_type: DeviceType) -> int:
+    """Bytes of AdamW's working copies for its `parameters` on a device.
+
+    None with FP32 moments, nor in BF16 on a GPU unless they are rounded at random: a step is then one kernel, whose
+    table has 64 bytes a tensor (kernels/adamw.py), which are left out.
+    """
+    by_kernel = device_type == "cuda" and not optimizer.stochastic_rounding
+    if optimizer.moments == "float32" or by_kernel or not parameters:
         return 0
     return _ADAMW_CHUNK[optimizer.stochastic_rounding] * min(chunk_elements(parameters), parameters)
 

@@ -1,11 +1,12 @@
 """What Muon does to each number beside its products: the momentum and the direction before them, the update after.
 
-    momentum  ← momentum + (1 - β)(gradient - momentum)
-    direction = gradient + β (momentum - gradient), or momentum
+    g         = coefficient · gradient, where gradients are clipped
+    momentum  ← momentum + (1 - β)(g - momentum)
+    direction = g + β (momentum - g), or momentum
     parameter ← (1 - η·decay) parameter - η·scale·update
 
 In FP32, one visit each: 14 and 10 bytes a number, where torch's operations took about 60 (docs/log.md). The learning
-rate η is read from the device, so that a CUDA graph can be replayed with another.
+rate η and the coefficient are read from the device, so that a CUDA graph can be replayed with others.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ BLOCK = 2048
 
 
 @triton.jit
-def _direction_kernel(gradient, momentum, out, numbers, beta, NESTEROV: tl.constexpr, N: tl.constexpr):
+def _direction_kernel(gradient, momentum, out, coefficient_ptr, numbers, beta, NESTEROV: tl.constexpr, N: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside = at < numbers
     grad = tl.load(gradient + at, mask=inside, other=0.0)
+    if coefficient_ptr is not None:
+        grad = grad * tl.load(coefficient_ptr)
     mean = tl.load(momentum + at, mask=inside, other=0.0)
     mean += (1.0 - beta) * (grad - mean)
     tl.store(momentum + at, mean, mask=inside)
@@ -43,17 +46,22 @@ def _update_kernel(parameter, update, rate_ptr, numbers, decay, scale, N: tl.con
     tl.store(parameter + at, kept - (rate * scale) * moved, mask=inside)
 
 
-def direction(gradient: Tensor, momentum: Tensor, beta: float, nesterov: bool, out: Tensor) -> None:
+def direction(
+    gradient: Tensor, momentum: Tensor, beta: float, nesterov: bool, out: Tensor, coefficient: Tensor | None = None
+) -> None:
     """Update `momentum` (FP32, as is `gradient`) and write the direction into `out` (FP32 or BF16).
 
-    All contiguous and of as many numbers. Raises ValueError.
+    All contiguous and of as many numbers. coefficient: one FP32 number on the device. Raises ValueError.
     """
     for tensor in (gradient, momentum, out):
         check(tensor.is_contiguous() and tensor.numel() == out.numel(), "operands: contiguous, of one size")
     check(gradient.dtype == momentum.dtype == torch.float32, "gradient and momentum: FP32")
+    one = coefficient is None or (coefficient.dtype == torch.float32 and coefficient.numel() == 1)
+    check(one, "coefficient: one FP32 number")
     if numbers := out.numel():
         grid = (triton.cdiv(numbers, BLOCK),)
-        _direction_kernel[grid](gradient, momentum, out, numbers, beta, NESTEROV=nesterov, N=BLOCK, num_warps=8)
+        arguments = (gradient, momentum, out, coefficient, numbers, beta)
+        _direction_kernel[grid](*arguments, NESTEROV=nesterov, N=BLOCK, num_warps=8)
 
 
 def update(parameter: Tensor, moved: Tensor, rate: Tensor, decay: float, scale: float) -> None:

@@ -30,7 +30,7 @@ from moe_train.model.transformer import Losses, Transformer
 from moe_train.parallel.expert_exchange import share_out_experts
 from moe_train.parallel.meshes import Meshes
 from moe_train.parallel.narrow_gather import NarrowGather
-from moe_train.parallel.spread import Part, shares_copies
+from moe_train.parallel.spread import Clipping, Part, clip_coefficient, shares_copies
 from moe_train.parallel.whole_matrices import Copies, WholeMatrices
 
 
@@ -130,7 +130,7 @@ class Sharded:
                 if held.sharded.grad is not None:
                     held.local.grad = _memory_of(held.sharded.grad)
 
-    def clip(self, max_norm: float) -> Tensor:
+    def clip(self, max_norm: float, *, multiply: bool) -> Clipping:
         held = [each for each in self._held.values() if each.local.grad is not None]
         gradients = [each.local.grad for each in held if each.local.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
@@ -138,8 +138,11 @@ class Sharded:
         square = (norms.double().square() / copies).sum()
         dist.all_reduce(square)
         norm = square.sqrt().to(norms.dtype)
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        coefficient = clip_coefficient(norm, max_norm)
+        if not multiply:
+            return Clipping(norm, coefficient)
+        torch._foreach_mul_(gradients, coefficient)
+        return Clipping(norm, None)
 
     def release_gradients(self) -> None:
         for held in self._held.values():

@@ -44,6 +44,18 @@ class Parts(Protocol):
         """`local`, of the shape of what an optimizer has of a parameter, for torch.distributed.checkpoint."""
 
 
+class Clipping(NamedTuple):
+    """A gradient's norm, the same on all processes, and what is left to multiply it by: numbers on the device."""
+
+    norm: Tensor  # before clipping
+    coefficient: Tensor | None  # None: it is multiplied
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """As torch.nn.utils.clip_grad_norm_ has it."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 class Spread(Parts, Protocol):
     """The same, and how gradients come together."""
 
@@ -57,8 +69,8 @@ class Spread(Parts, Protocol):
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch, forward and backward; after a step's last one gradients are complete."""
 
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradient down to a norm of max_norm; returns what it was, the same on all processes."""
+    def clip(self, max_norm: float, *, multiply: bool) -> Clipping:
+        """Scale the gradient down to a norm of max_norm, or leave it as it is and say what would."""
 
     def release_gradients(self) -> None:
         """After the optimizers have let go of theirs."""
@@ -115,8 +127,11 @@ class Replicated(Whole):
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._accelerator.no_sync(self._prepared)
 
-    def clip(self, max_norm: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)
+    def clip(self, max_norm: float, *, multiply: bool) -> Clipping:
+        if multiply:
+            return Clipping(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm), None)
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+        return Clipping(norm, clip_coefficient(norm, max_norm))
 
     def release_gradients(self) -> None:
         pass

@@ -1,9 +1,13 @@
-"""AdamW whose two moments are stored in BF16 (arXiv 1711.05101; the moments' format: arXiv 2412.19437, section 3.3.3).
+"""AdamW by the project's kernel, and AdamW whose two moments are stored in BF16 (arXiv 1711.05101).
 
-torch's fused AdamW keeps moments in the format of the parameters. Here they are widened to FP32, updated with torch's
-arithmetic, used, and narrowed again, a chunk of all parameters at a time: FP32 moments exist of a chunk alone, which is
-1/32 of the optimizer's elements (but 65,536 to 16.8M). Its workspace is 8 bytes an element of the chunk, 14 where
-rounding is stochastic: 0.25 to 0.44 bytes a parameter, against the 4 that BF16 saves.
+On a GPU one kernel steps all parameters of a group and multiplies gradients by clipping's coefficient as it reads them
+(kernels/adamw.py), with moments in FP32, or in BF16 with rounding to the nearest. States are those of torch's AdamW.
+
+Elsewhere FP32 moments are torch's own matter. In BF16 (arXiv 2412.19437, section 3.3.3), which torch's fused AdamW has
+not beside FP32 parameters, they are widened to FP32, updated with torch's arithmetic, used, and narrowed again, a chunk
+of all parameters at a time: FP32 moments exist of a chunk alone, which is 1/32 of the optimizer's elements (but 65,536
+to 16.8M). Its workspace is 8 bytes an element of the chunk, 14 where rounding is stochastic: 0.25 to 0.44 bytes a
+parameter, against the 4 that BF16 saves.
 """
 
 from __future__ import annotations
@@ -15,7 +19,69 @@ import torch
 from torch import Tensor
 
 from moe_train.cost.optimizer_memory import chunk_elements
+from moe_train.training.clipping import kernels_take
 from moe_train.training.moments import NEAREST, Rounding, load_states, store
+
+
+class KernelAdamW(torch.optim.AdamW):
+    """torch's AdamW by the project's kernel, for FP32 parameters that it takes; either loads the other's states."""
+
+    takes_coefficient = True
+
+    @overload
+    def step(self, closure: None = None, *, coefficient: Tensor | None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float], *, coefficient: Tensor | None = None) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, *, coefficient: Tensor | None = None) -> float | None:
+        """coefficient: what gradients are multiplied by as they are read."""
+        loss = _loss_of(closure)
+        for group in self.param_groups:
+            _step_by_kernel(self, group, torch.float32, coefficient)
+        return loss
+
+
+def _loss_of(closure: Callable[[], float] | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _step_by_kernel(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], moments: torch.dtype, coefficient: Tensor | None
+) -> None:
+    from moe_train.kernels import adamw as kernels
+
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    if not parameters:
+        return
+    device, rate = parameters[0].device, group["lr"]
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if not state:
+            _begin(state, parameter, moments, device)
+        # On the host where no kernel counted, and after a checkpoint is read.
+        state["step"] = state["step"].to(device, torch.float32)
+    kernels.step(
+        parameters,
+        [parameter.grad.contiguous() for parameter in parameters],
+        *([optimizer.state[parameter][name] for parameter in parameters] for name in ("exp_avg", "exp_avg_sq", "step")),
+        rate=rate if isinstance(rate, Tensor) else torch.full((), rate, device=device),
+        betas=group["betas"],
+        eps=group["eps"],
+        decay=group["weight_decay"],
+        coefficient=coefficient,
+    )
+
+
+def _begin(state: dict[str, Any], parameter: Tensor, moments: torch.dtype, counts_on: torch.device) -> None:
+    """The state of a parameter before its first step."""
+    state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.zeros_like(parameter, dtype=moments, memory_format=torch.contiguous_format)
 
 
 class _Piece(NamedTuple):
@@ -43,22 +109,26 @@ class BF16AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.rounding = rounding
-        self.chunk = chunk_elements(sum(p.numel() for group in self.param_groups for p in group["params"]))
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.chunk = chunk_elements(sum(parameter.numel() for parameter in parameters))
+        self.takes_coefficient = not rounding.stochastic and kernels_take(parameters)
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, coefficient: Tensor | None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, coefficient: Tensor | None = None) -> float: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: Callable[[], float] | None = None, *, coefficient: Tensor | None = None) -> float | None:
+        """coefficient: what gradients are multiplied by as they are read, where it `takes_coefficient`."""
+        assert coefficient is None or self.takes_coefficient
+        loss = _loss_of(closure)
         number = 0
         for group in self.param_groups:
+            if self.takes_coefficient:
+                _step_by_kernel(self, group, torch.bfloat16, coefficient)
+                continue
             for chunk in self._chunks(group, number):
                 _update(chunk, group)
             number += len(group["params"])
@@ -86,9 +156,7 @@ class BF16AdamW(torch.optim.Optimizer):
     def _pieces(self, parameter: Tensor, number: int, betas: tuple[float, float]) -> Iterator[_Piece]:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)  # on the host
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+            _begin(state, parameter, torch.bfloat16, torch.device("cpu"))
         state["step"] += 1
         step = int(state["step"].item())
         correction = (1 - betas[0] ** step, 1 - betas[1] ** step)

@@ -25,7 +25,8 @@ from torch import Tensor
 from moe_train.cost.optimizer_memory import MUON_BATCH_ELEMENTS, chunk_elements
 from moe_train.kernels.cpu import muon as compiled
 from moe_train.parallel.whole_matrices import Copies, WholeMatrices
-from moe_train.precision.support import multiplies_bfloat16, runs_triton
+from moe_train.precision.support import multiplies_bfloat16
+from moe_train.training.clipping import kernels_take
 from moe_train.training.moments import NEAREST, Rounding, load_states, store
 
 # A quintic whose slope at 0 is as steep as it can be; singular values end within about 0.7 to 1.2, not at 1.
@@ -53,15 +54,6 @@ def orthogonalized(x: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.mT if tall else x
-
-
-def _kernels_take(parameters: list[Tensor]) -> bool:
-    """Those of kernels/muon.py."""
-    return runs_triton(parameters[0].device) and all(
-        tensor is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
-        for parameter in parameters
-        for tensor in (parameter, parameter.grad)
-    )
 
 
 class Muon(torch.optim.Optimizer):
@@ -96,26 +88,32 @@ class Muon(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self.chunk = chunk_elements(sum(parameter.numel() for parameter in parameters))
+        apart = whole is not None or copies is not None
+        self.takes_coefficient = not apart and momentum_dtype == torch.float32 and kernels_take(parameters)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim not in (2, 3):
                     raise ValueError(f"Muon takes matrices and stacks of matrices, not a {tuple(parameter.shape)}")
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, coefficient: Tensor | None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, coefficient: Tensor | None = None) -> float: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, coefficient: Tensor | None = None) -> float | None:
+        """coefficient: what gradients are multiplied by as they are read, where it `takes_coefficient`."""
+        assert coefficient is None or self.takes_coefficient
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             for batch in self._batches(group["params"]):
-                if not self._step_compiled(batch, group) and not self._step_by_kernels(batch, group):
+                if self.takes_coefficient:
+                    self._step_by_kernels(batch, group, coefficient)
+                elif not self._step_compiled(batch, group):
                     self._step_batch(batch, group)
         return loss
 
@@ -160,11 +158,8 @@ class Muon(torch.optim.Optimizer):
         compiled.step(parameters, gradients, momenta, shape, how)
         return True
 
-    def _step_by_kernels(self, parameters: list[Tensor], group: dict[str, Any]) -> bool:
-        """The same on a GPU, where what is beside the products takes two kernels a parameter, if those take them."""
-        apart = self.whole is not None or self.copies is not None
-        if apart or self.momentum_dtype != torch.float32 or not _kernels_take(parameters):
-            return False
+    def _step_by_kernels(self, parameters: list[Tensor], group: dict[str, Any], coefficient: Tensor | None) -> None:
+        """The same on a GPU, where what is beside the products takes two kernels a parameter."""
         from moe_train.kernels import muon as kernels
 
         rows, columns = self.matrix_shape(parameters[0])
@@ -175,13 +170,12 @@ class Muon(torch.optim.Optimizer):
         directions = torch.empty(sum(counts), rows, columns, dtype=fast_dtype(device), device=device)
         for parameter, out in zip(parameters, directions.split(counts), strict=True):
             assert parameter.grad is not None
-            momentum = self._momentum(parameter)
-            kernels.direction(parameter.grad, momentum, group["momentum"], group["nesterov"], out)
+            gradient, momentum = parameter.grad.contiguous(), self._momentum(parameter)
+            kernels.direction(gradient, momentum, group["momentum"], group["nesterov"], out, coefficient)
         updates = orthogonalized(directions, group["ns_steps"]).contiguous()
         scale = 0.2 * math.sqrt(max(rows, columns))
         for parameter, update in zip(parameters, updates.split(counts), strict=True):
             kernels.update(parameter, update, rate, group["weight_decay"], scale)
-        return True
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

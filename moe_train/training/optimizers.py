@@ -16,7 +16,8 @@ from torch import nn
 
 from moe_train.config import AdamWConfig, OptimizerConfig
 from moe_train.parallel.whole_matrices import Copies, WholeMatrices
-from moe_train.training.adamw import BF16AdamW
+from moe_train.training.adamw import BF16AdamW, KernelAdamW
+from moe_train.training.clipping import kernels_take
 from moe_train.training.moments import Rounding
 from moe_train.training.muon import Muon
 
@@ -80,7 +81,9 @@ def _adamw(
     groups: list[dict[str, Any]], config: OptimizerConfig, betas: tuple[float, float], eps: float, rounding: Rounding
 ) -> torch.optim.Optimizer:
     if config.moments == "float32":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=True)
+        by_kernel = kernels_take(parameter for group in groups for parameter in group["params"])
+        kind = KernelAdamW if by_kernel else torch.optim.AdamW
+        return kind(groups, lr=config.lr, betas=betas, eps=eps, fused=True)
     return BF16AdamW(groups, lr=config.lr, betas=betas, eps=eps, rounding=rounding)
 
 

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from moe_train.config import RunConfig
+from moe_train.config import AdamWConfig, OptimizerConfig, RunConfig
 from moe_train.cost.layout import Layout
 from moe_train.errors import UserError, one_line
 from moe_train.kernels.cpu import library as cpu_kernels
@@ -32,7 +32,7 @@ from moe_train.parallel.layouts import layout_of, note_on_experts
 from moe_train.parallel.meshes import build_meshes
 from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.spread import Replicated, Spread
-from moe_train.precision.support import multiplies_bfloat16
+from moe_train.precision.support import multiplies_bfloat16, runs_triton
 from moe_train.training.allocator import keep_freed_memory
 
 
@@ -319,11 +319,18 @@ def _choose_graphs(config: RunConfig, on_gpu: bool, processes: int) -> bool:
         obstacle = "a graph is of one process, and there are several"
     elif config.model.resolved().dropout:
         obstacle = "dropout draws its masks anew in every step"
-    elif config.optimizer.moments != "float32":
+    elif _counts_on_host(config.optimizer):
         obstacle = "moments in BF16 count their steps on the host"
     if config.cuda_graphs == "always" and obstacle:
         raise UserError(f"cuda_graphs=always: {obstacle}; use auto or never")
     return config.cuda_graphs != "never" and obstacle is None
+
+
+def _counts_on_host(optimizer: OptimizerConfig) -> bool:
+    """Whether an optimizer on a GPU does: with moments in BF16, but for AdamW by its kernel (training/adamw.py)."""
+    at_random = optimizer.stochastic_rounding
+    by_kernel = isinstance(optimizer, AdamWConfig) and not at_random and runs_triton(torch.device("cuda"))
+    return optimizer.moments != "float32" and not by_kernel
 
 
 def cpu_name() -> str:

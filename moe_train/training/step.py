@@ -29,6 +29,7 @@ from moe_train.parallel.spread import Spread
 from moe_train.precision.fp8 import holding_weights
 from moe_train.precision.health import Counts, LayerRates
 from moe_train.precision.recipes import fp8_layers
+from moe_train.training import clipping
 from moe_train.training.cuda_graph import Captured, RatesOnDevice
 from moe_train.training.optimizers import set_lr
 from moe_train.training.runtime import Runtime
@@ -128,6 +129,7 @@ class Stepper:
         self.model = model
         self.spread = spread
         self.optimizers = optimizers
+        self._multiplies = not clipping.all_take_coefficient(optimizers)  # gradients, when it clips
         self.batches = batches
         self.fp8_counts = fp8_counts
         self.micro_batch_size = config.micro_batch_size or config.batch_size // runtime.world_size
@@ -223,10 +225,11 @@ class Stepper:
         with counted or contextlib.nullcontext():
             sums = self._passes(step, inputs_bt, targets_bt, given)
         counts_le = self.runtime.summed(sums.counts_le)
-        norm = self.spread.clip(self.config.optimizer.max_grad_norm or float("inf"))
+        max_norm = self.config.optimizer.max_grad_norm or float("inf")
+        norm, coefficient = self.spread.clip(max_norm, multiply=self._multiplies)
         with contextlib.nullcontext() if self._rates is None else self._rates.given():
             for optimizer in self.optimizers:
-                optimizer.step()
+                clipping.step(optimizer, coefficient)
                 optimizer.zero_grad(set_to_none=True)
         self.spread.release_gradients()
         if given.bias_speed:

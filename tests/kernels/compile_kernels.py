@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from moe_train.config import OperandConfig
 from moe_train.kernels import (
+    adamw,
     capability,
     collect,
     fp8_matmul,
@@ -135,8 +136,11 @@ def launch_rest() -> None:
     routing.choose_experts(logits, logits[0], real, 6, shares=True)
     routing.choice_gradient(logits, real, expert, torch.zeros(N, 6), logits[:2])
     routing.sort_by_expert(expert, real.flatten(), 96)
-    muon.direction(wide, wide, 0.9, True, x)
+    muon.direction(wide, wide, 0.9, True, x, torch.ones(()))
     muon.update(wide, x, torch.zeros(1), 0.1, 1.0)
+    for moment in (wide, x):
+        operands = [[tensor] for tensor in (wide, wide, moment, moment, torch.zeros(()))]
+        adamw.step(*operands, rate=torch.zeros(()), betas=(0.9, 0.95), eps=1e-8, decay=0.1, coefficient=torch.ones(()))
 
 
 if __name__ == "__main__":

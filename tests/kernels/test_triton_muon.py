@@ -26,6 +26,17 @@ def test_momentum_and_direction(nesterov: bool, dtype: torch.dtype, random: Call
     torch.testing.assert_close(out.double(), way, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+def test_gradients_are_multiplied_as_they_are_read(random: Callable[..., Tensor]) -> None:
+    gradient, momentum, coefficient = random(7, 300), random(7, 300), random(1).abs()
+    found = []
+    for given, factor in ((coefficient * gradient, None), (gradient, coefficient), (gradient, None)):
+        own, out = momentum.clone(), torch.empty_like(gradient)
+        muon.direction(given, own, 0.95, True, out, factor)
+        found.append(torch.stack([own, out]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_update(dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
     parameter, moved = random(3, 1111), random(3, 1111, dtype=dtype)
@@ -39,6 +50,8 @@ def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> Non
     x = random(4, 6)
     with pytest.raises(ValueError, match="contiguous, of one size"):
         muon.direction(x, x.clone(), 0.9, True, x.t())
+    with pytest.raises(ValueError, match="coefficient: one FP32 number"):
+        muon.direction(x, x.clone(), 0.9, True, x.clone(), random(2))
     with pytest.raises(ValueError, match="one rate"):
         muon.update(x, x, random(2), 0.1, 1.0)
 
@@ -47,7 +60,7 @@ def test_muons_step_by_kernels_is_its_step(random: Callable[..., Tensor], monkey
     values, gradients = [random(6, 8), random(3, 4, 8)], [random(6, 8), random(3, 4, 8)]
     found = []
     for kernels in (False, True):
-        monkeypatch.setattr(steps, "_kernels_take", lambda _, kernels=kernels: kernels)
+        monkeypatch.setattr(steps, "kernels_take", lambda _, kernels=kernels: kernels)
         parameters = [torch.nn.Parameter(value.clone()) for value in values]
         optimizer = steps.Muon(
             parameters, lr=0.02, momentum=0.9, nesterov=True, ns_steps=5, weight_decay=0.1, joined=[parameters[0]]

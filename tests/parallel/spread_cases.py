@@ -135,7 +135,9 @@ def run_all(folder: Path) -> Results:
     by_hand = [case(f"collectives/{n}", "ddp", collectives=True) for n in (4, 2)]
     found = run(folder, four + written(folder, 4) + by_hand[:1], 4)
     watched = ("watched", [*ROUNDED, "micro_batch_size=4"], {"watched": True, "steps": 1})
-    two = cases(("ddp", "fsdp2", "ep"), FIFTY) + by_hand[1:] + cases(("ep", "ep_fsdp2"), watched)
+    clipped = [*ROUNDED, "optimizer.max_grad_norm=0.1"]
+    clips = cases(("ddp", "fsdp2"), ("clipped", clipped, {}), ("left to AdamW", clipped, {"left": True}))
+    two = clips + cases(("ddp", "fsdp2", "ep"), FIFTY) + by_hand[1:] + cases(("ep", "ep_fsdp2"), watched)
     found |= run(folder, two + written(folder, 2) + read(folder, 2, (4, 2)), 2)
     alone = cases(("single",), FIFTY, MUON, CROWDED, FP8, BF16_MOMENTS, FEW, *rounded(rounded=True))
     alone = [each | {"overrides": [*each["overrides"], "micro_batch_size=4"]} for each in alone]

@@ -5,10 +5,10 @@
 A case: {"name", "overrides", "steps"}, and what it may have: "double" (precision), "crowded" (all tokens to the first
 experts), "rounded" (alone, what would travel to experts rounded as on its way), "uncounted" (nothing watches what is
 exchanged), "watched" (what happens round shared experts is noted), "wide" (weights are gathered in FP32 whatever reads
-them), "load" (a folder whose newest checkpoint it goes on from), "save" (a folder, with a checkpoint after "save_at"
-steps). OUT.pt: by name, losses and gradient norms of the steps, expert counts, all weights, whole, and how many rows of
-each rank 0 holds; what was loaded and saved; what was exchanged a step, the mean over the processes. Under
-"collectives", bytes of collective operations with tensors of known size.
+them), "left" (clipping's coefficient is left to AdamW), "load" (a folder whose newest checkpoint it goes on from),
+"save" (a folder, with a checkpoint after "save_at" steps). OUT.pt: by name, losses and gradient norms of the steps,
+expert counts, all weights, whole, and how many rows of each rank 0 holds; what was loaded and saved; what was exchanged
+a step, the mean over the processes. Under "collectives", bytes of collective operations with tensors of known size.
 """
 
 from __future__ import annotations
@@ -54,6 +54,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+class Multiplies(torch.optim.AdamW):
+    """Takes the coefficient as optimizers with kernels do, on any device."""
+
+    takes_coefficient = True
+
+    def step(self, closure: None = None, *, coefficient: Tensor) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = parameter.grad * coefficient
+        super().step(closure)
+
+
 def train(case: dict[str, Any]) -> dict[str, Any]:
     """One case, on as many processes as there are."""
     config = compose_run(case["overrides"], "case")
@@ -95,6 +107,9 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         copies=spread.copies,
         part=part,
     )
+    if case.get("left"):
+        for optimizer in optimizers:
+            optimizer.__class__ = Multiplies
     tokens = np.random.default_rng(0).integers(0, VOCAB, 4001).astype(np.uint16)
     tokens[::3] = tokens[0]  # something to learn
     batches = Batches(tokens, config.data.sequence_length, config.batch_size, config.seed)

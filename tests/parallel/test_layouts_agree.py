@@ -44,6 +44,17 @@ def test_fifty_steps_are_those_of_one_process_with_accumulation_clipping_and_all
     assert min(one["norms"][:5]) > 0.5  # and is clipped
 
 
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_optimizers_that_multiply_by_the_coefficient_themselves_get_the_one_that_clipping_multiplies_by(
+    spread_results: Results, layout: str
+) -> None:
+    one, other = spread_results[f"clipped/{layout}"], spread_results[f"left to AdamW/{layout}"]
+    assert one["losses"] == other["losses"]
+    assert one["norms"] == other["norms"]
+    assert min(one["norms"]) > 0.2
+    assert_same_weights(one["weights"], other["weights"], 0.0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_begins_with_the_same_numbers_and_one_that_cuts_has_no_whole_model(
     spread_results: Results, layout: str

@@ -124,9 +124,18 @@ def test_the_workspace_is_that_of_a_chunk(stochastic: bool, shapes: tuple[tuple[
         before = meter.bytes
         optimizer.step()
     config = AdamWConfig("adamw", 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0, "bfloat16", stochastic)
-    expected = optimizer_memory.adamw_workspace(sum(p.numel() for p in parameters), config)
+    expected = optimizer_memory.adamw_workspace(sum(p.numel() for p in parameters), config, "cpu")
     assert meter.peak - before <= expected * 1.02
     assert meter.peak - before > 0.5 * expected  # a chunk is not always full
+
+
+def test_on_a_gpu_rounding_at_random_alone_has_a_workspace() -> None:
+    nearest, random = (
+        AdamWConfig("adamw", 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0, "bfloat16", each) for each in (False, True)
+    )
+    assert optimizer_memory.adamw_workspace(10**9, nearest, "cuda") == 0
+    for device_type in ("cpu", "cuda"):
+        assert optimizer_memory.adamw_workspace(10**9, random, device_type) == 14 * 2**24
 
 
 def test_a_parameter_without_a_gradient_is_left_alone() -> None:

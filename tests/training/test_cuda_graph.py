@@ -24,6 +24,7 @@ ARMS = {
     "checkpointing": ("activation_checkpointing=true",),
     "fp8": ("precision=fp8_deepseek",),
     "muon": ("optimizer=muon",),
+    "moments in bf16": ("optimizer.moments=bfloat16",),
     "capacity": ("model.moe.capacity_factor=1.25",),
     "experts choose": ("model/moe=expert_choice",),
     "batch loss": ("model.moe.batch_loss_weight=0.01",),
