@@ -93,7 +93,8 @@ def reported(traceback: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         if traceback:
             raise
-        say("interrupted: go on with resume=auto (work after the last checkpoint is repeated)")
+        remedy = "give the same command again, a training run with resume=auto"
+        say(f"interrupted: {remedy} (work after the last checkpoint is repeated)")
         sys.exit(130)
     except Exception as error:
         if traceback:

@@ -1,6 +1,7 @@
 """Text from a trained model, with speculative=true from drafts of its own MTP modules, the same text in fewer passes.
 
-python scripts/generate.py run=DIR prompt="def " [max_new_tokens=200] [temperature=0.8] [seed=0] [json=FILE]
+python scripts/generate.py run=DIR prompt="def " [max_new_tokens=200] [temperature=0.8] [seed=0] \
+[num_threads=N] [json=FILE]
 python scripts/generate.py run=DIR prompt="def " temperature=0 speculative=true [compare=true]
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from moe_train.before_torch import settle_environment
 from moe_train.cli import check_json_target, parse_arguments, wants_traceback, write_json
 from moe_train.errors import UsageError, reported
 
@@ -29,12 +31,14 @@ class Arguments:
     max_new_tokens: Annotated[int, Field(gt=0)] = 200
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8  # 0: always the likeliest token
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    num_threads: Annotated[int, Field(gt=0)] | None = None  # None: as the run
     speculative: bool = False
     compare: bool = False  # with plain greedy decoding
     json: Path | None = None
 
 
 def main() -> None:
+    settle_environment()
     arguments = parse_arguments(Arguments, sys.argv[1:], usage=USAGE)
     check_json_target(arguments.json)
     try:
@@ -48,9 +52,17 @@ def main() -> None:
         )
     if arguments.compare and not arguments.speculative:
         raise UsageError("compare=true compares speculative decoding with plain: add speculative=true temperature=0")
-    from moe_train.generation import PlainDecoder, SpeculativeDecoder, compare, generate, load_for_generation
+    import torch
 
-    model, tokenizer = load_for_generation(arguments.run.absolute())
+    from moe_train.generation import PlainDecoder, SpeculativeDecoder, compare, generate, load_for_generation
+    from moe_train.generation.decoding import device_of
+    from moe_train.generation.loading import threads_of
+    from moe_train.training.runtime import set_threads
+
+    trained = load_for_generation(arguments.run.absolute())
+    if threads := arguments.num_threads or threads_of(trained.config):
+        set_threads(threads)
+    model, tokenizer = trained.model, trained.tokenizer
     prompt, limit = arguments.prompt, arguments.max_new_tokens
     if arguments.compare:
         comparison = compare(model, tokenizer, prompt, limit)
@@ -63,6 +75,7 @@ def main() -> None:
     else:
         result = generate(PlainDecoder(model, arguments.temperature, arguments.seed), tokenizer, prompt, limit)
         figures = _figures(result)
+    figures |= {"compute_dtype": "float32", "device": device_of(model).type, "num_threads": torch.get_num_threads()}
     sys.stdout.write(result.text + "\n")
     sys.stdout.flush()
     sys.stderr.write(_said(figures))
@@ -100,9 +113,11 @@ def _comparison_figures(comparison: Comparison) -> dict[str, Any]:
 
 def _said(figures: dict[str, Any]) -> str:
     """The same for people, a line each."""
+    threads = f", num_threads={figures['num_threads']}" if figures["device"] == "cpu" else ""
     lines = [
-        f"{figures['new_tokens']} tokens, {figures['tokens_per_second']:,.0f} tokens/s; cache: "
-        f"{figures['cache_elements_per_token']:,} elements a token, {figures['cache_bytes']:,} bytes in all"
+        f"{figures['new_tokens']} tokens, {figures['tokens_per_second']:,.0f} tokens/s in {figures['compute_dtype']} "
+        f"({figures['device']}{threads}); cache: {figures['cache_elements_per_token']:,} elements a token, "
+        f"{figures['cache_bytes']:,} bytes in all"
     ]
     if figures.get("acceptance") is not None:
         by_depth = ", ".join("none drafted" if a is None else f"{a:.0%}" for a in figures["acceptance_per_depth"])

@@ -83,14 +83,16 @@ def main() -> None:
     drawn = plot.plot(content, picture)
     tables.show(content)
     sys.stdout.write(f"all of it in {where}" + (f", drawn in {picture}\n" if drawn else "\n"))
+    asked_for = {key: path for key, path in (("json", arguments.json), ("plot", arguments.plot)) if path}
+    if made is not None:  # files that are there would be in the way of the same command
+        made.raise_if_interrupted(", ".join(f"{key}={path}" for key, path in asked_for.items()))
     if arguments.json:
         write_json(arguments.json, content)
-    if arguments.plot:
-        plot.plot(content, arguments.plot)
-    if made is not None:
-        made.raise_if_interrupted()
-        if made.stopped is not None:
-            raise UserError(f"{made.stopped}: the search goes on with the same command and a larger budget")
+    if arguments.plot and not plot.plot(content, arguments.plot):
+        sys.stdout.write(f"plot={arguments.plot} is not written: no trial has a result\n")
+    if made is not None and made.stopped is not None:
+        another = "".join(f", another {key}=" for key in asked_for)
+        raise UserError(f"{made.stopped}: the search goes on with the same command and a larger budget{another}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,11 @@ from moe_train.benchmark.figures import Figure
 from moe_train.compose import CONFIGS
 from moe_train.errors import UserError
 from moe_train.training.runtime import Runtime
+from moe_train.versions import versions_with
 
 RESULTS = CONFIGS.parent / "docs" / "results"
 
-_VERSIONED = ("moe_train", "torch", "accelerate", "transformers", "numpy")
+_LIBRARIES = ("torch", "accelerate", "transformers", "numpy")
 
 Content = dict[str, Any]
 
@@ -35,7 +34,7 @@ def content_of(
     runtime: Runtime, suites: Sequence[str], ceilings: Ceilings, figures: Sequence[Figure], load: float | None
 ) -> Content:
     """`load`: processes that wanted a core before anything was measured; None where the system does not say."""
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in _VERSIONED}
+    versions = versions_with(*_LIBRARIES)
     common = {"num_threads": runtime.num_threads, "versions": versions, "date": date.today().isoformat()}
     made = {
         "suites": list(suites),

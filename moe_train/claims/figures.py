@@ -23,7 +23,14 @@ def svg(claim: dict[str, Any]) -> str:
         return ""
     loads = {arm: curve for arm, curve in curves.items() if "load" in curve}
     panels = [axis for axis in _LABELS if all(curve[axis] is not None for curve in curves.values())]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": claim["claim"], "font.size": 8}):
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": claim["claim"],
+            "font.size": 8,
+            "font.sans-serif": ["DejaVu Sans"],  # a list would stand beside every tick
+        }
+    ):
         count = len(panels) + bool(loads)
         figure, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.8), squeeze=False)
         figure.subplots_adjust(left=0.2 / count, right=0.99, bottom=0.18, top=0.96, wspace=0.3)
@@ -45,13 +52,19 @@ def svg(claim: dict[str, Any]) -> str:
             axes[0][-1].set_ylabel("MaxVio")
         axes[0][0].legend(fontsize=7, frameon=False)
         written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None})
+        figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         plt.close(figure)
     element = written.getvalue()
     element = element[element.index("<svg") :]
     # Names of parts are shared by all figures of a page.
     own = re.sub(r"\W", "", f"{claim['claim']}{claim['scale']}")
-    return re.sub(r'((?:id="|url\(#|xlink:href="#))', rf"\g<1>{own}", element)
+    element = re.sub(r'((?:id="|url\(#|xlink:href="#))', rf"\g<1>{own}", element)
+    return re.sub(r'(?<= d=")[^"]+', lambda path: re.sub(r"-?\d+\.\d+", _to_a_tenth, path[0]), element)
+
+
+def _to_a_tenth(number: re.Match[str]) -> str:
+    """Of a point, which is an eighth of a pixel."""
+    return f"{float(number[0]):.1f}".removesuffix(".0")
 
 
 def _draw(panel: Axes, x: list[float], band: dict[str, list[float]], arm: str, index: int) -> None:

@@ -88,7 +88,7 @@ class PrecisionConfig:
     fp8: Fp8Config | None  # of linear layers; None: they run in the compute format too
     # What multiplies in FP8 (precision/choice.py); an error where the device lacks it. auto: the run says what it took.
     backend: Literal["auto", "emulated", "cublas", "triton"]
-    evaluate_in_fp8: bool  # False: evaluation and generation use the compute format throughout
+    evaluate_in_fp8: bool  # False: evaluation uses the compute format throughout
     health: Fp8HealthConfig | None = None  # None: nothing is counted, as in configurations of older runs
 
     def __post_init__(self) -> None:

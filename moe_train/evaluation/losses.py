@@ -10,7 +10,8 @@ from typing import Any, Literal
 from moe_train.config import ParallelConfig
 from moe_train.errors import UsageError, UserError
 from moe_train.evaluation import texts
-from moe_train.generation.loading import TrainedModel, load_trained
+from moe_train.generation.loading import TrainedModel, load_trained, threads_of
+from moe_train.kernels.cpu.library import Choice
 from moe_train.precision import recipes
 from moe_train.training.evaluation import evaluate
 from moe_train.training.fp8_health import modules_in_compute_format
@@ -28,12 +29,15 @@ def evaluate_run(
     max_tokens: int | Literal["all"] | None = None,
     sequence_length: int | None = None,
     in_fp8: bool | None = None,
+    cpu_kernels: Choice | None = None,
+    num_threads: int | None = None,
 ) -> dict[str, Any]:
     """Loss (nats a token), bits per byte and what they were measured on, ready for JSON. Raises UserError.
 
     files: a glob; in place of the run's own `split`. max_tokens and sequence_length: the run's own if not given, and
     for files all of their text. in_fp8: linear layers as the run's recipe has them, by a backend that this machine has,
-    which need not be the run's; None: as the run evaluates.
+    which need not be the run's; None: as the run evaluates. cpu_kernels, num_threads: the run's own if not given,
+    and all cores where that had more of them.
     """
     trained = load_trained(run)
     config = trained.config
@@ -44,11 +48,11 @@ def evaluate_run(
         )
     limit = config.eval.max_tokens if max_tokens is None and files is None else max_tokens
     limit = None if limit == "all" else limit
-    runtime = _runtime(trained)
+    runtime = _runtime(trained, cpu_kernels or config.cpu_kernels, num_threads or threads_of(config))
     trained.model.to(runtime.device)
-    fp8 = (
-        _multiply_in_fp8(trained, runtime) if (config.precision.evaluate_in_fp8 if in_fp8 is None else in_fp8) else None
-    )
+    fp8, not_in_fp8 = None, list[str]()
+    if config.precision.evaluate_in_fp8 if in_fp8 is None else in_fp8:
+        fp8, not_in_fp8 = _multiply_in_fp8(trained, runtime)
     with TemporaryDirectory() as folder:
         if files is None:
             text = texts.own_split(trained, split, limit)
@@ -79,26 +83,34 @@ def evaluate_run(
             "sequence_length": length,
             "compute_dtype": str(runtime.dtype).removeprefix("torch."),
             "fp8": fp8,
+            "fp8_modules_in_compute_format": not_in_fp8,
+            "trained_in_fp8": config.precision.name if config.precision.fp8 else None,
+            "device_name": runtime.device_name,
+            "num_threads": runtime.num_threads,
+            "cpu_kernels": runtime.cpu_kernels,
+            "notes": list(runtime.notes),
         }
 
 
-def _multiply_in_fp8(trained: TrainedModel, runtime: Runtime) -> str:
-    """Returns the recipe and what multiplies."""
+def _multiply_in_fp8(trained: TrainedModel, runtime: Runtime) -> tuple[str, list[str]]:
+    """Returns the recipe and what multiplies, and the modules that the run gave back to the compute format."""
     precision = trained.config.precision
     if precision.fp8 is None:
         raise UserError(f"in_fp8=true: {trained.folder} has no recipe of FP8, its precision is {precision.name}")
     here = dataclasses.replace(precision, backend="auto", evaluate_in_fp8=True)
     products = recipes.apply(trained.model, here, runtime.device)
     assert products is not None
-    recipes.to_compute_format(trained.model, modules_in_compute_format(trained.checkpoint.state, precision))
-    return f"{precision.name}, {products.backend.name}"
+    given_back = modules_in_compute_format(trained.checkpoint.state, precision)
+    recipes.to_compute_format(trained.model, given_back)
+    return f"{precision.name}, {products.backend.name}", given_back
 
 
-def _runtime(trained: TrainedModel) -> Runtime:
-    """The run's precision on this machine, with as many cores as there are and one process."""
+def _runtime(trained: TrainedModel, cpu_kernels: Choice, num_threads: int | None) -> Runtime:
+    """The run's precision on this machine, in one process."""
     one_process = dataclasses.replace(
         trained.config,
-        num_threads=None,
+        cpu_kernels=cpu_kernels,
+        num_threads=num_threads,
         batch_size=1,
         micro_batch_size=None,
         batch_ramp=None,

@@ -13,6 +13,7 @@ from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import Checkpoint, load_weights
 from moe_train.training.run_folder import find_checkpoint, load_run_config
+from moe_train.training.runtime import cores_here
 from moe_train.training.starting_weights import check_own_config, tokenizer_of
 
 
@@ -37,8 +38,13 @@ def load_trained(run: Path) -> TrainedModel:
     return TrainedModel(model.to(device).eval(), tokenizer, config, checkpoint, folder)
 
 
-def load_for_generation(run: Path) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of `load_trained`, if text can be made with them. Raises UserError if it cannot."""
+def threads_of(config: RunConfig) -> int | None:
+    """The run's own `num_threads`, unless it had more cores than this machine has."""
+    return config.num_threads if (config.num_threads or 0) <= cores_here() else None
+
+
+def load_for_generation(run: Path) -> TrainedModel:
+    """`load_trained`, if text can be made with it. Raises UserError if it cannot."""
     trained = load_trained(run)
     moe = trained.model.config.moe
     if moe is not None and moe.routing == "expert_choice":
@@ -46,4 +52,4 @@ def load_for_generation(run: Path) -> tuple[Transformer, Tokenizer]:
             f"run={run}: a model with moe.routing=expert_choice cannot generate text, since its experts choose among "
             "all tokens of a text, later ones too: train one with another model/moe"
         )
-    return trained.model, trained.tokenizer
+    return trained

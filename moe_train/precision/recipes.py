@@ -103,6 +103,11 @@ def fp8_layers(model: Transformer) -> dict[str, Fp8Layer]:
     return found
 
 
+def modules_in_fp8(model: Transformer) -> list[Linear | Experts]:
+    """Those that multiply in FP8 in training: until `to_compute_format` takes their `fp8` away."""
+    return [module for module in _layers_of(model).values() if module.fp8 is not None]
+
+
 def module_of(layer: str) -> str:
     """What goes back to the compute format as one: a SwiGLU is one operator (precision/fp8_swiglu.py)."""
     module, _, part = layer.rpartition(".")

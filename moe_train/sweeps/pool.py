@@ -36,10 +36,12 @@ BUDGET_SECONDS = 1.0  # between two looks into the ledger, to which runs write o
 class Interrupted(UserError):
     """The sweep was told to end, and has ended its jobs. The exit status is the shell's for the signal."""
 
-    def __init__(self, number: int, ended: int) -> None:
+    def __init__(self, number: int, ended: int, unwritten: str = "") -> None:
+        """unwritten: the files asked for that wait for the end."""
         jobs = "1 job was ended and goes" if ended == 1 else f"{ended} jobs were ended and go"
         super().__init__(
             f"interrupted by {signal.Signals(number).name}: {jobs} on from the last checkpoint with the same command"
+            + (f"; {unwritten}: written when all is made" if unwritten else "")
         )
         self.exit_status = 128 + number
 
@@ -52,10 +54,10 @@ class Made:
     stopped: str | None = None
     interrupted: int | None = None
 
-    def raise_if_interrupted(self) -> None:
+    def raise_if_interrupted(self, unwritten: str = "") -> None:
         if self.interrupted is not None:
             ended = [outcome for outcome in self.outcomes if outcome.status == "ended"]
-            raise Interrupted(self.interrupted, sum(outcome.exit_status is not None for outcome in ended))
+            raise Interrupted(self.interrupted, sum(outcome.exit_status is not None for outcome in ended), unwritten)
 
 
 Watch = Callable[[Job, Sequence[Row]], str | None]

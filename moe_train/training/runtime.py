@@ -135,7 +135,7 @@ def start_runtime(config: RunConfig) -> Runtime:
         _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
         keep_freed_memory()
-    num_threads = _set_threads(config.num_threads)
+    num_threads = set_threads(config.num_threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -271,13 +271,19 @@ def _check_meeting_place(processes: int) -> None:
             )
 
 
-def _set_threads(asked: int | None) -> int:
+def cores_here() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(asked: int | None) -> int:
     """As many as asked for; else OMP_NUM_THREADS; else all cores, shared among the processes of this machine.
 
     accelerate and torchrun set OMP_NUM_THREADS to 1 when nobody has; a 1 is therefore not taken for a wish.
+    Raises UserError where there are fewer cores than asked for.
     """
     wished = _count_from_environment("OMP_NUM_THREADS")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cores_here()
     local_processes = _count_from_environment("LOCAL_WORLD_SIZE")
     if asked is not None and asked > cores:
         raise UserError(

@@ -28,7 +28,7 @@ from moe_train.parallel import communication
 from moe_train.parallel.spread import Spread
 from moe_train.precision.fp8 import holding_weights
 from moe_train.precision.health import Counts, LayerRates
-from moe_train.precision.recipes import fp8_layers
+from moe_train.precision.recipes import fp8_layers, modules_in_fp8
 from moe_train.training import clipping
 from moe_train.training.cuda_graph import Captured, RatesOnDevice
 from moe_train.training.optimizers import set_lr
@@ -134,6 +134,7 @@ class Stepper:
         self.fp8_counts = fp8_counts
         self.micro_batch_size = config.micro_batch_size or config.batch_size // runtime.world_size
         self.routers = model.routers()
+        self._began_in_fp8 = modules_in_fp8(model)  # some may go back, and no other comes
         self._rates: RatesOnDevice | None = None
         self._captured_step: Captured[_Done] | None = None
         self._captured_passes: Captured[StepTotals] | None = None
@@ -152,6 +153,10 @@ class Stepper:
 
     def _asks_host(self) -> bool:
         return any(layer.backend.asks_host for layer in fp8_layers(self.model).values())
+
+    def _modules_in_fp8(self) -> int:
+        """How many there are now. Asked every step, so it takes microseconds."""
+        return sum(module.fp8 is not None for module in self._began_in_fp8)
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's share of the batch of `step`, on its device."""
@@ -181,7 +186,7 @@ class Stepper:
             num_targets=self.batches.num_targets(step),
             mtp_weight=0.0 if mtp is None else mtp.weight_at(progress),
             bias_speed=0.0 if moe is None or progress >= moe.bias_update_fraction else moe.bias_update_speed,
-            modules_in_fp8=len(fp8_layers(self.model)),
+            modules_in_fp8=self._modules_in_fp8(),
         )
         set_lr(self.optimizers, lr_factor)
         if self._rates is not None:
@@ -204,7 +209,7 @@ class Stepper:
 
     def passes(self, step: int, inputs_bt: Tensor, targets_bt: Tensor) -> StepTotals:
         """The forward and backward passes of a step alone; leaves gradients."""
-        given = _Given(self.batches.num_targets(step), 0.0, 0.0, len(fp8_layers(self.model)))
+        given = _Given(self.batches.num_targets(step), 0.0, 0.0, self._modules_in_fp8())
 
         def passes(inputs_bt: Tensor, targets_bt: Tensor) -> StepTotals:
             return self._passes(step, inputs_bt, targets_bt, given)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import signal
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,23 +20,14 @@ from moe_train.cost.value import bits_per_byte_per_usd
 from moe_train.errors import UserError
 from moe_train.tracking.console import closing_table, where_to_look
 from moe_train.training.run_folder import SUMMARY
+from moe_train.versions import versions_with
 
 if TYPE_CHECKING:
     from moe_train.cost.meter import Meter
     from moe_train.training.run import Run
     from moe_train.training.runtime import Runtime
 
-_VERSIONED = (
-    "moe_train",
-    "torch",
-    "accelerate",
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "wandb",
-    "hydra-core",
-    "numpy",
-)
+_LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "tokenizers", "wandb", "hydra-core", "numpy")
 
 
 class Interrupted(UserError):
@@ -160,7 +149,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "corpus_fingerprint": run.data.fingerprint,
         "config_hash": run.config.config_hash(),
         "seed": run.config.seed,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _VERSIONED},
+        "versions": versions_with(*_LIBRARIES),
     }
 
 

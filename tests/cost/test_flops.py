@@ -6,32 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_model import MOE
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_train.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig
 from moe_train.cost.flops import forward_flops, parameter_counts, training_flops_per_token
 
-MOE = MoEConfig(
-    num_experts=8,
-    top_k=2,
-    num_shared_experts=1,
-    moe_intermediate_size=16,
-    first_k_dense_replace=1,
-    routing="token_choice",
-    scoring_func="sigmoid",
-    n_group=1,
-    topk_group=1,
-    group_score_top_k=2,
-    norm_topk_prob=True,
-    routed_scaling_factor=1.0,
-    capacity_factor=None,
-    bias_update_speed=0.001,
-    bias_update_fraction=1.0,
-    sequence_loss_weight=0.0001,
-    batch_loss_weight=0.0,
-    router_z_loss_weight=0.0,
-)
 EXPERT_CHOICE = dataclasses.replace(
     MOE,
     routing="expert_choice",

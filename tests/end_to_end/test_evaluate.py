@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from command_line import ROOT, Commands
 
+from moe_train.errors import UserError
 from moe_train.evaluation.losses import evaluate_run
 
 EVALUATE = ["python", str(ROOT / "scripts/evaluate.py")]
@@ -63,6 +65,39 @@ def test_the_training_split_and_files_of_the_same_text_agree(here: Path, text_co
     assert everything["loss"] == pytest.approx(train["loss"], rel=0.1)  # one kind of text throughout
 
 
+def test_threads_and_kernels_are_the_runs_own_or_those_given(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = evaluate_run(here, max_tokens=100)
+    assert (own["num_threads"], own["cpu_kernels"]) == (1, "torch")  # FP32, where there are no others
+    monkeypatch.setattr("moe_train.training.runtime.cores_here", lambda: 2)
+    assert evaluate_run(here, max_tokens=100, num_threads=2)["num_threads"] == 2
+    assert torch.get_num_threads() == 2
+    with pytest.raises(UserError, match=r"cpu_kernels=compiled cannot be had: .*; use cpu_kernels=torch, or auto"):
+        evaluate_run(here, cpu_kernels="compiled")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "float32, not in the FP8 of its training (fp8_tensorwise), as in_fp8=true would"),
+        (["in_fp8=true"], "float32, linear layers in FP8 (fp8_tensorwise, emulated)"),
+    ],
+)
+def test_it_says_what_the_loss_of_a_run_in_fp8_was_computed_in(
+    in_fp8: Commands, arguments: list[str], says: str
+) -> None:
+    result = in_fp8.run(*EVALUATE, "run=run", "max_tokens=100", *arguments)
+    assert says in " ".join(result.stdout.replace("│", " ").split())
+    assert "num_threads=1, cpu_kernels=torch" in result.stdout
+
+
+@pytest.fixture(scope="session")
+def in_fp8(tmp_path_factory: pytest.TempPathFactory, text_corpus: Path, cache: Path) -> Commands:
+    """A finished run in FP8, what is not FP8 in FP32, in `run`."""
+    made = Commands(tmp_path_factory.mktemp("in_fp8"), text_corpus, cache)
+    made.train("precision=fp8_tensorwise", "precision.compute_dtype=float32", "stop.steps=1", "run_dir=run")
+    return made
+
+
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks on a local file: which of two words follows, and the bits of a text."""
@@ -99,6 +134,8 @@ def test_tasks_of_the_harness_run_on_the_exported_model(finished: Commands, task
         (["run=run", "split=val", "files=x"], 2, "give one of them"),
         (["run=run", "limit=3"], 2, "add harness=TASK"),
         (["run=run", "harness=x", "max_tokens=3"], 2, "leave out harness="),
+        (["run=run", "harness=x", "num_threads=3"], 2, "leave out harness="),
+        (["run=run", "cpu_kernels=fast"], 2, "cpu_kernels=fast: choose one of auto, compiled, torch"),
         (["hf=.", "harness=x"], 1, "scripts/export_hf.py makes one"),
         (["run=run", "files=*.nothing"], 1, "no file matches"),
         (["run=run", "max_tokens=0"], 2, "max_tokens=0: give a number above 0, or give all"),

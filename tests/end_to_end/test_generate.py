@@ -37,6 +37,7 @@ def test_it_reports_the_cache_of_the_published_formula(finished: Commands, tmp_p
     read = len("the quick ") + content["new_tokens"] - 1
     assert content["cache_bytes"] in (read * 256 * 4, (read + 1) * 256 * 4)  # one more if a text ended
     assert f"{content['new_tokens']} tokens" in said
+    assert "in float32 (cpu, num_threads=1); cache" in said  # as many threads as the run had
     assert "256 elements a token" in said
 
 
@@ -64,6 +65,7 @@ def test_speculative_decoding_gives_the_same_text_in_fewer_passes_and_says_how_m
         (["compare=true"], 2, "add speculative=true"),
         (["speculative=true", "temperature=0"], 1, "model/mtp=depth_1"),
         (["speculative=maybe"], 2, "speculative=maybe"),
+        (["num_threads=10000"], 1, "num_threads=10000 is more than the"),
     ],
 )
 def test_what_cannot_be_drafted_is_refused_in_one_line(

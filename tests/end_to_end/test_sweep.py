@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from typing import Any
@@ -63,6 +64,31 @@ def test_a_killed_search_goes_on_and_its_report_leads_to_its_runs(own: Commands)
     own.run(*search(own, *settings, "show=true"))
     own.run(*search(own, *settings))  # nothing is left to do
     assert {file: file.stat().st_mtime for file in logged.glob("*/summary.json")} == before
+
+
+def test_an_interrupted_search_leaves_the_files_asked_for_to_the_same_command(own: Commands) -> None:
+    command = search(own, "stop.steps=150", "checkpoint.every_steps=20", "trials=1", "json=out.json", "plot=rates.svg")
+    process = own.start(command)
+    while not list((own.folder / "outputs/runs").glob("*/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "with the same command; json=out.json, plot=rates.svg: written when all is made" in errors
+    assert content_of(own)["studies"][0]["without_result"]["going"] == 1
+    own.run(*command)
+    assert content_of(own) == json.loads((own.folder / "out.json").read_text())
+    assert len(content_of(own)["studies"][0]["points"]) == 1
+    assert (own.folder / "rates.svg").exists()
+
+
+def test_what_a_budget_has_paid_for_is_written_and_going_on_wants_other_files(own: Commands) -> None:
+    result = own.run(*search(own, "budget.usd=1e-7", "json=out.json", "plot=rates.svg"), check=False)
+    assert result.returncode == 1
+    assert "the search goes on with the same command and a larger budget, another json=, another plot=" in result.stderr
+    assert content_of(own) == json.loads((own.folder / "out.json").read_text())
+    assert "plot=rates.svg is not written: no trial has a result" in result.stdout
 
 
 @pytest.mark.parametrize(

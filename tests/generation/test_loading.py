@@ -13,6 +13,7 @@ from moe_train.config import RunConfig, model_digest, to_dict
 from moe_train.data.tokenizer import bytes_tokenizer
 from moe_train.errors import UserError
 from moe_train.generation import load_for_generation, load_trained
+from moe_train.generation.loading import threads_of
 from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import save_checkpoint
 from moe_train.training.run_folder import load_run_config
@@ -86,6 +87,12 @@ def test_a_model_whose_experts_choose_cannot_generate_and_is_told_why(
     run = saved_run(tmp_path / "run", compose_run, ["model/moe=expert_choice"])
     with pytest.raises(UserError, match=r"expert_choice cannot generate.*later.*another model/moe"):
         load_for_generation(run)
+
+
+def test_a_run_that_had_more_cores_than_there_are_is_used_with_all(compose_run: Callable[..., RunConfig]) -> None:
+    assert threads_of(compose_run("num_threads=1")) == 1
+    assert threads_of(compose_run("num_threads=100000")) is None
+    assert threads_of(compose_run()) is None
 
 
 @pytest.mark.parametrize(

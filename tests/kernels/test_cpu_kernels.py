@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import allowed, drawn, error, floor
+from small_model import MOE
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from moe_train.config import MoEConfig
 from moe_train.kernels.cpu import library, linear, router, routing
 from moe_train.kernels.cpu.experts import SwiGLUOfTokens, takes
 from moe_train.model import dispatch
@@ -24,27 +24,6 @@ from moe_train.precision import matmul
 from moe_train.training.muon import Muon
 
 pytestmark = pytest.mark.usefixtures("compiled_for_cpu")
-
-MOE = MoEConfig(
-    num_experts=8,
-    top_k=2,
-    num_shared_experts=0,
-    moe_intermediate_size=8,
-    first_k_dense_replace=0,
-    routing="token_choice",
-    scoring_func="sigmoid",
-    n_group=1,
-    topk_group=1,
-    group_score_top_k=2,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    capacity_factor=None,
-    bias_update_speed=0.01,
-    bias_update_fraction=1.0,
-    sequence_loss_weight=1e-4,
-    batch_loss_weight=0.0,
-    router_z_loss_weight=0.0,
-)
 
 
 def layer(t: int, experts: int, k: int, d: int, f: int, favourite: bool = False) -> SimpleNamespace:
@@ -238,7 +217,7 @@ def test_choices_shares_and_their_gradients_are_those_of_float64(
     b: int, length: int, experts: int, k: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    config = dataclasses.replace(MOE, num_experts=experts, top_k=min(k, experts))
+    config = dataclasses.replace(MOE, num_experts=experts, top_k=min(k, experts), routed_scaling_factor=2.5)
     logits = torch.randn(b * length, experts, generator=generator)
     real = torch.rand(b, length, generator=generator) < 0.8
     found = []

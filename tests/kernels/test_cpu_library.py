@@ -53,7 +53,10 @@ def test_without_a_compiler_auto_says_so_and_compiled_is_refused(monkeypatch: py
     said = library.use("auto", in_bf16=True)
     assert said == "cpu_kernels=auto took torch's operations, which are slower: there is no C compiler (cc, gcc, clang)"
     assert library.in_use() is None
-    with pytest.raises(UserError, match=r"cpu_kernels=compiled cannot be had: there is no C compiler .*; leave it out"):
+    with pytest.raises(
+        UserError,
+        match=r"cpu_kernels=compiled cannot be had: there is no C compiler .*; use cpu_kernels=torch, or auto",
+    ):
         library.use("compiled", in_bf16=True)
 
 
@@ -69,7 +72,7 @@ def test_what_has_no_use_for_them_says_nothing(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ("sys.exit('products.h:1: an unknown flag\\nand more')", r"failed: products.h:1: an unknown flag$|flag; leave"),
+        ("sys.exit('products.h:1: an unknown flag\\nand more')", r"failed: products.h:1: an unknown flag$|flag; use"),
         ("open(to, 'w').write('nonsense')", "could not be kept or loaded"),
         ("pass", "could not be kept or loaded .*: another folder for them is the environment's MOE_TRAIN_CACHE"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -11,31 +12,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernel_checks import allowed, error
+from small_model import MOE
 
-from moe_train.config import MoEConfig
 from moe_train.kernels import routing
 from moe_train.model import dispatch, router
-
-MOE = MoEConfig(
-    num_experts=24,
-    num_shared_experts=1,
-    top_k=4,
-    moe_intermediate_size=16,
-    first_k_dense_replace=0,
-    routing="token_choice",
-    scoring_func="sigmoid",
-    n_group=1,
-    topk_group=1,
-    group_score_top_k=2,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    bias_update_speed=1e-3,
-    bias_update_fraction=1.0,
-    sequence_loss_weight=1e-4,
-    batch_loss_weight=0.0,
-    router_z_loss_weight=0.0,
-    capacity_factor=None,
-)
 
 
 def in_fp64(logits: Tensor, bias: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,9 +113,10 @@ def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> Non
 def test_the_router_chooses_the_same_with_them_and_without(
     shares: bool, random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    b, length, e = 2, 30, MOE.num_experts
+    config = dataclasses.replace(MOE, num_experts=24, top_k=4, routed_scaling_factor=2.5)
+    b, length, e = 2, 30, config.num_experts
     logits, real = random(b * length, e), random(b, length) > -1
-    layer = router.Router(MOE, 8).to(logits.device)
+    layer = router.Router(config, 8).to(logits.device)
     layer.selection_bias.copy_(0.1 * random(e))
 
     def through(by_kernel: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -143,7 +124,7 @@ def test_the_router_chooses_the_same_with_them_and_without(
         leaf = logits.to(dtype).requires_grad_()
         choice = layer.choose(leaf, real, shares=shares)
         assert (choice.share_be is not None) == shares
-        parts = [choice.gate_tk * torch.arange(1, MOE.top_k + 1, device=leaf.device)]
+        parts = [choice.gate_tk * torch.arange(1, config.top_k + 1, device=leaf.device)]
         parts += [] if choice.share_be is None else [choice.share_be]
         (grad,) = torch.autograd.grad(sum(part.square().sum() for part in parts), leaf)
         return [choice.expert_tk, choice.gate_tk.detach(), *(part.detach() for part in parts[1:]), grad]

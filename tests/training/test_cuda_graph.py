@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from moe_train.benchmark.arms import TrainingArm
 from moe_train.compose import compose_run
 from moe_train.errors import UserError
+from moe_train.precision import recipes
 from moe_train.training.cuda_graph import RatesOnDevice
 from moe_train.training.muon import Muon
 from moe_train.training.runtime import start_runtime
@@ -49,6 +52,34 @@ def test_replayed_steps_are_the_steps(settings: tuple[str, ...]) -> None:
     replayed, launched = losses((*settings, "cuda_graphs=always")), losses((*settings, "cuda_graphs=never"))
     assert replayed == launched
     assert replayed[0] != replayed[-1]
+
+
+def test_a_module_that_leaves_fp8_asks_for_another_graph_and_no_step_looks_through_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = compose_run([*SMALL, *ARMS["fp8"], "cuda_graphs=never"], "test", None)
+    arm, keys = TrainingArm(config, start_runtime(config)), []
+
+    class Captured:
+        def __call__(self, key: Hashable, function: Callable[..., Any], *batch: torch.Tensor) -> Any:
+            keys.append(key)
+            return function(*batch)
+
+    arm._stepper._captured_step = arm._stepper._captured_passes = Captured()
+
+    def looks(model: torch.nn.Module) -> None:
+        raise AssertionError("a step looks through all modules")
+
+    monkeypatch.setattr(recipes, "_layers_of", looks)
+    arm.step()
+    arm.step()
+    arm.forward_backward()
+    recipes.to_compute_format(arm.model, ["blocks.1.attention.o_proj"])
+    arm.step()
+    arm.forward_backward()
+    before, still, passes, after, passes_after = keys
+    assert before == still != after
+    assert passes != passes_after
 
 
 def test_rates_on_the_device_are_the_groups_and_these_keep_plain_numbers() -> None:

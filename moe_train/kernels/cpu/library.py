@@ -58,7 +58,7 @@ def use(choice: Choice, in_bf16: bool) -> str | None:
         else:
             return f"cpu_kernels={choice} took the project's own, compiled for this processor"
     if choice == "compiled":
-        raise UserError(f"cpu_kernels=compiled cannot be had: {missing}; leave it out for torch's operations")
+        raise UserError(f"cpu_kernels=compiled cannot be had: {missing}; use cpu_kernels=torch, or auto")
     return f"cpu_kernels=auto took torch's operations, which are slower: {missing}" if in_bf16 else None
 
 
