@@ -43,11 +43,11 @@ ASSUMPTIONS = (
     "one device holds the whole model; nothing is sharded or moved to the CPU",
     "master weights, gradients and the residual stream are FP32; optimizer states are what optimizer.moments says",
     "attention is a fused kernel: no score matrix is kept",
-    "kernels are the project's: Triton's on a GPU of compute capability 8.0 and later, in C on a CPU in BF16 that "
-    "takes them, else torch's operations (cost/kernels.py)",
+    "the device is a GPU that runs the project's Triton kernels, of compute capability 8.0 or later; with those in C a "
+    "CPU needs less, with torch's operations more (cost/kernels.py)",
     "norms keep their input; their results, joined keys and, where they are copied, rows sorted by expert are made "
     "again in the backward pass (precision/remade.py), except where activation checkpointing makes whole layers again",
-    "in BF16 cast weights are kept until the backward pass, where they are cast: kernels in C make no casts",
+    "in BF16 the cast weights are kept until the backward pass",
     "with an FP8 recipe every linear layer of the blocks keeps its input, and its weight for each of two products "
     "until the step ends, in FP8 (a byte a value, 4 of scale for 128 of a row), and a SwiGLU's input too where the "
     "recipe has swiglu_input; products are of a kernel that reads FP8: what the emulated backend makes beside them, in "
