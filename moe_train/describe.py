@@ -20,6 +20,7 @@ from moe_train.compose import ComposedModel
 from moe_train.config import ModelConfig, PrecisionConfig
 from moe_train.cost import bytes_each, flops, memory
 from moe_train.cost.fp8_operands import Fp8Kept
+from moe_train.cost.kernels import Kernels
 from moe_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ def describe(
 
     `sequence_length` None: that of a run, or 4,096, at which the published architectures were trained, for one that
     brings its own vocabulary. `vocab_size` None: the architecture's own, else the tokenizer's. `batch`: tokens a device
-    holds at once; None: one sequence. `compute_dtype` None: that of the precision, bfloat16 where it is auto. Under
-    `bytes_each`: what memory comes to for a parameter and for a token, as composed and in BF16 with FP32 moments (keys:
-    cost/bytes_each.py). Raises UserError where the sequence is too short for the MTP modules, or `compute_dtype`
-    contradicts the precision.
+    holds at once; None: one sequence. It is a GPU that runs the Triton kernels. `compute_dtype` None: that of the
+    precision, bfloat16 where it is auto. Under `bytes_each`: what memory comes to for a parameter and for a token, as
+    composed and in BF16 with FP32 moments (keys: cost/bytes_each.py). Raises UserError where the sequence is too short
+    for the MTP modules, or `compute_dtype` contradicts the precision.
     """
     model = composed.model.resolved()
     if sequence_length is None:
@@ -80,6 +81,7 @@ def describe(
         composed.optimizer,
         compute_bytes=compute_bytes,
         activation_checkpointing=activation_checkpointing,
+        kernels=Kernels.TRITON,
         fp8=fp8,
     )
     length = min(sequence_length, batch)
@@ -92,6 +94,7 @@ def describe(
         compute_bytes=compute_bytes,
         activation_checkpointing=activation_checkpointing,
         accumulates=False,
+        device_type="cuda",
         fp8=fp8,
     )
     built = _built(model, vocabulary)
@@ -129,6 +132,7 @@ def describe(
             compute_dtype=compute_dtype,
             fp8=fp8,
             activation_checkpointing=activation_checkpointing,
+            kernels=Kernels.TRITON,
         ),
         "notes": notes,
     }

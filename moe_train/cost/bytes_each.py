@@ -12,6 +12,7 @@ from typing import Any
 from moe_train.config import ModelConfig, OptimizerConfig
 from moe_train.cost.flops import parameter_counts
 from moe_train.cost.fp8_operands import Fp8Kept
+from moe_train.cost.kernels import Kernels
 from moe_train.cost.memory import training_memory
 from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, STATES, WEIGHTS
 
@@ -26,6 +27,7 @@ def compared(
     compute_dtype: str,
     fp8: Fp8Kept | None,
     activation_checkpointing: bool,
+    kernels: Kernels,
 ) -> list[dict[str, Any]]:
     """Two rows: as composed, and the same model, optimizer and checkpointing in BF16 with FP32 moments.
 
@@ -47,6 +49,7 @@ def compared(
             of,
             compute_bytes=2 if compute == "bfloat16" else 4,
             activation_checkpointing=activation_checkpointing,
+            kernels=kernels,
             fp8=in_fp8,
         )
         parameters = parameter_counts(model, vocab_size).total

@@ -12,9 +12,9 @@ from functools import partial
 
 from moe_train.config import ModelConfig, OptimizerConfig
 from moe_train.cost.fp8_operands import Fp8Kept
+from moe_train.cost.kernels import Kernels
 from moe_train.cost.layout import SINGLE, Layout
 from moe_train.cost.memory import peak_training_memory
-from moe_train.cost.optimizer_memory import DeviceType
 
 # What CUDA's context with the kernels of torch, cuBLAS and their workspaces takes before the first tensor: around
 # 0.6 GB on data-centre GPUs. Not measured here.
@@ -52,12 +52,13 @@ def fit(
     fp8: Fp8Kept | None = None,
     layout: Layout = SINGLE,
     accumulates: bool = True,
-    device_type: DeviceType = "cuda",
+    kernels: Kernels = Kernels.TRITON,
 ) -> list[FitRow]:
     """A row for each (name, model, vocabulary) on devices of `memory` bytes each, laid out as `layout`.
 
     `accumulates`: gradients of earlier micro-batches exist, as when a batch is cut to fit. `compute_bytes`: 2 where
-    matrix products run in BF16, 4 in FP32; `fp8`: those of linear layers are in FP8, and what is kept so.
+    matrix products run in BF16, 4 in FP32; `fp8`: those of linear layers are in FP8, and what is kept so. `kernels`:
+    torch's operations on GPUs that Triton's kernels are not for, of compute capability below 8.0.
     Raises UserError where a model cannot be laid out so.
     """
     room = usable_bytes(memory)
@@ -72,7 +73,7 @@ def fit(
             fp8=fp8,
             accumulates=accumulates,
             layout=layout,
-            device_type=device_type,
+            kernels=kernels,
         )
         rows.append(_row(name, peak, sequence_length, room))
     return rows
@@ -98,7 +99,7 @@ def _peak_bytes(
     fp8: Fp8Kept | None,
     accumulates: bool,
     layout: Layout,
-    device_type: DeviceType,
+    kernels: Kernels,
 ) -> int:
     return peak_training_memory(
         model,
@@ -111,7 +112,8 @@ def _peak_bytes(
         activation_checkpointing=activation_checkpointing,
         accumulates=accumulates,
         layout=layout,
-        device_type=device_type,
+        device_type="cuda",
+        kernels=kernels,
     ).bytes
 
 

@@ -1,4 +1,4 @@
-"""Which tensors norms, products and SwiGLUs make and let go, forward and backward, as `model/layers.py` runs them.
+"""Which tensors norms and products make and let go, forward and backward, as `model/norm.py` and `layers.py` run them.
 
 The order is that of autograd: what was computed last is differentiated first, and what an operation had kept is let go
 when its backward is done. Names in a Python frame live until the function returns. Left out is what is below a
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moe_train.config import ModelConfig
 from moe_train.cost.fp8_operands import Fp8Kept, rows_bytes
+from moe_train.cost.kernels import MOST_IN_PARTS, Kernels, parts
 from moe_train.cost.layout import Layout
 from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Tape
 
@@ -23,13 +24,48 @@ class Circumstances:
 
     compute_bytes: int  # of a number in matrix products
     gradients_exist: bool  # from micro-batches before, or in DDP's buckets: a new one is added to them and let go
-    on_cuda: bool  # a norm's input is kept in FP32 there; attention's result is stored by tokens
+    kernels: Kernels
     layout: Layout
     fp8: Fp8Kept | None = None  # linear layers of the blocks multiply in FP8, and keep inputs and weights in it
 
     @property
     def narrow(self) -> bool:
         return self.compute_bytes < FP32
+
+    @property
+    def compiled(self) -> bool:
+        """By kernels/cpu, which leave FP32 to torch."""
+        return self.kernels is Kernels.COMPILED and self.narrow
+
+    @property
+    def triton(self) -> bool:
+        return self.kernels is Kernels.TRITON
+
+    @property
+    def torch(self) -> bool:
+        return not (self.compiled or self.triton)
+
+    @property
+    def fuses_norms(self) -> bool:
+        """A norm adds to the residual stream and rounds in the same visit, and so its gradient: no FP32 in between.
+
+        (model/norm.py, gpu_norm.py, kernels/cpu/norm.py.)
+        """
+        return self.narrow and not self.torch
+
+    @property
+    def reads_weights_in_fp32(self) -> bool:
+        """A product reads master weights as they are and its kernel makes their gradients in FP32: no casts."""
+        return self.compiled and self.fp8 is None and self.layout.shard == 1  # gathered ones are in BF16
+
+    @property
+    def reads_rows_by_index(self) -> bool:
+        """Experts find rows of tokens by an index (kernels/experts.py, kernels/cpu/experts.py): none is copied.
+
+        Not where tokens travel to other devices, nor in FP8, which rounds rows in the order of experts.
+        """
+        by_index = self.reads_weights_in_fp32 or (self.triton and self.narrow and self.fp8 is None)
+        return by_index and self.layout.expert_parallel == 1
 
 
 class LayerTape:
@@ -57,15 +93,16 @@ class LayerTape:
     def keeps_fp8_inputs(self) -> bool:
         return self.given.fp8 is not None and not self.remakes
 
-    def norm_forward(self, features: int, *, copied: bool = False) -> None:
-        """`copied`: its input is kept for this alone. The result stands in the workspace."""
+    def norm_forward(self, features: int, *, copied: bool = False, exact: bool = False) -> None:
+        """`copied`: its input is kept for this alone. The result stands in the workspace; `exact`: surely in FP32."""
         if copied:
-            self.tape.make(ACTIVATIONS, self._norm_input(features))
-        self.tape.make(WORKSPACE, FP32 * self.tokens * features)
+            self.tape.make(ACTIVATIONS, self.c * self.tokens * features)
+        if self._is_wide(exact):
+            self.tape.make(WORKSPACE, FP32 * self.tokens * features)
 
-    def _norm_input(self, features: int) -> float:
-        """Bytes of an input in the compute format as it is kept; CUDA's kernel takes it in FP32."""
-        return (FP32 if self.given.on_cuda else self.c) * self.tokens * features
+    def _is_wide(self, exact: bool) -> bool:
+        """Whether a norm's result exists in FP32."""
+        return exact or not self.given.fuses_norms
 
     def enter_products(self, features: int) -> None:
         """From a norm's result in the workspace: the form of it that products read, once for all of them."""
@@ -76,23 +113,22 @@ class LayerTape:
             self.tape.drop(WORKSPACE, wide)
             self.tape.make(self.kept, wide)
 
-    def leave_products(self, features: int) -> None:
+    def leave_products(self, features: int, *, exact: bool = False) -> None:
         """The form that products read goes, but for what they keep; the norm's result goes too."""
         wide, own = FP32 * self.tokens * features, self.c * self.tokens * features
-        if self.given.narrow or self.kept == WORKSPACE:
+        if self._is_wide(exact) and (self.given.narrow or self.kept == WORKSPACE):
             self.tape.drop(WORKSPACE, wide)
         if self.given.narrow and self.kept == WORKSPACE:
             self.tape.drop(WORKSPACE, own)
 
-    def enter_products_backward(self, features: int) -> None:
+    def enter_products_backward(self, features: int, *, exact: bool = False) -> None:
         """What products read is there again."""
         own = self.c * self.tokens * features
         if self.remakes:
-            if self.given.narrow:
-                self.tape.make(WORKSPACE, FP32 * self.tokens * features)
+            wide = FP32 * self.tokens * features if self.given.narrow and self._is_wide(exact) else 0
+            self.tape.make(WORKSPACE, wide)
             self.tape.make(WORKSPACE, own)
-            if self.given.narrow:
-                self.tape.drop(WORKSPACE, FP32 * self.tokens * features)
+            self.tape.drop(WORKSPACE, wide)
 
     def leave_products_backward(self, features: int) -> None:
         if self.remakes or self.given.fp8 is None:
@@ -112,7 +148,25 @@ class LayerTape:
             tape.make(WORKSPACE, size)
             tape.drop(WORKSPACE, 2 * size)
         if last:
-            tape.drop(ACTIVATIONS, self._norm_input(features) if copied else size)
+            tape.drop(ACTIVATIONS, self.c * self.tokens * features if copied else size)
+
+    def norm_of_sum_backward(self, *, exact: bool = False) -> None:
+        """From the gradients of the residual stream and of its norm to that of the stream before something was added.
+
+        Where norms are fused that of what was added comes from the same visit, as products read it, and stays beside.
+        `exact`: the norm's result has a gradient in FP32 as well.
+        """
+        if not self.given.fuses_norms:
+            self.norm_backward(self.model.hidden_size, added=True)
+            return
+        self.tape.make(WORKSPACE, self.residual + self.narrowed)
+        self.tape.drop(WORKSPACE, self.residual + self.narrowed + (self.residual if exact else 0))
+        self.tape.drop(ACTIVATIONS, self.residual)
+
+    def enter_branch_backward(self) -> None:
+        """The gradient of what attention or an FFN adds to the stream, in the compute format."""
+        if self.given.narrow and not self.given.fuses_norms:
+            self.tape.make(WORKSPACE, self.narrowed)
 
     def cast_in(self, features: int) -> None:
         """A product's own form of its input, which FP8 has; it is made again where the input is."""
@@ -130,10 +184,14 @@ class LayerTape:
 
     def weight_cast(self, weights: int) -> None:
         """FP8 forms of weights outlive a layer: they are the step's (step_tape)."""
-        if self.given.fp8 is not None:
-            return
-        if self.given.narrow and self.given.layout.shard == 1:  # a gathered one is in the compute format already
+        if self.casts_weights:
             self.tape.make(COPIES, self.c * weights)
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether products read a copy in the compute format; a gathered weight is in it already."""
+        given = self.given
+        return given.narrow and given.fp8 is None and given.layout.shard == 1 and not given.reads_weights_in_fp32
 
     def weight_gradient(self, weights: int, *, share: int | None = None, cast: bool = True, freed: float = 0.0) -> None:
         """A product's gradient of its weight: made in the compute format, kept in FP32.
@@ -142,7 +200,10 @@ class LayerTape:
         weight; FP8 products make the gradient in FP32 at once. `freed`: bytes of the result's gradient, of no use from
         here on.
         """
-        cast = cast and self.given.fp8 is None
+        in_fp32 = self.given.fp8 is not None or self.given.reads_weights_in_fp32
+        if cast and self.given.reads_weights_in_fp32 and weights <= MOST_IN_PARTS:
+            self.tape.passing(WORKSPACE, self.summed_parts(weights))
+        cast = cast and not in_fp32
         tape, narrow = self.tape, self.given.narrow and cast
         share = share or self.given.layout.shard
         own = (self.c if cast else FP32) * weights
@@ -163,9 +224,13 @@ class LayerTape:
         if narrow and self.given.layout.shard == 1:
             tape.drop(COPIES, own)
 
+    def summed_parts(self, weights: int) -> int:
+        """Bytes of a weight's gradients over parts of the rows, which a kernel in C adds up."""
+        return FP32 * parts(self.tokens) * weights
+
     def cast_back(self) -> None:
-        """The gradient of a product's cast input, in FP32 again; FP32 inputs need none."""
-        if self.given.narrow:
+        """The gradient of a product's cast input, in FP32 again; FP32 inputs and fused norms need none."""
+        if self.given.narrow and not self.given.fuses_norms:
             self.tape.make(WORKSPACE, self.residual)
             self.tape.drop(WORKSPACE, self.narrowed)
 
@@ -189,88 +254,3 @@ class LayerTape:
         self.tape.drop(WORKSPACE, 1.5 * own)
         self.tape.passing(WORKSPACE, own)
         self.tape.drop(WORKSPACE, own)
-
-    def swiglu_forward(self, width: int) -> None:
-        """Ends with its output in the workspace."""
-        hidden = self.model.hidden_size
-        self.cast_in(hidden)
-        self.weight_cast(3 * width * hidden)
-        self.gated_forward(self.tokens, width)
-        self.tape.make(WORKSPACE, self.narrowed)
-        self.leave_gated(self.tokens, width)
-
-    def swiglu_backward(self, width: int) -> None:
-        """From the gradient of the residual stream; leaves that of the input in the compute format."""
-        tape, hidden, part = self.tape, self.model.hidden_size, self.c * self.tokens * width
-        if self.given.narrow:
-            tape.make(WORKSPACE, self.narrowed)
-        self.gated_backward(self.tokens, width, width * hidden, self.given.layout.shard)
-        tape.make(WORKSPACE, self.narrowed)
-        if self.given.narrow:
-            tape.drop(WORKSPACE, self.narrowed)
-        tape.drop(WORKSPACE, 2 * part)
-        tape.drop(ACTIVATIONS, self.kept_gate_up(self.tokens, width))
-        self.let_input_go(hidden)
-        self.gated_weights(width * hidden, self.given.layout.shard)
-
-    @property
-    def keeps_fp8_gate_up(self) -> bool:
-        return self.given.fp8 is not None and self.given.fp8.swiglu_input
-
-    def kept_gate_up(self, rows: float, width: int) -> float:
-        """Bytes of gate and up as a recipe keeps them, else in the compute format."""
-        return rows_bytes(rows, 2 * width) if self.keeps_fp8_gate_up else 2 * self.c * rows * width
-
-    def gated_weights(self, down_weights: int, share: int) -> None:
-        """Both weights' gradients, made in the products' format, are kept in FP32; products let go of their casts."""
-        tape, own_bytes = self.tape, self._gradient_bytes
-        for weights in (2 * down_weights, down_weights):
-            own = own_bytes * weights
-            if share > 1:  # whole until the layer is done, then summed over devices and cut
-                self.gathered += round(own)
-            elif own_bytes == FP32:
-                tape.drop(WORKSPACE, own)
-            if not self.given.gradients_exist:
-                tape.make(GRADIENTS, FP32 * weights / share)
-            elif share == 1:
-                tape.passing(WORKSPACE, FP32 * weights)
-            if share == 1 and own_bytes < FP32:
-                tape.drop(WORKSPACE, own)
-            if own_bytes < FP32 and self.given.layout.shard == 1:
-                tape.drop(COPIES, own)
-
-    @property
-    def _gradient_bytes(self) -> int:
-        """Of a weight's gradient as a product makes it."""
-        return self.c if self.given.fp8 is None else FP32
-
-    def gated_forward(self, rows: float, width: int) -> None:
-        """silu(gate) · up of `rows` rows, from gate and up, which alone are kept."""
-        part = self.c * rows * width
-        if self.keeps_fp8_gate_up:  # of which the product makes a form that is not kept
-            self.tape.make(WORKSPACE, 2 * part)
-        self.tape.make(ACTIVATIONS, self.kept_gate_up(rows, width))
-        self.tape.passing(WORKSPACE, 2 * part)
-        self.tape.make(WORKSPACE, part)
-
-    def leave_gated(self, rows: float, width: int) -> None:
-        """Once the second product is made: what is not kept goes."""
-        self.tape.drop(WORKSPACE, self.c * rows * width * (3 if self.keeps_fp8_gate_up else 1))
-
-    def gated_backward(self, rows: float, width: int, down_weights: int, share: int) -> None:
-        """From the gradient of the second product to that of gate and up, joined, and both weights' in their format."""
-        tape, part = self.tape, self.c * rows * width
-        if self.keeps_fp8_gate_up:
-            tape.passing(WORKSPACE, 2 * FP32 * rows * width)
-            tape.make(WORKSPACE, 2 * part)  # in the compute format again
-        tape.passing(WORKSPACE, 2 * part)
-        tape.make(WORKSPACE, part)  # the result again
-        tape.make(WORKSPACE, self._gradient_bytes * down_weights)
-        tape.drop(WORKSPACE, part)
-        tape.make(WORKSPACE, part)  # its gradient
-        tape.passing(WORKSPACE, 6 * part)
-        tape.make(WORKSPACE, 2 * part)
-        tape.drop(WORKSPACE, part)
-        if self.keeps_fp8_gate_up:
-            tape.drop(WORKSPACE, 2 * part)
-        tape.make(WORKSPACE, 2 * self._gradient_bytes * down_weights)

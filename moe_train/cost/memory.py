@@ -15,11 +15,11 @@ from typing import Literal
 from moe_train.config import MLAConfig, ModelConfig, MuonConfig, OptimizerConfig
 from moe_train.cost.flops import ROUTED_EXPERTS, layer_parameters, main_parameters, mtp_parameters
 from moe_train.cost.fp8_operands import Fp8Kept, weight_bytes
+from moe_train.cost.kernels import DeviceType, Kernels
 from moe_train.cost.layer_tape import FP32, Circumstances
 from moe_train.cost.layout import SINGLE, Layout
 from moe_train.cost.optimizer_memory import (
     HIDDEN_MATRICES,
-    DeviceType,
     adamw_workspace,
     layer_matrices,
     muon_workspace,
@@ -43,9 +43,11 @@ ASSUMPTIONS = (
     "one device holds the whole model; nothing is sharded or moved to the CPU",
     "master weights, gradients and the residual stream are FP32; optimizer states are what optimizer.moments says",
     "attention is a fused kernel: no score matrix is kept",
-    "norms keep their input; their results, rows sorted by expert and joined keys are made again in the backward pass "
-    "(precision/remade.py), except where activation checkpointing makes whole layers again",
-    "in BF16 the cast weights are kept until the backward pass; the kernels of cpu_kernels make none and need less",
+    "the device is a GPU that runs the project's Triton kernels, of compute capability 8.0 or later; with those in C a "
+    "CPU needs less, with torch's operations more (cost/kernels.py)",
+    "norms keep their input; their results, joined keys and, where they are copied, rows sorted by expert are made "
+    "again in the backward pass (precision/remade.py), except where activation checkpointing makes whole layers again",
+    "in BF16 the cast weights are kept until the backward pass",
     "with an FP8 recipe every linear layer of the blocks keeps its input, and its weight for each of two products "
     "until the step ends, in FP8 (a byte a value, 4 of scale for 128 of a row), and a SwiGLU's input too where the "
     "recipe has swiglu_input; products are of a kernel that reads FP8: what the emulated backend makes beside them, in "
@@ -91,24 +93,27 @@ def peak_training_memory(
     accumulates: bool,
     layout: Layout = SINGLE,
     device_type: DeviceType = "cpu",
+    kernels: Kernels | None = None,
     fp8: Fp8Kept | None = None,
 ) -> PeakMemory:
     """The most bytes of tensors at once during a step of a run under way, on each device of `layout`.
 
     `sequences` of `sequence_length` tokens go through at once, a micro-batch; `accumulates`: gradients of earlier ones
     are there already. `compute_bytes`: 2 where matrix products run in BF16, 4 in FP32. `fp8`: those of linear layers in
-    the blocks run in FP8, and what is kept so. Raises UserError where the model cannot be laid out so.
+    the blocks run in FP8, and what is kept so. `kernels`: those the step takes, the usual ones of the device if not
+    given; torch's operations of a GPU are taken to be a CPU's. Raises UserError where the model cannot be laid out so.
 
-    Measured on one CPU (`tensor_peak`, docs/log.md): within 10%. Not measured: FP8, for a backend that keeps operands
-    as ASSUMPTIONS says; `device_type="cuda"`, which differs by fused norms and by how attention stores its result;
-    every layout but `single`. With `ddp` and `ep`, gradients live on in DDP's buckets. With `fsdp2`, two blocks (one
-    ahead) are whole in the compute format, and in FP8 where they multiply in it, beside embedding and head, the
-    gradients of a block are whole until it is done, and Muon gathers each batch of matrices (arXiv 2502.16982, section
-    2.3). With `ep…`, as many rows are received as sent.
+    Measured (docs/log.md): torch's operations and the kernels in C on one CPU (`tensor_peak`) within 10%; Triton's
+    kernels interpreted, and a step of `base` on an H200. Not measured: FP8, for a backend that keeps operands as
+    ASSUMPTIONS says; every layout but `single`. With `ddp` and `ep`, gradients live on in DDP's buckets. With `fsdp2`,
+    two blocks (one ahead) are whole in the compute format, and in FP8 where they multiply in it, beside embedding and
+    head, the gradients of a block are whole until it is done, and Muon gathers each batch of matrices (arXiv
+    2502.16982, section 2.3). With `ep…`, as many rows are received as sent.
     """
     model = model.resolved()
     layout.check(model)
-    given = Circumstances(compute_bytes, accumulates or layout.keeps_gradients, device_type == "cuda", layout, fp8)
+    kernels = kernels or Kernels.usual(device_type)
+    given = Circumstances(compute_bytes, accumulates or layout.keeps_gradients, kernels, layout, fp8)
     tape = Tape()
     for part, size in _between_steps(model, vocab_size, optimizer, layout).items():
         if part != GRADIENTS or given.gradients_exist:
@@ -121,7 +126,7 @@ def peak_training_memory(
     step.backward()
     tape.drop(GATHERED, gathered)
     backward_end = len(tape.events)
-    tape.passing(OPTIMIZER, _optimizer_workspace(model, vocab_size, optimizer, layout, device_type))
+    tape.passing(OPTIMIZER, _optimizer_workspace(model, vocab_size, optimizer, given, device_type))
     highest = tape.highest()
     parts = tape.held(highest)
     moment: Moment = "forward end" if highest <= forward_end else "backward" if highest <= backward_end else "optimizer"
@@ -136,16 +141,17 @@ def training_memory(
     *,
     compute_bytes: int,
     activation_checkpointing: bool,
+    kernels: Kernels,
     fp8: Fp8Kept | None = None,
 ) -> dict[str, int]:
     """Bytes by part, each at its own most, on a device that takes `tokens` tokens at once (a micro-batch).
 
     Not all are alive together: `peak_training_memory` says what is. `compute_bytes`: 2 where matrix products run in
-    BF16, 4 in FP32; `fp8`: those of linear layers are in FP8, and what is kept so. MTP modules are taken to have
-    all positions.
+    BF16, 4 in FP32; `fp8`: those of linear layers are in FP8, and what is kept so; `kernels`: whose operations a step
+    is made of. MTP modules are taken to have all positions.
     """
     model = model.resolved()
-    given = Circumstances(compute_bytes, False, False, SINGLE, fp8)
+    given = Circumstances(compute_bytes, False, kernels, SINGLE, fp8)
     tape = Tape()
     step = StepTape(tape, model, vocab_size, 1, tokens, given, activation_checkpointing)
     step.forward()
@@ -186,10 +192,10 @@ def _share(of_all: int, of_routed: int, layout: Layout) -> int:
 
 
 def _optimizer_workspace(
-    model: ModelConfig, vocab_size: int, optimizer: OptimizerConfig, layout: Layout, device_type: DeviceType
+    model: ModelConfig, vocab_size: int, optimizer: OptimizerConfig, given: Circumstances, device_type: DeviceType
 ) -> int:
     """Bytes of working copies on each device; Muon and the AdamW beside it take their steps one after the other."""
-    parts = (main_parameters(model, vocab_size), mtp_parameters(model))
+    parts, layout = (main_parameters(model, vocab_size), mtp_parameters(model)), given.layout
     muons = HIDDEN_MATRICES if isinstance(optimizer, MuonConfig) else ()
     adamws = [{part: count for part, count in of.items() if part not in muons} for of in parts]
     routed = sum(of.get(ROUTED_EXPERTS, 0) for of in adamws)
@@ -199,6 +205,7 @@ def _optimizer_workspace(
         model,
         optimizer,
         device_type=device_type,
+        kernels=Kernels.TORCH if given.torch else given.kernels,
         muon_bytes=_muon_bytes(device_type),
         expert_parallel=layout.expert_parallel,
     )

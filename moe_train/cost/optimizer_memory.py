@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Literal
 
 from moe_train.config import GQAConfig, MLAConfig, ModelConfig, MuonConfig, OptimizerConfig
 from moe_train.cost.flops import (
@@ -15,10 +14,10 @@ from moe_train.cost.flops import (
     SHARED_EXPERTS,
     layer_kinds,
 )
+from moe_train.cost.kernels import MOST_OF_A_MATRIX, DeviceType, Kernels
 
 # What Muon moves, where it is the optimizer (training/optimizers.py), and what is cast before a product.
 HIDDEN_MATRICES = (ATTENTION_PROJECTIONS, DENSE_FFN, ROUTED_EXPERTS, SHARED_EXPERTS, MTP)
-DeviceType = Literal["cpu", "cuda"]
 
 # Elements that go through Muon's iteration together, at most, but for a single tensor (training/muon.py). Four copies
 # exist at once: on a CPU more at a time takes as long (2.3 s a step of `tiny` on one core) and 1.26 GB instead of 0.85;
@@ -70,13 +69,15 @@ def muon_workspace(
     optimizer: OptimizerConfig,
     *,
     device_type: DeviceType,
+    kernels: Kernels,
     muon_bytes: int,
     expert_parallel: int = 1,
 ) -> int:
     """Bytes of Muon's working copies at their most; 0 with AdamW alone.
 
     `muon_bytes`: of a number in the iteration, 2 where the device multiplies BF16 natively (training/muon.py). Of a
-    batch of matrices exist its directions, the iterate before and after, and a Gram matrix and its polynomial.
+    batch of matrices exist its directions, the iterate before and after, and a Gram matrix and its polynomial. Kernels
+    write directions in the format of the iteration; those in C have small matrices in a core's cache.
     """
     if not isinstance(optimizer, MuonConfig):
         return 0
@@ -85,7 +86,10 @@ def muon_workspace(
         sum(count * rows * columns for count, rows, columns in hidden_matrices(model, expert_parallel))
     )
     most = 0
+    by_kernels = kernels is not Kernels.TORCH and optimizer.moments == "float32"
     for count, rows, columns in hidden_matrices(model, expert_parallel):
+        if by_kernels and kernels is Kernels.COMPILED and rows * columns <= MOST_OF_A_MATRIX:
+            continue
         batch = batches.setdefault((rows, columns), [])
         size = count * rows * columns
         if batch and sum(batch) + size > MUON_BATCH_ELEMENTS[device_type]:
@@ -97,7 +101,8 @@ def muon_workspace(
         if optimizer.moments == "bfloat16":
             last = _MUON_CHUNK[optimizer.stochastic_rounding] * min(chunk, batch[-1])
         else:
-            last = _FP32 * batch[-1] if muon_bytes < _FP32 else 0
+            in_format = muon_bytes == _FP32 or (by_kernels and kernels is Kernels.TRITON)
+            last = 0 if in_format else _FP32 * batch[-1]
         making = muon_bytes * elements + last
         most = max(most, making, muon_bytes * (3 * elements + gram))
     return most

@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from moe_train.config import ModelConfig
 from moe_train.cost.block_tape import block_backward, block_forward
 from moe_train.cost.fp8_operands import weight_bytes
+from moe_train.cost.head_tape import kept_gradient, loss_forward
 from moe_train.cost.layer_tape import FP32, Circumstances, LayerTape
 from moe_train.cost.optimizer_memory import layer_matrices
-from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, HEAD_GRADIENTS, LOSS, WORKSPACE, Tape
-
-# Elements of the logits that are alive at a time (model/loss.py).
-LOGITS_CHUNK_ELEMENTS = 2**21
+from moe_train.cost.tape import ACTIVATIONS, COPIES, GRADIENTS, HEAD_GRADIENTS, WORKSPACE, Tape
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class StepTape:
             last = self.layer(depth)
             self._module_forward(last)
             self._loss(last)
-        self.tape.drop(ACTIVATIONS, last.residual)
+        self.tape.drop(ACTIVATIONS, self._last_normed(last))
         if (
             self.activation_checkpointing and self.given.fp8 is None
         ):  # autocast's casts live as long as the forward pass
@@ -58,7 +56,16 @@ class StepTape:
 
     def _last_norm(self, layer: LayerTape) -> None:
         """Its result is the loss's, and the next module's."""
-        self.tape.make(ACTIVATIONS, layer.residual)
+        self.tape.make(ACTIVATIONS, self._last_normed(layer))
+
+    @property
+    def _head_reads_rounded(self) -> bool:
+        """Whether the last norm rounds what it gives to the head, in the same visit; modules go on from it in FP32."""
+        return self.given.fuses_norms and not self.model.mtp_depth
+
+    def _last_normed(self, layer: LayerTape) -> float:
+        """Bytes of what it gives to the head."""
+        return layer.narrowed if self._head_reads_rounded else layer.residual
 
     def backward(self) -> None:
         main = self.layer()
@@ -70,8 +77,12 @@ class StepTape:
         if self.model.mtp_depth:  # what the first module gave to the hidden states
             main.summed()
         main.norm_backward(self.model.hidden_size)
+        if self.given.fuses_norms:  # and beside it the gradient of what the last block added
+            main.tape.make(WORKSPACE, main.residual + main.narrowed - self._last_normed(main))
         for index in reversed(range(self.model.num_hidden_layers)):
             self._block_backward(main, self.model.is_moe_layer(index))
+        if self.given.fuses_norms:  # nothing was added to embedded tokens
+            main.tape.drop(WORKSPACE, main.narrowed)
         self._lookup_backward(main.residual, added=self.model.tie_word_embeddings or self.model.mtp_depth > 0)
         self._settle()
         if self.given.fp8 is not None:
@@ -134,36 +145,14 @@ class StepTape:
     # ---------------------------------------------------------------------------------------------------- heads
 
     def _loss(self, layer: LayerTape) -> None:
-        """Logits a chunk at a time and both gradients in the same visit; the names of one chunk live into the next."""
-        tape, c, tokens = self.tape, self.given.compute_bytes, layer.tokens
-        rows = min(tokens, max(1, LOGITS_CHUNK_ELEMENTS // self.vocab_size))
-        own, wide = c * rows * self.vocab_size, FP32 * rows * self.vocab_size
-        casts = layer.narrowed + c * self.head if self.given.narrow else 0
-        tape.make(LOSS, casts)
-        tape.make(LOSS, layer.narrowed)
-        tape.make(HEAD_GRADIENTS, FP32 * self.head)
-        before = (wide + own if self.given.narrow else wide) if tokens > rows else 0
-        tape.make(LOSS, before)
-        if self.given.narrow:
-            tape.passing(LOSS, own + wide)
-            tape.make(LOSS, wide)
-            tape.drop(LOSS, wide if before else 0)
-            tape.passing(LOSS, wide)  # exponentials, within the log-sum-exp
-            tape.drop(LOSS, own if before else 0)
-            tape.make(LOSS, own)  # the gradient
-        else:
-            tape.make(LOSS, wide)
-            tape.passing(LOSS, wide)
-            tape.drop(LOSS, before)
-        tape.passing(LOSS, c * self.head)  # the product that is added to the head's gradient
-        tape.make(ACTIVATIONS, layer.residual)  # the gradient of the hidden states
-        tape.drop(LOSS, wide + casts + layer.narrowed + (own if self.given.narrow else 0))
+        loss_forward(layer, self.vocab_size, rounded=self._head_reads_rounded)
 
     def _loss_backward(self, layer: LayerTape, *, first: bool) -> None:
         tape, head = self.tape, FP32 * self.head
-        tape.make(WORKSPACE, layer.residual)
+        gradient = kept_gradient(layer, rounded=self._head_reads_rounded)
+        tape.make(WORKSPACE, gradient)
         tape.make(WORKSPACE, head)
-        tape.drop(ACTIVATIONS, layer.residual)
+        tape.drop(ACTIVATIONS, gradient)
         tape.drop(HEAD_GRADIENTS, head)
         if self.model.tie_word_embeddings:
             if not first:
@@ -201,8 +190,8 @@ class StepTape:
 
     def _within_module(self, layer: LayerTape, *, again: bool = False) -> None:
         tape, hidden = self.tape, self.model.hidden_size
-        layer.norm_forward(hidden)
-        layer.norm_forward(hidden)
+        layer.norm_forward(hidden, exact=True)
+        layer.norm_forward(hidden, exact=True)
         tape.make(WORKSPACE, 2 * layer.residual)  # joined
         tape.drop(WORKSPACE, 2 * layer.residual)  # the norms' results
         layer.enter_products(2 * hidden)
@@ -210,7 +199,7 @@ class StepTape:
         layer.weight_cast(2 * hidden**2)
         tape.make(ACTIVATIONS, layer.residual)
         block_forward(layer, self.model.moe)
-        layer.leave_products(2 * hidden)
+        layer.leave_products(2 * hidden, exact=True)
         self._last_norm(layer)
         if again:
             tape.drop(ACTIVATIONS, layer.residual)
@@ -223,11 +212,13 @@ class StepTape:
         if self.activation_checkpointing:
             self._within_module(layer, again=True)
         layer.norm_backward(hidden)
+        if self.given.fuses_norms:
+            tape.make(WORKSPACE, layer.narrowed)
         block_backward(layer, self.model.moe)
         if self.given.narrow:
-            tape.make(WORKSPACE, layer.narrowed)
+            tape.make(WORKSPACE, 0 if self.given.fuses_norms else layer.narrowed)
             tape.drop(WORKSPACE, layer.residual)
-        layer.enter_products_backward(2 * hidden)
+        layer.enter_products_backward(2 * hidden, exact=True)
         tape.make(WORKSPACE, 2 * layer.narrowed)
         layer.weight_gradient(2 * hidden**2)
         tape.drop(WORKSPACE, layer.narrowed)

@@ -13,6 +13,7 @@ from moe_train.config import HardwareConfig
 from moe_train.cost.fit import fit
 from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.hardware import GIVEN, at_the_launchers_price, load_hardware
+from moe_train.cost.kernels import Kernels
 from moe_train.cost.layout import Layout
 from moe_train.errors import UsageError, UserError
 from moe_train.forecast import probe, tables
@@ -140,6 +141,7 @@ def fitting(asked: _Asked, overrides: list[str], config_dir: Path | None) -> dic
             optimizer=each.optimizer,
             compute_bytes=2 if narrow else 4,
             fp8=Fp8Kept.by(precision.fp8),
+            kernels=Kernels.TORCH if peaks.bfloat16 is None else Kernels.TRITON,
         )
     tables.show_fit(rows, hardware.name)
     return {

@@ -14,10 +14,13 @@ from rich.console import Console
 
 from moe_train.cost.flops import parameter_counts
 from moe_train.cost.fp8_operands import Fp8Kept
+from moe_train.cost.kernels import Kernels
 from moe_train.cost.memory import peak_training_memory
 from moe_train.cost.price import JOULES_PER_KWH
 from moe_train.cost.value import bits_per_byte_per_usd
 from moe_train.errors import UserError
+from moe_train.kernels.cpu import library
+from moe_train.precision.support import runs_triton
 from moe_train.tracking.console import closing_table, where_to_look
 from moe_train.training.run_folder import SUMMARY
 from moe_train.versions import versions_with
@@ -65,8 +68,16 @@ def predicted_peak_bytes(run: Run) -> int:
         accumulates=share > run.stepper.micro_batch_size,
         layout=runtime.layout,
         device_type=runtime.device_type,
+        kernels=_kernels(runtime.device),
         fp8=Fp8Kept.by(config.precision.fp8),
     ).bytes
+
+
+def _kernels(device: torch.device) -> Kernels:
+    """Those that this process takes."""
+    if device.type == "cuda":
+        return Kernels.TRITON if runs_triton(device) else Kernels.TORCH
+    return Kernels.TORCH if library.in_use() is None else Kernels.COMPILED
 
 
 def resolved(run: Run) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from taken_kernels import skip_without_c_kernels
 from torch import Tensor
 
-from moe_train.errors import UserError
 from moe_train.kernels.cpu import library
 
 
@@ -43,13 +43,7 @@ def random(device: torch.device) -> Callable[..., Tensor]:
 @pytest.fixture(scope="module")
 def compiled_for_cpu() -> Iterator[None]:
     """The kernels in C, used by all that a module's tests call. Sources that do not compile are a failure."""
-    missing = library._missing(in_bf16=True)
-    try:
-        library._compiler()
-    except UserError as error:
-        missing = missing or str(error)
-    if missing is not None:
-        pytest.skip(missing)
+    skip_without_c_kernels()
     library.use("compiled", in_bf16=True)
     yield
     library.use("torch", in_bf16=True)
