@@ -49,6 +49,7 @@ class MTPModule(nn.Module):
             return torch.cat((self.embedding_norm(embedding_btd), self.hidden_norm(hidden_btd)), dim=-1)
 
         joined_btd = in_compute_format(remade(joined, embedding_btd, hidden_btd))
-        out: BlockOutput = self.block(self.join_proj(joined_btd), rotary, cache, real_bt)
+        stream_btd = self.join_proj(joined_btd).to(embedding_btd.dtype)  # as wide as the main model's, to be added to
+        out: BlockOutput = self.block(stream_btd, rotary, cache, real_bt)
         normed_btd = normed(self.norm, out.stream_btd, out.added_btd, exact=True).exact
         return BlockOutput(normed_btd, None, out.routed)

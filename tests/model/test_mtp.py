@@ -97,3 +97,13 @@ def test_its_experts_are_counted_and_balanced_with_the_others(small_model: Make)
     counts = model(*torch.randint(0, 64, (2, 3, 9))).counts_le
     assert counts.sum(1).tolist() == [3 * 9 * 2] * 2 + [3 * 8 * 2, 3 * 7 * 2]
     assert len(model.routers()) == len(counts) == model.config.num_routers
+
+
+def test_a_modules_residual_stream_is_as_wide_as_the_main_models_in_bf16(small_model: Make) -> None:
+    model = small_model("mtp=depth_1").float()
+    streams = []
+    for block in (model.blocks[0], model.mtp[0].block):
+        block.register_forward_pre_hook(lambda _, args: streams.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*torch.randint(0, 64, (2, 2, 9)), mtp_weight=0.3)
+    assert streams == [torch.float32, torch.float32]
