@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,8 @@ def peak_bytes(step: Callable[[], object], state: Sequence[Tensor], device: torc
     times the time of the step.
     """
     if device.type == "cuda":
+        step()
+        gc.collect()  # what another arm left in cycles would be let go meanwhile, and count as given back
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
