@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from operations import Operations
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.config import MoEConfig
 from moe_train.model.router import Router, TF32Linear
 
 # A GPU may cut the other bits of both operands off instead of rounding: up to 2^-10 of each, half of it on average.
 TEN_BITS = 2.0**-10
-
-
-class Products(TorchDispatchMode):
-    """How FP32 is multiplied where it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.formats: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if "mm" in func.__name__:
-            self.formats.append(torch.backends.cuda.matmul.fp32_precision)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -42,10 +26,16 @@ def test_the_routers_products_are_of_ten_bits_or_more(device: torch.device) -> N
     x, weight, grad = (torch.randn(shape, generator=generator).to(device) for shape in ((512, 96), (24, 96), (512, 24)))
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     before = torch.backends.cuda.matmul.fp32_precision
-    with Products() as products:
+    formats: list[str] = []
+
+    def see(operation: OpOverload, *_: object) -> None:
+        if "mm" in operation.__name__:
+            formats.append(torch.backends.cuda.matmul.fp32_precision)
+
+    with Operations(see):
         logits = TF32Linear.apply(*leaves)
         logits.backward(grad)
-    assert products.formats == ["tf32"] * 3
+    assert formats == ["tf32"] * 3
     wide = [tensor.double() for tensor in (x, weight, grad)]
     found = (logits, *(leaf.grad for leaf in leaves))
     for product, exact in zip(found, (wide[0] @ wide[1].t(), wide[2] @ wide[1], wide[2].t() @ wide[0]), strict=True):
