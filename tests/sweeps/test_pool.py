@@ -108,7 +108,13 @@ def test_a_signal_ends_the_jobs_with_a_checkpoint_each_and_says_how_to_go_on(
     number: signal.Signals, tmp_path: Path, job: Make
 ) -> None:
     sleepers = Sleepers()
-    after(0.6, lambda: os.kill(os.getpid(), number))
+
+    def once_both_run() -> None:  # and the pool, which started them, listens
+        while len(sleepers.jobs) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    after(0.1, once_both_run)
     made = pool(tmp_path, start=sleepers, jobs=2).make([job(seed) for seed in range(3)])
     assert [each.wait() for each in sleepers.jobs] == [-signal.SIGTERM] * 2
     assert statuses(made.outcomes) == ["ended", "ended"]
