@@ -68,7 +68,10 @@ def _as_planned(result: Result) -> list[str]:
     try:
         actual = load_run_config(result.folder).config_hash()
     except UserError as error:
-        return [f"{where}: the configuration of arm {run.arm} is not there to be checked ({error})"]
+        return [
+            f"{where}: the configuration of arm {run.arm} is not there to be checked ({error}): remove the folder, and "
+            "the run is made again"
+        ]
     if not run.hash == actual == summary["config_hash"]:
         found.append(f"{where}: arm {run.arm} was trained with another configuration ({actual}, not {run.hash})")
     step = run.config.batch_size * run.config.data.sequence_length
@@ -83,8 +86,11 @@ def _as_planned(result: Result) -> list[str]:
         found.append(
             f"{where}: arm {run.arm} ended at {curve[0]:.6g} by its curve and at {summary['val_loss']} by its summary"
         )
+    if not (result.folder / "ledger.json").exists():
+        found.append(f"{where}: what arm {run.arm} cost is not known, as its ledger.json is not there")
     started = starts.problem(result)
-    return [*found, started] if started else found
+    found += [started] if started else []
+    return [f"{line}: remove the folder, and the run is made again" for line in found]
 
 
 def _odd_ones_out(results: Sequence[Result], values: Sequence[Any], what: str) -> list[str]:

@@ -63,15 +63,22 @@ def readme_section(content: Content, link: str) -> str:
 def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
     """Replace what stands between the markers. `contents`: of reports, by link. Raises UserError where it cannot."""
     try:
-        text = readme.read_text()
+        with readme.open(newline="") as file:  # as its lines end
+            text = file.read()
         before, rest = text.split(BEGIN)
         _, after = rest.split(END)
     except OSError as error:
         raise UserError(f"readme={readme} cannot be read ({error.strerror}): give the path of one") from None
     except ValueError:
-        raise UserError(f"readme={readme} has no place for it: write the lines {BEGIN} and {END} into it") from None
+        raise UserError(
+            f"readme={readme} has no place for it, or several: write the lines {BEGIN} and {END} into it, once"
+        ) from None
     sections = "\n".join(readme_section(content, link) for link, content in contents.items())
-    readme.write_text(f"{before}{BEGIN}\n{sections}{END}{after}")
+    made = f"{BEGIN}\n{sections}{END}"
+    if "\r\n" in before + after:
+        made = made.replace("\n", "\r\n")
+    with readme.open("w", newline="") as file:
+        file.write(f"{before}{made}{after}")
 
 
 def table(claims: Sequence[dict[str, Any]]) -> list[str]:

@@ -31,13 +31,14 @@ def notes_on(plan: Plan, results: Sequence[Result], rates: dict[str, float], fol
         )
     older = registered.older(plan, folder, results)
     if older:
-        notes.append(f"{older} of the runs are older than the protocol: made for another claim or an earlier one")
+        runs = "1 of the runs is" if older == 1 else f"{older} of the runs are"
+        notes.append(f"{runs} older than the protocol: made for another claim, or before this one was fixed")
     if plan.scale_name == "smoke":
         notes.insert(0, "scale=smoke shows that the protocol runs; it proves nothing, and decides nothing")
     deciding = {arm for c in plan.claim.config.at(plan.scale_name) if c.decides for arm in c.arms}
     ratio = plan.scale.tokens[-1] / max(plan.arms[arm].figures["active_params"] for arm in deciding)
     if ratio < 20 and plan.scale_name != "smoke":
-        notes.append(f"{ratio:.0f} tokens an active parameter, fewer than 20: too short for capacity to bind")
+        notes.append(f"{ratio:.2g} tokens an active parameter, fewer than 20: too short for capacity to bind")
     loads = [folder.runs.noted(result.run.hash).get("load_average") for result in results]
     known = [load for load in loads if load is not None]
     if known and next(iter(results)).summary["hardware"] == "cpu":

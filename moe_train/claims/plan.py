@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moe_train.claims.library import Claim
 from moe_train.compose import compose_run, quoted
-from moe_train.config import Purpose, RunConfig, differences, model_digest
+from moe_train.config import Purpose, RunConfig, differences, model_digest, to_dict
 from moe_train.config.claim import ScaleConfig, ScaleName
 from moe_train.cost.flops import parameter_counts, training_flops_per_token
 from moe_train.errors import UserError
@@ -193,9 +193,12 @@ def make_plan(
     for name in claim.config.arms_at(scale_name):
         settings = claim.config.arms[name]
         extra = (scale.arms or {}).get(name, ())
+        for override in (*settings.overrides, *extra):
+            if (key := _key(override)) in {_key(each) for each in given}:
+                raise UserError(f"{where}: arm {name} sets {key} itself ({override}): leave it out of the command")
         overrides = (*claim.config.base, *scale.overrides, *settings.overrides, *extra, *given)
         for override in overrides:
-            key = override.lstrip("+~").partition("=")[0]
+            key = _key(override)
             if key in ("seed", "run_dir", "resume", "name", "init_from") or key.split(".")[0] in ("stop", "budget"):
                 raise UserError(f"{where}: {override} is set by the suite itself: leave it out of arm {name}")
         try:
@@ -222,6 +225,10 @@ def make_plan(
     return plan
 
 
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
 def _check_pair(plan: Plan, first: Arm, second: Arm, where: str) -> None:
     """They may differ in what the claim says, and must be equal where it says so."""
     varies = plan.claim.config.varies
@@ -232,7 +239,8 @@ def _check_pair(plan: Plan, first: Arm, second: Arm, where: str) -> None:
             f"{where}: arms {first.name} and {second.name} are the same runs, and would differ in nothing: give them "
             "other settings, or one of them a seed_offset"
         )
-    for key, one, other in differences(first.config.identity(), second.config.identity()):
+    # Threads, prices, kernels and checkpoints as well: they change what a run takes, if not what it learns.
+    for key, one, other in differences(to_dict(first.config), to_dict(second.config)):
         if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in varies):
             raise UserError(
                 f"{where}: arms {first.name} and {second.name} differ in {key} ({one} and {other}), which the claim "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from moe_train.config.claim import ScaleConfig, TuningConfig
 from moe_train.cost.ledger import read_account
 from moe_train.errors import UserError
 
-# What may be worded better at any time.
-_PROSE = ("statement", "source", "published", "carries_over", "does_not_carry_over", "number", "scales")
+# What may be worded better at any time. The statement may not: its opposite would have the opposite verdict.
+_PROSE = ("source", "published", "carries_over", "does_not_carry_over", "number", "scales")
 
 
 def protocol(plan: Plan) -> dict[str, Any]:
@@ -52,6 +52,7 @@ def check(plan: Plan, folder: Folder) -> str | None:
         before = json.loads(file.read_text())
         date: str = before["date"]
         was = before["protocol"]
+        was["claim"].setdefault("statement", plan.claim.config.statement)  # of a protocol from before it was kept
         was["scale"] = _defaults(ScaleConfig) | was["scale"]  # settings that it did not know
         if was["scale"]["tuning"] is not None:
             was["scale"]["tuning"] = _defaults(TuningConfig) | was["scale"]["tuning"]
@@ -70,7 +71,8 @@ def older(plan: Plan, folder: Folder, results: Sequence[Result]) -> int:
     file = file_of(plan, folder)
     if not file.exists():
         return 0
-    date = datetime.fromisoformat(json.loads(file.read_text())["date"])
+    # A run dates itself by its process, whose beginning the system knows to a hundredth of a second.
+    date = datetime.fromisoformat(json.loads(file.read_text())["date"]) - timedelta(milliseconds=50)
     first = {r.run.hash: read_account(r.folder / "ledger.json")[:1] for r in results}
     return sum(datetime.fromisoformat(each.started_at) < date for attempts in first.values() for each in attempts)
 

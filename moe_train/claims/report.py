@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from moe_train.claims import html, markdown
 from moe_train.claims.axes import fits
@@ -19,7 +19,7 @@ from moe_train.claims.plan import Plan
 from moe_train.claims.registered import file_of
 from moe_train.claims.results import Folder, Result
 from moe_train.claims.statistics import holm
-from moe_train.claims.verdict import Judged
+from moe_train.claims.verdict import Judged, Verdict
 from moe_train.cli import write_json, write_whole
 from moe_train.errors import UserError
 
@@ -27,6 +27,11 @@ Content = dict[str, Any]
 
 JSON, MARKDOWN, HTML = "report.json", "REPORT.md", "report.html"
 _OF_DEVICE = ("device_name", "hardware", "num_devices", "num_threads", "compute_dtype", "price_usd_per_hour")
+# What is read of an entry again: by the README's table, and where claims are judged together.
+_READ = {
+    *("claim", "scale", "number", "verdict", "comparisons", "published", "seeds", "runs", "planned_runs", "usd"),
+    *("device", "notes", "reasons", "run_list", "p_supported"),
+}
 _OF_DATA = ("price_source", "price_date", "corpus", "corpus_fingerprint", "versions")
 
 
@@ -42,7 +47,7 @@ def write(judged: Sequence[Judged], folder: Folder) -> Content:
 def read_if_there(folder: Folder) -> Content | None:
     """The report so far. Raises UserError where something else is in its place."""
     path = folder.path / JSON
-    return read(path) if path.exists() else None
+    return read(path, "out=") if path.exists() else None
 
 
 def write_page(folder: Folder) -> None:
@@ -51,16 +56,20 @@ def write_page(folder: Folder) -> None:
         write_whole(folder.path / HTML, html.report(read(folder.path / JSON)))
 
 
-def read(path: Path) -> Content:
-    """Raises UserError where it is no report."""
+def read(path: Path, other: str = "report=") -> Content:
+    """Raises UserError where it is no report, or not a whole one. `other`: the setting that would name another."""
     try:
         content: Content = json.loads(path.read_text())
+        _ = content["date"], content["distinct_runs"], content["usd_of_distinct_runs"]
         for claim in content["claims"]:
-            _ = claim["claim"], claim["scale"], claim["verdict"]
+            if missing := _READ.difference(claim):
+                raise KeyError(*missing)
+            if claim["verdict"] not in get_args(Verdict):
+                raise ValueError(claim["verdict"])
     except FileNotFoundError:
         raise UserError(f"there is no report {path}: run scripts/reproduce.py claim=NAME first") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no report of claims: move it away, or give another report=") from None
+        raise UserError(f"{path} is no report of claims: move it away, or give another {other}") from None
     return content
 
 

@@ -19,7 +19,7 @@ def section(claim: dict[str, Any]) -> list[str]:
         f"Claimed: {claim['statement']}",
         f"Published: {claim['published']} ({claim['source']}).",
         f"Verdict: {why(claim)}",
-        f"Fixed on {claim['registered']}, before the first run for it ([protocol]({claim['protocol']})): "
+        f"Fixed on {claim['registered']}{_before_its_runs(claim)} ([protocol]({claim['protocol']})): "
         f"{_protocol(claim)}.",
         f"Carries over: {claim['carries_over']}",
         f"Does not: {claim['does_not_carry_over']}",
@@ -47,6 +47,11 @@ def why(claim: dict[str, Any]) -> str:
     return f"{verdict}, since of {len(all_of_them)} comparison{'s'[: len(all_of_them) > 1]} that decide {said}."
 
 
+def _before_its_runs(claim: dict[str, Any]) -> str:
+    """Where no run began earlier; what is known of others is among the notes."""
+    return "" if any(" older than the protocol" in note for note in claim["notes"]) else ", before its first run"
+
+
 def _protocol(claim: dict[str, Any]) -> str:
     said = [
         f"{claim['seeds']} seeds{seeds_made_again(claim)}",
@@ -54,9 +59,9 @@ def _protocol(claim: dict[str, Any]) -> str:
     ]
     if tuning := claim.get("tuning"):
         factors = ", ".join(f"×{factor:g}" for factor in tuning["factors"])
-        seeds = f", {tuning['seeds']} seeds" if tuning["seeds"] > 1 else ""
+        seeds = f"{tuning['seeds']} other seeds" if tuning["seeds"] > 1 else "another seed"
         whose = "the arms' common" if tuning.get("together") else "every arm's"
-        said.append(f"of {whose} rate {factors} the best after {tuning['tokens']:,} tokens on other text{seeds}")
+        said.append(f"of {whose} rate {factors} the best after {tuning['tokens']:,} tokens with {seeds}")
     return "; ".join(said)
 
 

@@ -188,6 +188,45 @@ def test_runs_older_than_the_protocol_are_said(finished: tuple[Asked, MadeUpRuns
     assert any("6 of the runs are older than the protocol" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("damage", [{"usd": None}, {"verdict": "wonderful"}])
+def test_a_report_that_was_damaged_is_no_report(
+    finished: tuple[Asked, MadeUpRuns], damage: dict[str, str | None]
+) -> None:
+    file = finished[0].out / report.JSON
+    content = json.loads(file.read_text())
+    for key, value in damage.items():
+        if value is None:
+            del content["claims"][0][key]
+        else:
+            content["claims"][0][key] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"report\.json is no report of claims: move it away, or give another report="):
+        report.read(file)
+
+
+def test_a_readme_keeps_the_ends_of_its_lines_and_has_one_place_for_the_tables(
+    finished: tuple[Asked, MadeUpRuns], tmp_path: Path
+) -> None:
+    contents = {"report.json": report.read(finished[0].out / report.JSON)}
+    readme = tmp_path / "README.md"
+    readme.write_bytes(f"Before.\r\n{markdown.BEGIN}\r\n{markdown.END}\r\nAfter.\r\n".encode())
+    markdown.write_readme(readme, contents)
+    written = readme.read_bytes()
+    assert b"**Claims put to the test**" in written
+    assert written.count(b"\n") == written.count(b"\r\n")
+    readme.write_bytes(2 * written)
+    with pytest.raises(UserError, match="has no place for it, or several"):
+        markdown.write_readme(readme, contents)
+
+
+def test_a_run_whose_ledger_is_gone_is_no_run(finished: tuple[Asked, MadeUpRuns]) -> None:
+    asked, made = finished
+    (asked.out / "runs" / made.started[0].hash / "ledger.json").unlink()
+    found = judged(asked, made)
+    assert found.verdict == "inconclusive"
+    assert any("its ledger.json is not there: remove the folder" in reason for reason in found.reasons)
+
+
 def test_a_protocol_that_was_damaged_is_refused(finished: tuple[Asked, MadeUpRuns]) -> None:
     asked, _ = finished
     (asked.out / "registered/mine-cpu.json").write_text("{")

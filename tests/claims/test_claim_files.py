@@ -108,6 +108,14 @@ SMOKE: dict[str, Any] = {"overrides": [], "tokens": [2560], "seeds": 3}
     [
         ({"comparisons": [COMPARISON | {"arm": "three"}]}, "there is no arm three: there are one, two"),
         ({"varies": []}, "differ in model.moe.top_k (2 and 1), which the claim does not say"),
+        (
+            {"arms": {"one": {"overrides": ["model.moe.top_k=1", "num_threads=2"]}, "two": {"overrides": []}}},
+            "arms two and one differ in num_threads (None and 2), which the claim does not say",
+        ),
+        (
+            {"arms": {"one": {"overrides": ["model.moe.top_k=1", "tracking=wandb"]}, "two": {"overrides": []}}},
+            "arm one sets tracking itself (tracking=wandb): leave it out of the command",
+        ),
         ({"scales": {"smoke": SMOKE | {"seeds": 1}}}, "scales.smoke.seeds=1 is too few for a test: give at least 2"),
         ({"scales": {"cpu": SMOKE | {"seeds": 2}}}, "scales.cpu.seeds=2 is too few for a test: give at least 3"),
         ({"scales": {"smoke": SMOKE | {"tokens": [256]}}}, "2 steps of arm one, and a schedule needs 10: raise tokens"),

@@ -221,7 +221,10 @@ def test_a_margin_that_is_moved_after_the_runs_is_refused(asked: Make, claim_dir
     claim_dir(comparisons=[moved])
     with pytest.raises(UserError, match=r"was registered on .* with claim\.comparisons=.*: runs are there"):
         asked().plans()
-    claim_dir(statement="Only said better.")
+    claim_dir(statement="One expert a token is better than two.")
+    with pytest.raises(UserError, match=r"was registered on .* with claim\.statement=.*: runs are there"):
+        asked().plans()
+    claim_dir(published="Only said better.")
     assert asked().plans()
 
 
@@ -404,7 +407,7 @@ def test_the_report_says_why_and_what_it_rests_on(asked: Make, claim_dir: Make) 
     (claim,) = report.read(asked().out / "report.json")["claims"]
     text = (asked().out / "REPORT.md").read_text()
     assert "Verdict: refuted, since of 2 comparisons that decide `val_loss of two is lower by more than 9" in text
-    assert "of every arm's rate ×0.5, ×1 the best after 1,280 tokens on other text" in text
+    assert "of every arm's rate ×0.5, ×1 the best after 1,280 tokens with another seed" in text
     assert "left out at this scale: arms four, and with them 1 of 3 comparisons" in text
     assert "| one | `model.moe.top_k=1` |" in text
     assert "All arms: `data=text_files`" in text
