@@ -102,11 +102,12 @@ def divide(x, scale):
         scale = scale * lift
         x = x * lift
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-        minus = tl.broadcast_to(0.0 - scale, x.shape)  # to negate `found` would be an instruction a number
-        inverse = tl.broadcast_to(inverse, x.shape)
+        scale, minus = tl.broadcast_to(scale, x.shape), x * -1.0
         found = x * inverse
-        found = tl.fma(tl.fma(found, minus, x), inverse, found)
-        found = tl.fma(tl.fma(found, minus, x), inverse, found)
+        # Remainders are negated, or -0 would end as 0. (0.0 - x, which is what -x compiles to, is no negation of 0.)
+        inverse = tl.broadcast_to(inverse * -1.0, x.shape)
+        found = tl.fma(tl.fma(found, scale, minus), inverse, found)
+        found = tl.fma(tl.fma(found, scale, minus), inverse, found)
     return found
 
 

@@ -67,7 +67,8 @@ def direction(
     if numbers := out.numel():
         grid = (triton.cdiv(numbers, BLOCK),)
         arguments = (gradient, momentum, out, coefficient, numbers, beta)
-        _direction_kernel[grid](*arguments, NESTEROV=nesterov, N=BLOCK, num_warps=8)
+        # Not fused into what follows, the product with the coefficient is the gradient that was multiplied before.
+        _direction_kernel[grid](*arguments, NESTEROV=nesterov, N=BLOCK, num_warps=8, enable_fp_fusion=False)
 
 
 def update(parameter: Tensor, moved: Tensor, rate: Tensor, decay: float, scale: float) -> None:

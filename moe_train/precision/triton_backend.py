@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_train.kernels import fp8_matmul, reference
+from moe_train.kernels import dequantize as widening
+from moe_train.kernels import fp8_matmul
 from moe_train.kernels import quantize as rounding
 from moe_train.kernels import swiglu as activation
 from moe_train.kernels.layouts import Columns, Rows, Weights
@@ -20,7 +21,7 @@ class Triton:
 
     quantize = staticmethod(rounding.quantize)
     quantize_again = staticmethod(rounding.quantize_again)
-    dequantize = staticmethod(reference.dequantize)
+    dequantize = staticmethod(widening.dequantize)
     round_weights = staticmethod(rounding.round_weights)
     swiglu = staticmethod(activation.swiglu_quantize)
     swiglu_backward = staticmethod(activation.swiglu_backward_quantize)

@@ -27,6 +27,7 @@ from moe_train.kernels import (
     adamw,
     capability,
     collect,
+    dequantize,
     fp8_matmul,
     grouped_matmul,
     head,
@@ -123,6 +124,7 @@ def launch_rest() -> None:
     gate, dh = torch.zeros(N, 1, dtype=torch.bfloat16), torch.zeros(N, K // 2, dtype=torch.bfloat16)
     swiglu.swiglu(x, gate)
     swiglu.swiglu_backward_and_forward(dh, x, gate)
+    dequantize.dequantize(Rows(fp8(N, K), torch.zeros(N, K // 128)), torch.bfloat16)
     of_heads = [torch.zeros(2, 64, c, dtype=torch.bfloat16, requires_grad=True) for c in (16 * 64, 16 * 96, 32)]
     made = heads.LatentHeads.apply(*of_heads, torch.zeros(64, 32), torch.zeros(64, 32), 16)
     torch.autograd.grad(made, of_heads, [torch.zeros_like(each) for each in made])
