@@ -59,6 +59,10 @@ def test_what_generating_measured_is_kept_beside_the_run(made: tuple[Result, Fol
     kept: dict[str, Any] = {"cache_elements_per_token": 48}
     folder.runs.beside(result.run.hash, ".generation.json").write_text(json.dumps(kept))
     assert measures.value("cache_elements", result, folder) == 48
+    another = dataclasses.replace(
+        result, run=dataclasses.replace(result.run, config=dataclasses.replace(result.run.config, seed=7))
+    )
+    assert measures.value("cache_elements", another, folder) == 48  # shapes decide it: one run of a model is asked
     with pytest.raises(UserError, match="has no MTP module"):
         measures.value("generation_speed_up", result, folder)
 
