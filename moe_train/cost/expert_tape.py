@@ -52,10 +52,10 @@ def moe_forward(layer: LayerTape, moe: MoEConfig) -> None:
     copied = 0 if routed.by_index else across
     tape.make(layer.kept, copied)  # rows of tokens
     if layer.keeps_fp8_inputs:
-        tape.make(ACTIVATIONS, layer.product_input(hidden, rows))
+        tape.make(ACTIVATIONS, layer.product_input(hidden, layer.tokens if routed.by_index else rows))
     exchanged = across if layout.expert_parallel > 1 else 0
     tape.make(WORKSPACE, exchanged)
-    shared_first = exchanged or (routed.by_index and layer.given.triton)  # whose sum with the rest is one visit
+    shared_first = exchanged or (routed.by_index and layer.given.adds_to_routed)  # whose sum with the rest is one visit
     if shared and shared_first:
         swiglu_forward(layer, shared)
     tape.drop(WORKSPACE, exchanged)
@@ -105,7 +105,7 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     narrow, remakes = layer.given.narrow, layer.remakes
     narrowed = layer.narrowed if narrow else 0
     spread = layout.expert_parallel > 1
-    routed_first = spread or (routed.by_index and layer.given.triton)
+    routed_first = spread or (routed.by_index and layer.given.adds_to_routed)
     layer.enter_branch_backward()
     if remakes:  # the norm's result, for products and the router
         tape.make(WORKSPACE, layer.residual + narrowed)
@@ -122,7 +122,7 @@ def moe_backward(layer: LayerTape, moe: MoEConfig) -> None:
     tape.drop(WORKSPACE, spread_out)
     routed.leave_backward()
     if layer.keeps_fp8_inputs:
-        tape.drop(ACTIVATIONS, layer.product_input(hidden, rows))
+        tape.drop(ACTIVATIONS, layer.product_input(hidden, layer.tokens if routed.by_index else rows))
     else:
         tape.drop(layer.kept, spread_out)
     routed.weights_backward()

@@ -21,10 +21,14 @@ class Fp8Kept:
     """What is kept in FP8 of a step that multiplies in it, as far as recipes differ; by default as DeepSeek-V3 does."""
 
     swiglu_input: bool = True  # else it is kept in the compute format
+    by_token: bool = True  # no scale is shared by several rows of an input: experts can read these by an index
 
     @classmethod
     def by(cls, recipe: Fp8Config | None) -> Fp8Kept | None:
-        return None if recipe is None else cls(swiglu_input=recipe.swiglu_input is not None)
+        if recipe is None:
+            return None
+        by_token = recipe.forward.activation.scale_of in ("tile", "row")
+        return cls(swiglu_input=recipe.swiglu_input is not None, by_token=by_token)
 
 
 def rows_bytes(rows: float, inner: int) -> float:

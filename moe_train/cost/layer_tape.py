@@ -62,10 +62,15 @@ class Circumstances:
     def reads_rows_by_index(self) -> bool:
         """Experts find rows of tokens by an index (kernels/experts.py, kernels/cpu/experts.py): none is copied.
 
-        Not where tokens travel to other devices, nor in FP8, which rounds rows in the order of experts.
+        Not where tokens travel to other devices, nor in FP8 where rows share scales (precision/fp8_swiglu.py).
         """
-        by_index = self.reads_weights_in_fp32 or (self.triton and self.narrow and self.fp8 is None)
-        return by_index and self.layout.expert_parallel == 1
+        on_gpu = self.triton and (self.narrow if self.fp8 is None else self.fp8.by_token)
+        return (self.reads_weights_in_fp32 or on_gpu) and self.layout.expert_parallel == 1
+
+    @property
+    def adds_to_routed(self) -> bool:
+        """The sums of routed experts begin with what shared ones gave (kernels/experts.py)."""
+        return self.reads_rows_by_index and self.triton and self.fp8 is None
 
 
 class LayerTape:

@@ -49,11 +49,12 @@ def _tile(device: torch.device, one_column_scale: bool, few_rows: bool = False) 
 
 @triton.jit
 def _dot(left, right, LEFT_E4M3: tl.constexpr, RIGHT_E4M3: tl.constexpr, NATIVE: tl.constexpr):
-    """Bytes (m, 128) times bytes (128, n) → FP32."""
+    """FP8 numbers (m, 128) times FP8 numbers (128, n), where they are not NATIVE as bytes → FP32.
+
+    Called FP8 after they are read, bytes would go through registers on their way to the tensor cores.
+    """
     if NATIVE:
-        LEFT: tl.constexpr = tl.float8e4nv if LEFT_E4M3 else tl.float8e5
-        RIGHT: tl.constexpr = tl.float8e4nv if RIGHT_E4M3 else tl.float8e5
-        found = tl.dot(left.to(LEFT, bitcast=True), right.to(RIGHT, bitcast=True), out_dtype=tl.float32)
+        found = tl.dot(left, right, out_dtype=tl.float32)
     else:
         found = tl.dot(decode(left, LEFT_E4M3), decode(right, RIGHT_E4M3), out_dtype=tl.float32)
     return found
@@ -61,7 +62,7 @@ def _dot(left, right, LEFT_E4M3: tl.constexpr, RIGHT_E4M3: tl.constexpr, NATIVE:
 
 @triton.jit
 def _grouped_product_kernel(
-    left, left_scales, right, right_scales, piece_ptr, out, k, o, groups,
+    left, left_scales, source_ptr, right, right_scales, piece_ptr, out, k, o, groups,
     left_stride, right_stride_e, right_stride_o, right_stride_k, scale_stride_e, scale_stride_o, scale_stride_k,
     LEFT_E4M3: tl.constexpr, RIGHT_E4M3: tl.constexpr, SHARED_ROWS: tl.constexpr, EVEN_K: tl.constexpr,
     NATIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -74,6 +75,8 @@ def _grouped_product_kernel(
         inner = tl.arange(0, 128)
         # Rows and columns beyond the edge are read as some inside it, and not written.
         near_row = tl.minimum(row, end - 1).to(tl.int64)
+        if source_ptr is not None:
+            near_row = tl.load(source_ptr + near_row)
         near_column = (column % o).to(tl.int64)
         expert = group.to(tl.int64)
         left_at = left + near_row[:, None] * left_stride + inner[None, :]
@@ -93,8 +96,8 @@ def _grouped_product_kernel(
                 w = tl.load(right_at)
             else:
                 inside = inner < k - block * 128
-                x = tl.load(left_at, mask=inside[None, :], other=0)
-                w = tl.load(right_at, mask=inside[:, None], other=0)
+                x = tl.load(left_at, mask=inside[None, :], other=0.0)
+                w = tl.load(right_at, mask=inside[:, None], other=0.0)
             scale = tl.load(left_scale_at + block)
             other = tl.load(right_scale_at + block * scale_stride_k)
             found = _dot(x, w, LEFT_E4M3, RIGHT_E4M3, NATIVE)
@@ -145,24 +148,34 @@ def _weight_kernel(
     tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
 
 
-def grouped_product(left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
+def _operand(values: Tensor, native: bool) -> Tensor:
+    return values if native else values.view(torch.uint8)
+
+
+def grouped_product(
+    left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype, source_n: Tensor | None = None
+) -> Tensor:
     """Rows of group e (n, k), which end before `ends_e[e]`, times right[e] (o, k) transposed → (n, o) in `dtype`.
 
-    Rows behind the last group are zero. Raises ValueError.
+    source_n (int64): row i is row source_n[i] of left. Rows behind the last group are zero. Raises ValueError.
     """
-    n, k = left.values.shape
+    k = left.values.shape[1]
+    n = len(left.values if source_n is None else source_n)
     e, o, inner = right.values.shape
     check(inner == k, f"operands: the inner dimensions are {k} and {inner}")
     check(len(ends_e) == e and ends_e.dtype == torch.int32, f"ends_e: int32, {e} of them")
     check(left.values.stride(1) == 1 and left.scales.is_contiguous(), "left: rows whose numbers follow one another")
     out = left.values.new_empty((n, o), dtype=dtype)
+    check(source_n is None or source_n.dtype == torch.int64, "source_n: int64")
+    native = card(out.device).multiplies_fp8
     tile = _tile(out.device, few_rows=n <= 64 * e, one_column_scale=right.shared_rows)
     tiles = n // tile.rows + min(n, e + 1)
     if out.numel():
         _grouped_product_kernel[(tiles * triton.cdiv(o, tile.columns),)](
-            left.values.view(torch.uint8),
+            _operand(left.values, native),
             left.scales,
-            right.values.view(torch.uint8),
+            None if source_n is None else source_n.contiguous(),
+            _operand(right.values, native),
             right.scales,
             pieces(ends_e, n, tile.rows, tiles)[0],
             out,
@@ -176,7 +189,7 @@ def grouped_product(left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dty
             RIGHT_E4M3=right.values.dtype == torch.float8_e4m3fn,
             SHARED_ROWS=right.shared_rows,
             EVEN_K=k % PIECE == 0,
-            NATIVE=card(out.device).multiplies_fp8,
+            NATIVE=native,
             M=tile.rows,
             N=tile.columns,
             num_warps=tile.warps,
@@ -197,12 +210,13 @@ def grouped_weight_product(left: Columns, right: Columns, out_dtype: torch.dtype
         check(operand.values.shape[1] == PIECE * operand.scales.shape[1], "operands: whole pieces of 128 tokens")
     check(len(right.ends_e) == e, "operands: the same groups")
     out = left.values.new_empty((e, o, i), dtype=out_dtype)
+    native = card(out.device).multiplies_fp8
     tile = _tile(out.device, one_column_scale=False)
     if out.numel():
         _weight_kernel[(e * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns),)](
-            left.values.view(torch.uint8),
+            _operand(left.values, native),
             left.scales,
-            right.values.view(torch.uint8),
+            _operand(right.values, native),
             right.scales,
             left.ends_e,
             out,
@@ -213,7 +227,7 @@ def grouped_weight_product(left: Columns, right: Columns, out_dtype: torch.dtype
             *right.scales.stride(),
             LEFT_E4M3=left.values.dtype == torch.float8_e4m3fn,
             RIGHT_E4M3=right.values.dtype == torch.float8_e4m3fn,
-            NATIVE=card(out.device).multiplies_fp8,
+            NATIVE=native,
             M=tile.rows,
             N=tile.columns,
             num_warps=tile.warps,

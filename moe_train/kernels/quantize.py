@@ -28,14 +28,17 @@ SHARED = ("block", "tensor")  # what makes 128 rows have the same scales
 
 
 @triton.jit
-def _load(x_ptr, x_scales, row, end, column, block, k, stride, SOURCE: tl.constexpr, NATIVE: tl.constexpr):
+def _load(
+    x_ptr, x_scales, source_ptr, row, end, column, block, k, stride, SOURCE: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
     """A block in FP32, zero beyond its group and beyond k. SOURCE: "float", or the FP8 format of bytes with scales."""
-    place = row.to(tl.int64)[:, None] * stride + column[None, :]
+    at = row.to(tl.int64) if source_ptr is None else tl.load(source_ptr + row, mask=row < end, other=0)
+    place = at[:, None] * stride + column[None, :]
     inside = (row < end)[:, None] & (column < k)[None, :]
     if SOURCE == "float":
         x = widen(tl.load(x_ptr + place, mask=inside, other=0.0))
     else:
-        scale = tl.load(x_scales + row.to(tl.int64) * tl.cdiv(k, 128) + block, mask=row < end, other=0.0)
+        scale = tl.load(x_scales + at * tl.cdiv(k, 128) + block, mask=row < end, other=0.0)
         byte = tl.load(x_ptr + place, mask=inside, other=0)
         if NATIVE and SOURCE == "e4m3":
             half = byte.to(tl.float8e4nv, bitcast=True).to(tl.float16)
@@ -47,14 +50,16 @@ def _load(x_ptr, x_scales, row, end, column, block, k, stride, SOURCE: tl.conste
 
 @triton.jit
 def _largest_kernel(
-    x_ptr, x_scales, piece_ptr, largest_row, largest_column, largest_group, k, groups, stride,
+    x_ptr, x_scales, source_ptr, piece_ptr, largest_row, largest_column, largest_group, k, groups, stride,
     SOURCE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     group, start, end = rows_of(piece_ptr, tl.program_id(0))
     if group < groups:
         row = start + tl.arange(0, 128)
-        column = tl.program_id(1) * 128 + tl.arange(0, 128)
-        key = ordered(_load(x_ptr, x_scales, row, end, column, tl.program_id(1), k, stride, SOURCE, NATIVE))
+        block = tl.program_id(1)
+        column = block * 128 + tl.arange(0, 128)
+        x = _load(x_ptr, x_scales, source_ptr, row, end, column, block, k, stride, SOURCE, NATIVE)
+        key = ordered(x)
         if largest_row is not None:
             tl.atomic_max(largest_row + row, magnitude_of(tl.max(key, 1)).to(tl.int32, bitcast=True), mask=row < end)
         if largest_column is not None:
@@ -66,13 +71,13 @@ def _largest_kernel(
 
 @triton.jit
 def _round_part(
-    x_ptr, x_scales, row, end, column, block, k, group, piece, stride,
+    x_ptr, x_scales, source_ptr, stride, row, end, column, block, k, group, piece,
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
     NATIVE: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
-    x = _load(x_ptr, x_scales, row, end, column, block, k, stride, SOURCE, NATIVE)
+    x = _load(x_ptr, x_scales, source_ptr, row, end, column, block, k, stride, SOURCE, NATIVE)
     round_block(
         x, row, end, column, block, k, group, piece,
         row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
@@ -82,7 +87,7 @@ def _round_part(
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, x_scales, piece_ptr, k, groups, stride,
+    x_ptr, x_scales, source_ptr, piece_ptr, k, groups, stride,
     row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
     ROWS: tl.constexpr, ROWS_E4M3: tl.constexpr, ROWS_POWER: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMNS_E4M3: tl.constexpr, COLUMNS_POWER: tl.constexpr,
@@ -101,13 +106,14 @@ def _quantize_kernel(
     if group < groups:
         if TOGETHER:
             _round_part(
-                x_ptr, x_scales, rows_of_piece(start), end, column, block, k, group, piece, stride,
+                x_ptr, x_scales, source_ptr, stride, rows_of_piece(start), end, column, block, k, group, piece,
                 row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
                 ROWS, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, SOURCE,
             )  # fmt: skip
         elif part < FOR_ROWS:
             _round_part(
-                x_ptr, x_scales, start + part * M + tl.arange(0, M), end, column, block, k, group, piece, stride,
+                x_ptr, x_scales, source_ptr, stride,
+                start + part * M + tl.arange(0, M), end, column, block, k, group, piece,
                 row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
                 ROWS, ROWS_E4M3, ROWS_POWER, None, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, SOURCE,
             )  # fmt: skip
@@ -115,7 +121,7 @@ def _quantize_kernel(
             # Eight to a thread, whatever their format: with sixteen bytes it would have too few rows to turn.
             of_part = block * 128 + (part - FOR_ROWS) * N + tl.max_contiguous(tl.arange(0, N), 8)
             _round_part(
-                x_ptr, x_scales, rows_of_piece(start), end, of_part, block, k, group, piece, stride,
+                x_ptr, x_scales, source_ptr, stride, rows_of_piece(start), end, of_part, block, k, group, piece,
                 row_values, row_scales, column_values, column_scales, inner, largest_row, largest_column, largest_group,
                 None, ROWS_E4M3, ROWS_POWER, COLUMNS, COLUMNS_E4M3, COLUMNS_POWER, NATIVE, SOURCE,
             )  # fmt: skip
@@ -133,17 +139,38 @@ def quantize(
     rows: the operand (n, k), each group for itself. columns: the operand (k, tokens) of each group. Rows that belong to
     no group are left unset: no product reads them. Raises ValueError.
     """
-    check(x_nk.dim() == 2 and x_nk.dtype in (torch.float32, torch.bfloat16, torch.float16), "x: a float matrix")
-    pieces = pieces_at_most(len(x_nk), len(ends_e))
-    return _quantize(x_nk, None, ends_e, pieces, rows, columns)
+    return _quantize(_float(x_nk), None, None, ends_e, rows, columns)
+
+
+def quantize_tokens(
+    x_tk: Tensor,
+    source_n: Tensor,
+    ends_e: Tensor,
+    *,
+    rows: OperandConfig | None,
+    columns: OperandConfig | None,
+) -> tuple[Rows | None, Columns | None]:
+    """What `quantize` makes of the rows x[source_n] (int64), which exist nowhere. Raises ValueError."""
+    return _quantize(_float(x_tk), None, source_n, ends_e, rows, columns)
 
 
 def quantize_again(rows: Rows, ends_e: Tensor, columns: OperandConfig) -> Columns:
     """An operand kept as Rows, rounded again for a product over its tokens (arXiv 2412.19437, section 3.3.3)."""
-    pieces = pieces_at_most(len(rows.values), len(ends_e))
-    _, found = _quantize(rows.values, rows.scales, ends_e, pieces, None, columns)
+    _, found = _quantize(rows.values, rows.scales, None, ends_e, None, columns)
     assert found is not None
     return found
+
+
+def quantize_tokens_again(rows: Rows, source_n: Tensor, ends_e: Tensor, columns: OperandConfig) -> Columns:
+    """What `quantize_again` makes of the rows source_n (int64). Raises ValueError."""
+    _, found = _quantize(rows.values, rows.scales, source_n, ends_e, None, columns)
+    assert found is not None
+    return found
+
+
+def _float(x: Tensor) -> Tensor:
+    check(x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16, torch.float16), "x: a float matrix")
+    return x
 
 
 def round_weights(
@@ -153,7 +180,7 @@ def round_weights(
     e, o, i = w_eoi.shape
     ends_e = torch.arange(1, e + 1, dtype=torch.int32, device=w_eoi.device) * o
     blocks = triton.cdiv(o, PIECE)
-    rows, columns = _quantize(w_eoi.reshape(e * o, i), None, ends_e, e * blocks, forward, backward)
+    rows, columns = _quantize(w_eoi.reshape(e * o, i), None, None, ends_e, forward, backward, e * blocks)
     straight = turned = None
     if forward and rows:
         straight = Weights(rows.values.view(e, o, i), rows.scales.view(e, o, -1), forward.scale_of in SHARED)
@@ -167,13 +194,16 @@ def round_weights(
 def _quantize(
     x_nk: Tensor,
     x_scales: Tensor | None,
+    source_n: Tensor | None,
     ends_e: Tensor,
-    pieces: int,
     rows: OperandConfig | None,
     columns: OperandConfig | None,
+    pieces: int | None = None,
 ) -> tuple[Rows | None, Columns | None]:
-    n, k = x_nk.shape
+    n, k = len(x_nk if source_n is None else source_n), x_nk.shape[1]
     groups = len(ends_e)
+    pieces = pieces_at_most(n, groups) if pieces is None else pieces
+    check(source_n is None or source_n.dtype == torch.int64, "source_n: int64")
     check(ends_e.dtype == torch.int32 and ends_e.device == x_nk.device, "ends_e: int32, on the device of x")
     x_nk = x_nk if x_nk.stride(1) == 1 else x_nk.contiguous()
     source = "float" if x_scales is None else "e4m3" if x_nk.dtype == torch.float8_e4m3fn else "e5m2"
@@ -181,6 +211,7 @@ def _quantize(
     shared: dict[str, Any] = {
         "x_ptr": x_nk if x_scales is None else x_nk.view(torch.uint8),
         "x_scales": None if x_scales is None else x_scales.contiguous(),
+        "source_ptr": None if source_n is None else source_n.contiguous(),
         "piece_ptr": table,
         "k": k,
         "groups": groups,

@@ -20,6 +20,7 @@ from moe_train.model.balancing import batch_balance_loss, router_z_loss, sequenc
 from moe_train.model.layers import SwiGLU
 from moe_train.model.router import Choice, Router
 from moe_train.precision.fp8 import Fp8Layer
+from moe_train.precision.fp8_swiglu import fp8_swiglu
 from moe_train.precision.matmul import swiglu_linear
 from moe_train.precision.remade import in_compute_format, remade
 
@@ -89,7 +90,9 @@ class Experts(nn.Module):
 
     def take_tokens(self, x_td: Tensor) -> bool:
         """Whether `of_tokens` can be asked for."""
-        return self.add_to_sums(x_td) or (self._wide and compiled.takes(x_td, self.gate_up_proj, self.down_proj))
+        if self.fp8 is not None and self.may_round:
+            return self.fp8[0].reads_tokens
+        return self.add_to_sums(x_td) or compiled.takes(x_td, self.gate_up_proj, self.down_proj)
 
     def add_to_sums(self, x_td: Tensor) -> bool:
         """Whether `of_tokens` adds what it is given as it sums: on a GPU."""
@@ -102,7 +105,9 @@ class Experts(nn.Module):
         """
         weights, places = (self.gate_up_proj, self.down_proj), (plan.ends_e, plan.token_n, plan.place_tk)
         out: Tensor
-        if self.add_to_sums(x_td):
+        if self.fp8 is not None and self.may_round:
+            out = fp8_swiglu(x_td, *weights, gate_n1, plan.ends_e, self.fp8, plan.token_n, plan.place_tk)
+        elif self.add_to_sums(x_td):
             out = kernels.RoutedExperts.apply(x_td, *weights, gate_n1, *places, added_td)  # type: ignore[no-untyped-call]
         else:
             out = compiled.SwiGLUOfTokens.apply(x_td, *weights, gate_n1.to(x_td.dtype), *places)  # type: ignore[no-untyped-call]

@@ -13,6 +13,30 @@ from moe_train.kernels.layouts import Columns, Rows, Weights
 Rate = Literal["float32", "bfloat16", "float8"]
 
 
+class ByToken(Protocol):
+    """What a backend does with rows that it reads where they lie: row i of an operand is row source_n[i] (int64)."""
+
+    def quantize(
+        self,
+        x_tk: Tensor,
+        source_n: Tensor,
+        ends_e: Tensor,
+        *,
+        rows: OperandConfig | None,
+        columns: OperandConfig | None,
+    ) -> tuple[Rows | None, Columns | None]:
+        """As a backend's, of the rows x[source_n]."""
+
+    def quantize_again(self, rows: Rows, source_n: Tensor, ends_e: Tensor, columns: OperandConfig) -> Columns:
+        """As a backend's, of those rows."""
+
+    def product(self, left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype, source_n: Tensor) -> Tensor:
+        """As a backend's, of those rows."""
+
+    def collect(self, y_nd: Tensor, place_tk: Tensor) -> Tensor:
+        """For each token the sum of the rows at its places, (t, d)."""
+
+
 class Backend(Protocol):
     """Rounds operands and multiplies them; kernels/layouts.py says how they lie in memory.
 
@@ -22,6 +46,7 @@ class Backend(Protocol):
     name: str
     multiplies_in: Rate  # whose peak rate its products could have
     asks_host: bool  # for the sizes of groups, which no CUDA graph can
+    by_token: ByToken | None  # None: a token's row is copied for each of its experts
 
     def quantize(
         self,

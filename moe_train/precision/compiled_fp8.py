@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_train.kernels.cpu import fp8
 from moe_train.kernels.layouts import Columns, Rows, Weights
-from moe_train.precision.backends import Rate
+from moe_train.precision.backends import ByToken, Rate
 
 
 class CompiledFp8:
@@ -20,6 +20,7 @@ class CompiledFp8:
     name = "emulated"
     multiplies_in: Rate = "bfloat16"
     asks_host: bool = True
+    by_token: ByToken | None = None
 
     quantize = staticmethod(fp8.quantize)
     quantize_again = staticmethod(fp8.quantize_again)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_train.kernels import reference
 from moe_train.kernels.layouts import Columns, Rows, Weights
 from moe_train.precision.accumulate import Accumulation
-from moe_train.precision.backends import Rate
+from moe_train.precision.backends import ByToken, Rate
 
 
 class Emulated:
@@ -21,6 +21,7 @@ class Emulated:
     name = "emulated"
     multiplies_in: Rate = "float32"
     asks_host: bool = True
+    by_token: ByToken | None = None
 
     quantize = staticmethod(reference.quantize)
     quantize_again = staticmethod(reference.quantize_again)

@@ -28,7 +28,7 @@ from moe_train.config import Fp8Config, OperandConfig
 from moe_train.kernels import reference
 from moe_train.kernels.layouts import DTYPES, PIECE, Columns, Rows, Weights
 from moe_train.precision import health
-from moe_train.precision.backends import Backend
+from moe_train.precision.backends import Backend, ByToken
 from moe_train.precision.remade import remade_with
 
 _held: object | None = None  # the step in progress, while weights cannot change
@@ -64,12 +64,27 @@ class Fp8Layer:
         """A copied model's layer is another layer: its weights will differ."""
         return Fp8Layer(self.recipe, self.backend)
 
-    def input(self, x_ni: Tensor, ends_e: Tensor | None) -> Rows:
-        """x in the compute format as the forward product takes it, and as it is kept, unless x itself is made again."""
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether inputs can be read by an index: there is a way to, and none shares a scale with others."""
+        alone = self.recipe.forward.activation.scale_of in ("tile", "row")
+        return alone and self.backend.by_token is not None
+
+    @property
+    def by_token(self) -> ByToken:
+        """For rows at source_n, which are given where `reads_tokens` alone."""
+        assert self.backend.by_token is not None
+        return self.backend.by_token
+
+    def input(self, x_ni: Tensor, ends_e: Tensor | None, source_n: Tensor | None = None) -> Rows:
+        """x in the compute format as the forward product takes it, and as it is kept, unless x itself is made again.
+
+        source_n: which row of x each row in groups is; each of x is rounded once.
+        """
         kept_in = DTYPES[self.recipe.forward.activation.format]
 
         def rounded(x_ni: Tensor) -> tuple[Tensor, ...]:
-            pair: tuple[Tensor, Tensor] = torch.ops.moe_train.fp8_input(x_ni, ends_e, self.key, kept_in)
+            pair: tuple[Tensor, Tensor] = torch.ops.moe_train.fp8_input(x_ni, ends_e, source_n, self.key, kept_in)
             return pair
 
         return Rows(*remade_with(rounded, x_ni))
@@ -98,33 +113,53 @@ class Fp8Layer:
                     health.count_weights(self.counts, wide, narrow)
         return rounded
 
-    def quantized_input(self, x_ni: Tensor, ends_e: Tensor) -> Rows:
+    def quantized_input(self, x_ni: Tensor, ends_e: Tensor | None, source_n: Tensor | None = None) -> Rows:
         """What `input` returns, made."""
         operand = self.recipe.forward.activation
-        rows, _ = self.backend.quantize(x_ni, ends_e, rows=operand, columns=None)
+        ends = ends_of(x_ni, ends_e if source_n is None else None)
+        rows, _ = self.backend.quantize(x_ni, ends, rows=operand, columns=None)
         assert rows is not None
         if self.counts is not None:
-            health.count_rows(self.counts, "input", x_ni, rows, ends_e)
+            counted = (x_ni, rows) if source_n is None else (x_ni[source_n], _copied(rows, source_n))
+            health.count_rows(self.counts, "input", *counted, ends_of(counted[0], ends_e))
         return rows
 
-    def along_tokens(self, kept: Rows, ends_e: Tensor) -> Columns:
+    def product(
+        self, left: Rows, right: Weights, ends_e: Tensor, dtype: torch.dtype, source_n: Tensor | None
+    ) -> Tensor:
+        """The backend's, of all rows or those at source_n."""
+        if source_n is None:
+            return self.backend.product(left, right, ends_e, dtype)
+        return self.by_token.product(left, right, ends_e, dtype, source_n)
+
+    def along_tokens(self, kept: Rows, ends_e: Tensor, source_n: Tensor | None = None) -> Columns:
         """A kept input as the weight gradient takes it."""
-        columns = self.backend.quantize_again(kept, ends_e, self.recipe.weight_gradient.activation)
+        operand = self.recipe.weight_gradient.activation
+        if source_n is None:
+            columns = self.backend.quantize_again(kept, ends_e, operand)
+        else:
+            columns = self.by_token.quantize_again(kept, source_n, ends_e, operand)
         if self.counts is not None:
-            health.count_columns(self.counts, "input", self.backend.dequantize(kept, torch.float32), columns, ends_e)
+            wide = self.backend.dequantize(kept, torch.float32)
+            wide = wide if source_n is None else wide[source_n]
+            health.count_columns(self.counts, "input", wide, columns, ends_e)
         return columns
 
     def quantized_gradient(
-        self, grad_no: Tensor, ends_e: Tensor, *, rows: bool, columns: bool
+        self, grad_no: Tensor, ends_e: Tensor, source_n: Tensor | None = None, *, rows: bool, columns: bool
     ) -> tuple[Rows | None, Columns | None]:
         """Of its output, as the input gradient and the weight gradient take it."""
-        straight, turned = self.backend.quantize(
-            grad_no,
-            ends_e,
-            rows=self.recipe.input_gradient.gradient if rows else None,
-            columns=self.recipe.weight_gradient.gradient if columns else None,
-        )
-        self._count_gradient(grad_no, straight, turned, ends_e)
+        asked = {
+            "rows": self.recipe.input_gradient.gradient if rows else None,
+            "columns": self.recipe.weight_gradient.gradient if columns else None,
+        }
+        if source_n is None:
+            straight, turned = self.backend.quantize(grad_no, ends_e, **asked)
+        else:
+            straight, turned = self.by_token.quantize(grad_no, source_n, ends_e, **asked)
+        if self.counts is not None:
+            grad_no = grad_no if source_n is None else grad_no[source_n]
+            self._count_gradient(grad_no, straight, turned, ends_e)
         return straight, turned
 
     def _count_gradient(self, grad_no: Tensor, rows: Rows | None, columns: Columns | None, ends_e: Tensor) -> None:
@@ -178,14 +213,18 @@ class Fp8Layer:
 
 
 @torch.library.custom_op("moe_train::fp8_input", mutates_args=())
-def _input(x_ni: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype) -> tuple[Tensor, Tensor]:
+def _input(
+    x_ni: Tensor, ends_e: Tensor | None, source_n: Tensor | None, layer: int, kept_in: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Values and scales."""
-    rows = layer_of(layer).quantized_input(x_ni, ends_of(x_ni, ends_e))
+    rows = layer_of(layer).quantized_input(x_ni, ends_e, source_n)
     return rows.values, rows.scales
 
 
 @_input.register_fake
-def _(x_ni: Tensor, ends_e: Tensor | None, layer: int, kept_in: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(
+    x_ni: Tensor, ends_e: Tensor | None, source_n: Tensor | None, layer: int, kept_in: torch.dtype
+) -> tuple[Tensor, Tensor]:
     rows, inner = x_ni.shape
     return (
         x_ni.new_empty(rows, inner, dtype=kept_in),
@@ -204,6 +243,11 @@ def layer_of(key: int) -> Fp8Layer:
 
 def ends_of(rows: Tensor, ends_e: Tensor | None) -> Tensor:
     return torch.full((1,), len(rows), dtype=torch.int32, device=rows.device) if ends_e is None else ends_e
+
+
+def _copied(rows: Rows, source_n: Tensor) -> Rows:
+    values = rows.values.view(torch.uint8)[source_n].view(rows.values.dtype)  # torch cannot index FP8 everywhere
+    return Rows(values, rows.scales[source_n])
 
 
 def stacked(weight: Tensor) -> Tensor:

@@ -24,12 +24,18 @@ def fp8_swiglu(
     row_weight: Tensor | None,
     ends_e: Tensor | None,
     layers: tuple[Fp8Layer, Fp8Layer],
+    source_n: Tensor | None = None,
+    place_tk: Tensor | None = None,
 ) -> Tensor:
-    """As `swiglu_linear` of precision/matmul.py."""
+    """As `swiglu_linear` of precision/matmul.py.
+
+    With source_n x is (t, d), of which row source_n[i] is row i in groups, and so is the result: for each token the sum
+    of the rows at its places. Where the first layer `reads_tokens`.
+    """
     dtype, (first, second) = compute_dtype(x), layers
     swiglu_input = first.recipe.swiglu_input
     x_nd = x.flatten(0, -2).to(dtype)
-    kept = first.input(x_nd, ends_e)
+    kept = first.input(x_nd, ends_e, source_n)
     out: Tensor = torch.ops.moe_train.fp8_swiglu_forward(
         x_nd,
         kept.values,
@@ -38,11 +44,18 @@ def fp8_swiglu(
         down_weight,
         None if row_weight is None else row_weight.to(dtype),
         ends_e,
+        source_n,
+        place_tk,
         first.key,
         second.key,
         None if swiglu_input is None else DTYPES[swiglu_input.format],
     )[0]
     return out.view(*x.shape[:-1], down_weight.shape[-2])
+
+
+def _summed(y_nd: Tensor, place_tk: Tensor | None, layer: Fp8Layer) -> Tensor:
+    """By tokens, where these were read by an index."""
+    return y_nd if place_tk is None else layer.by_token.collect(y_nd, place_tk)
 
 
 @torch.library.custom_op("moe_train::fp8_swiglu_forward", mutates_args=())
@@ -54,6 +67,8 @@ def _forward(
     second_weight: Tensor,
     row_weight: Tensor | None,
     ends_e: Tensor | None,
+    source_n: Tensor | None,
+    place_tk: Tensor | None,
     first_layer: int,
     second_layer: int,
     gate_up_kept_in: torch.dtype | None,
@@ -61,11 +76,11 @@ def _forward(
     """The result, and gate_up as it is kept (scales empty unless in FP8). x: for its gradient, and as multiplied."""
     first, second = layer_of(first_layer), layer_of(second_layer)
     recipe, backend, ends = first.recipe, first.backend, ends_of(x_nd, ends_e)
-    gate_up = backend.product(
-        Rows(x_values, x_scales), first.weights(stacked(first_weight), backward=False), ends, x_nd.dtype
-    )
+    weights = first.weights(stacked(first_weight), backward=False)
+    gate_up = first.product(Rows(x_values, x_scales), weights, ends, x_nd.dtype, source_n)
     h = second.swiglu(gate_up, row_weight, ends)
     y = backend.product(h, second.weights(stacked(second_weight), backward=False), ends, x_nd.dtype)
+    y = _summed(y, place_tk, first)
     if recipe.swiglu_input is None:
         return y, gate_up, gate_up.new_empty(0, dtype=torch.float32)
     kept = first.swiglu_input(gate_up, recipe.swiglu_input, ends)
@@ -81,14 +96,16 @@ def _(
     second_weight: Tensor,
     row_weight: Tensor | None,
     ends_e: Tensor | None,
+    source_n: Tensor | None,
+    place_tk: Tensor | None,
     first_layer: int,
     second_layer: int,
     gate_up_kept_in: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = len(x_nd), first_weight.shape[-2]
+    rows, width = len(x_nd if source_n is None else source_n), first_weight.shape[-2]
     scales = (0,) if gate_up_kept_in is None else (rows, (width + PIECE - 1) // PIECE)
     return (
-        x_nd.new_empty(rows, second_weight.shape[-2]),
+        x_nd.new_empty(len(x_nd), second_weight.shape[-2]),
         x_nd.new_empty(rows, width, dtype=gate_up_kept_in or x_nd.dtype),
         x_nd.new_empty(scales, dtype=torch.float32),
     )
@@ -101,6 +118,8 @@ def _backward(
     second_weight: Tensor,
     row_weight: Tensor | None,
     ends_e: Tensor | None,
+    source_n: Tensor | None,
+    place_tk: Tensor | None,
     x_values: Tensor,
     x_scales: Tensor,
     gate_up_values: Tensor,
@@ -117,7 +136,7 @@ def _backward(
     gate_up = gate_up_values
     if recipe.swiglu_input is not None:
         gate_up = backend.dequantize(Rows(gate_up_values, gate_up_scales), grad_nd.dtype)
-    rows, columns = second.quantized_gradient(grad_nd, ends, rows=True, columns=needs_weights)
+    rows, columns = second.quantized_gradient(grad_nd, ends, source_n, rows=True, columns=needs_weights)
     assert rows is not None
     grad_second = nothing_wide
     if columns is not None:
@@ -131,10 +150,11 @@ def _backward(
     del grad_h, gate_up
     grad_x, grad_first = nothing, nothing_wide
     if columns is not None:
-        x = first.along_tokens(Rows(x_values, x_scales), ends)
+        x = first.along_tokens(Rows(x_values, x_scales), ends, source_n)
         grad_first = backend.weight_product(columns, x).view_as(first_weight)
     if rows is not None:
         grad_x = backend.product(rows, first.weights(stacked(first_weight), backward=True), ends, grad_nd.dtype)
+        grad_x = _summed(grad_x, place_tk, first)
     if row_weight is None or grad_row_weight is None:
         return grad_x, grad_first, grad_second, nothing
     return grad_x, grad_first, grad_second, grad_row_weight.to(row_weight.dtype)
@@ -147,6 +167,8 @@ def _(
     second_weight: Tensor,
     row_weight: Tensor | None,
     ends_e: Tensor | None,
+    source_n: Tensor | None,
+    place_tk: Tensor | None,
     x_values: Tensor,
     x_scales: Tensor,
     gate_up_values: Tensor,
@@ -175,7 +197,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 12
     needs_x, _, _, needs_first, needs_second, needs_row_weight = ctx.needs_input_grad[:6]
     grad_x, grad_first, grad_second, grad_row_weight = torch.ops.moe_train.fp8_swiglu_backward(
         grad.contiguous(), *ctx.saved_tensors, ctx.first, ctx.second, needs_x, needs_first or needs_second
@@ -187,7 +209,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         grad_first if needs_first else None,
         grad_second if needs_second else None,
         grad_row_weight if needs_row_weight else None,
-        *(None,) * 4,
+        *(None,) * 6,
     )
 
 

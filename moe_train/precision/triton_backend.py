@@ -9,8 +9,16 @@ from moe_train.kernels import dequantize as widening
 from moe_train.kernels import fp8_matmul
 from moe_train.kernels import quantize as rounding
 from moe_train.kernels import swiglu as activation
+from moe_train.kernels.collect import collect
 from moe_train.kernels.layouts import Columns, Rows, Weights
-from moe_train.precision.backends import Rate
+from moe_train.precision.backends import ByToken, Rate
+
+
+class _ByToken:
+    quantize = staticmethod(rounding.quantize_tokens)
+    quantize_again = staticmethod(rounding.quantize_tokens_again)
+    product = staticmethod(fp8_matmul.grouped_product)
+    collect = staticmethod(collect)
 
 
 class Triton:
@@ -18,6 +26,7 @@ class Triton:
 
     name = "triton"
     asks_host: bool = False
+    by_token: ByToken | None = _ByToken()
 
     quantize = staticmethod(rounding.quantize)
     quantize_again = staticmethod(rounding.quantize_again)

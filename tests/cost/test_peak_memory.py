@@ -196,7 +196,7 @@ def test_every_tensor_that_is_made_is_let_go_again(name: str, more: list[str], m
     config = model_config(*kinds[name], *more)
     parts = (main_parameters(config, VOCAB), mtp_parameters(config))
     matrices = sum(size for of in parts for part, size in of.items() if part != "norms")
-    kept = (None, Fp8Kept(), Fp8Kept(swiglu_input=False))
+    kept = (None, Fp8Kept(), Fp8Kept(swiglu_input=False), Fp8Kept(by_token=False))
     for compute_bytes, kernels, checkpointing, fp8 in itertools.product((2, 4), Kernels, (False, True), kept):
         circumstances = Circumstances(compute_bytes, False, kernels, SINGLE, fp8)
         step = StepTape(Tape(), config, VOCAB, 3, 40, circumstances, checkpointing)

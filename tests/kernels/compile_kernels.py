@@ -106,9 +106,12 @@ def launch_products() -> None:
     pieces = N // 128 + e
     columns = Columns(fp8(K, 128 * pieces), torch.zeros(pieces, K).t(), ends_e)
     fp8_matmul.grouped_weight_product(columns, columns)
+    source, rows = torch.zeros(N, dtype=torch.int64), Rows(fp8(N // 2, K), torch.zeros(N // 2, K // 128))
+    quantize.quantize_tokens(x[: N // 2], source, ends_e, rows=tile, columns=tile)
+    quantize.quantize_tokens_again(rows, source, ends_e, tile)
+    fp8_matmul.grouped_product(rows, weights, ends_e, torch.bfloat16, source)
     grouped_matmul.grouped_product(x, w, ends_e)
     grouped_matmul.grouped_weight_product(x, x, ends_e)
-    source = torch.zeros(N, dtype=torch.int64)
     grouped_matmul.grouped_product(x[: N // 2], w, ends_e, source)
     grouped_matmul.grouped_weight_product(x, x[: N // 2], ends_e, right_source_n=source)
     grouped_matmul.grouped_weight_product(x[: N // 2], x, ends_e, left_source_n=source)
