@@ -110,6 +110,20 @@ def test_the_gradient_of_weights_is_summed_over_the_tokens_of_a_group(
         start = end
 
 
+def test_scales_read_ahead_change_no_bit(
+    ragged: tuple[int, Tensor], random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, ends_e = ragged
+    tile = OperandConfig("e4m3", "tile", False)
+    _, columns = reference.quantize(random(n, 70), ends_e, rows=None, columns=tile)
+    assert columns is not None
+    found = []
+    for ahead in (False, True):
+        monkeypatch.setattr(fp8_matmul, "_tile", lambda *_, ahead=ahead, **__: fp8_matmul._Tile(64, 64, 4, 3, ahead))
+        found.append(fp8_matmul.grouped_weight_product(unread_spoilt(columns), unread_spoilt(columns)))
+    assert torch.equal(*found)
+
+
 def unread_spoilt(columns: Columns) -> Columns:
     """NaN where no product may look: behind the last piece."""
     values, scales = columns.values.clone(), columns.scales.clone()
