@@ -6,8 +6,9 @@ kernel, made on the host without asking the device, so a CUDA graph keeps them. 
 threads as elsewhere, unmasked: beyond a group's end they are some of the group's, not written or multiplied by zeros.
 Products are made by programs that stay, which read the next block's operands while they write the last one's results.
 
-One NVIDIA H200, 2026-11-27, 393,216 rows of 96 experts of 256, 1024 wide, BF16, ms a call, and those of
-grouped_matmul.py's kernels and of torch's grouped matmul (which needs the rows of an index copied: 0.40 more):
+One NVIDIA H200, 2026-11-27, 393,216 rows of 96 experts of 256, 1024 wide, BF16, ms a call (when these kernels had more
+options, of which these are the best), and those of grouped_matmul.py's as it was and of torch's grouped matmul (which
+needs the rows of an index copied: 0.40 more):
 
     second product of the experts        0.43    0.66    0.51
     input gradient of the first          0.69    0.95    0.83
