@@ -24,16 +24,22 @@ class Card(NamedTuple):
     multiplies_fp8: bool
     shared_bytes: int  # that one block of threads can have
     threads_hold_rows: bool  # of a product, not pieces of several: results come from tensor memory
+    copies_blocks: bool  # of tensors into shared memory, whence warps multiply (TMA and wgmma)
 
 
-INTERPRETED = Card(rounds_fp8=False, multiplies_fp8=False, shared_bytes=99 * 1024, threads_hold_rows=False)
+INTERPRETED = Card(
+    rounds_fp8=False, multiplies_fp8=False, shared_bytes=99 * 1024, threads_hold_rows=False, copies_blocks=False
+)
 
 
 @functools.cache
 def of_capability(capability: tuple[int, int]) -> Card:
     """What devices of compute capability (major, minor) do."""
     shared = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99)
-    return Card(capability >= (9, 0), capability >= (8, 9), shared * 1024, capability[0] == 10)
+    rounds, multiplies = capability >= (9, 0), capability >= (8, 9)
+    return Card(
+        rounds, multiplies, shared * 1024, threads_hold_rows=capability[0] == 10, copies_blocks=capability == (9, 0)
+    )
 
 
 @functools.cache
@@ -46,6 +52,11 @@ def card(device: torch.device) -> Card:
     if device.type != "cuda":
         return INTERPRETED
     return _of_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def cores(device: torch.device) -> int:
+    """Of `device`. Where Triton interprets, one program after another, it is 2."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def check(condition: bool, what: str) -> None:

@@ -1,4 +1,4 @@
-"""What the kernels share on the device: finding a program's group, and FP8 as integer arithmetic.
+"""What the kernels share on the device: finding a program's group, FP8 as integer arithmetic, formats and products.
 
 FP8 numbers travel as bytes: Triton has no E4M3 below compute capability 8.9. Encoding and decoding are exact there too:
 
@@ -132,6 +132,14 @@ def narrow(x, DTYPE: tl.constexpr):
     else:
         found = x.to(DTYPE)
     return found
+
+
+@triton.jit
+def dot(left, right, total):
+    """total + left · right in FP32."""
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of BF16 numbers as integers
+        left, right = widen(left), widen(right)
+    return tl.dot(left, right, total, input_precision="ieee")
 
 
 @triton.jit

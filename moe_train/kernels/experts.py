@@ -2,8 +2,9 @@
 
 Where rows of tokens were copied once for every expert a token goes to (twice a step: again for the backward pass), the
 first product reads them where they are, and so does whatever needs the gradient of a row's result, which is that of its
-token's. Which products are torch's is for precision/grouped.py to say; the rest are grouped_matmul.py's. Gradients of
-the weights leave the kernel in FP32. What is kept: the tokens, the weights as multiplied, and what SwiGLU reads.
+token's. Whose the products without an index are is for precision/grouped.py to say; the rest are grouped_matmul.py's.
+Gradients of the weights leave the kernel in FP32. What is kept: the tokens, the weights as multiplied, and what SwiGLU
+reads.
 
     n rows, one for each expert of each of t tokens, d hidden, f width of an expert, e experts, k experts of a token
 """
@@ -91,7 +92,7 @@ def _forward(
     from moe_train.kernels import grouped_matmul, swiglu
 
     gate_up = grouped_matmul.grouped_product(x_td, first, ends_e, token_n)
-    return grouped.product(swiglu.swiglu(gate_up, gate_n1), second, ends_e), gate_up
+    return grouped.within_operator(swiglu.swiglu(gate_up, gate_n1), second, ends_e), gate_up
 
 
 @_forward.register_fake
@@ -126,7 +127,7 @@ def _backward(
     grad_second = weight_product(grad_td, h, ends_e, second_dtype, left_source_n=token_n)
     del h
     grad_first = weight_product(grad_gate_up, x_td, ends_e, first_dtype, right_source_n=token_n)
-    grad_nd = grouped.input_gradient(grad_gate_up, first, ends_e) if needs_x else x_td.new_empty(0)
+    grad_nd = grouped.within_operator(grad_gate_up, first.mT, ends_e) if needs_x else x_td.new_empty(0)
     return grad_nd, grad_first, grad_second, grad_gate
 
 

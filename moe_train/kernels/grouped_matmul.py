@@ -5,10 +5,8 @@ is found on the device by a small kernel before: within the product, finding it 
 Programs of the same rows follow one another. FP32 is multiplied as FP32, not as TF32. Rows may be read where an index
 says they are, so that rows of tokens, once for each of their experts, need not be copied.
 
-On an H200, 393,216 rows of 96 experts, 1024 wide, 256 an expert, BF16: products 0.97 and 0.90 ms (torch's grouped
-matmul 0.71 and 0.54) when every program found its rows itself, weight gradients 0.71 and 0.38 ms (torch's 0.80 and
-0.46). Reading rows by an index, which spares copies of 0.40 ms each: 0.77 for the first product and 0.42 for the input
-gradient of the second with blocks of 128 x 256, weight gradients 0.94 and 0.50.
+On compute capability 9.0 most BF16 and FP16 products are grouped_hopper.py's, where figures of both stand; with other
+strides and sizes, few rows a group, or weight gradients without an index they are made here.
 
     n rows of all groups, k inner, e groups, o outputs, i inputs
 """
@@ -22,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_train.kernels import grouped_hopper
 from moe_train.kernels.capability import card, check
-from moe_train.kernels.device import INTERPRETED, narrow, widen
+from moe_train.kernels.device import dot, narrow
 from moe_train.kernels.pieces import pieces, rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,36 +39,11 @@ class _Tile(NamedTuple):
 
 
 def _tile(like: Tensor, few_rows: bool = False) -> _Tile:
-    """128 bytes of each row and column a stage: three take 96 KB at most. FP32 has no tensor cores: a smaller block.
-
-    On 9.0 128 x 256 was the fastest of thirteen for experts of 256 and 512 outputs (docs/log.md, 2026-11-27).
-    """
+    """128 bytes of each row and column a stage: three take 96 KB at most. FP32 has no tensor cores: a smaller block."""
     rows = 64 if few_rows or like.dtype == torch.float32 else 128
     columns = 64 if like.dtype == torch.float32 else 128
-    here = card(like.device)
-    roomy = here.shared_bytes > 128 * 1024
-    if roomy and here.rounds_fp8 and not here.threads_hold_rows and rows == 128:  # 9.0
-        return _Tile(128, 256, 64, warps=8, stages=3)
+    roomy = card(like.device).shared_bytes > 128 * 1024
     return _Tile(rows, columns, 128 // like.itemsize, warps=4 if rows == 64 else 8, stages=4 if roomy else 3)
-
-
-def _weight_tile(like: Tensor, left_gathered: bool, right_gathered: bool) -> _Tile:
-    """On 9.0 what is read by an index is read for 256 of the other operand's columns at a time."""
-    tile = _tile(like)
-    if tile.columns == 256 and (left_gathered or right_gathered):
-        tile = _Tile(128, 256, 64, 8, 4) if left_gathered else _Tile(256, 128, 64, 8, 4)
-    elif tile.columns == 256:
-        tile = _Tile(128, 128, 64, 4, 4)
-    if left_gathered or right_gathered:
-        tile = tile._replace(stages=tile.stages + 1)  # the index of the next rows is read a stage before them
-    return tile
-
-
-@triton.jit
-def _dot(left, right, total):
-    if INTERPRETED:  # Triton's interpreter multiplies the bits of BF16 numbers as integers
-        left, right = widen(left), widen(right)
-    return tl.dot(left, right, total, input_precision="ieee")
 
 
 @triton.jit
@@ -102,7 +76,7 @@ def _grouped_product_kernel(
                 inside = inner < k - block * K
                 x = tl.load(x_at, mask=inside[None, :], other=0.0)
                 w = tl.load(w_at, mask=inside[:, None], other=0.0)
-            total = _dot(x, w, total)
+            total = dot(x, w, total)
             x_at += K * x_stride_k
             w_at += K * w_stride_k
         place = row.to(tl.int64)[:, None] * o + column[None, :]
@@ -142,7 +116,7 @@ def _weight_kernel(
         y_row = _row(right_source, token, inside)
         x = tl.load(left_at + x_row[None, :] * left_stride_n, mask=inside[None, :], other=0.0)
         y = tl.load(right_at + y_row[:, None] * right_stride_n, mask=inside[:, None], other=0.0)
-        total = _dot(x, y, total)
+        total = dot(x, y, total)
     place = (group.to(tl.int64) * o + row)[:, None] * i + column[None, :]
     tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
 
@@ -169,13 +143,16 @@ def grouped_product(x_nk: Tensor, w_eok: Tensor, ends_e: Tensor, source_n: Tenso
     check(inner == k, f"operands: the inner dimensions are {k} and {inner}")
     check(x_nk.dtype == w_eok.dtype and x_nk.dtype in DTYPES, "operands: both FP32, BF16 or FP16")
     check(len(ends_e) == e and ends_e.dtype == torch.int32, f"ends_e: int32, {e} of them")
+    source_n, ends_e = _index(source_n), ends_e.contiguous()
+    if grouped_hopper.takes_product(x_nk, w_eok, source_n):
+        return grouped_hopper.product(x_nk, w_eok, ends_e, source_n)
     out = x_nk.new_empty(n, o)
     tile = _tile(x_nk, few_rows=n <= 64 * e)
     tiles = n // tile.rows + min(n, e + 1)
     if out.numel():
         _grouped_product_kernel[(tiles * triton.cdiv(o, tile.columns),)](
             x_nk,
-            _index(source_n),
+            source_n,
             w_eok,
             pieces(ends_e, n, tile.rows, tiles)[0],
             out,
@@ -215,15 +192,20 @@ def grouped_weight_product(
     check(rows == n, f"operands: {n} and {rows} rows")
     check(left_no.dtype == right_ni.dtype and left_no.dtype in DTYPES, "operands: both FP32, BF16 or FP16")
     check(ends_e.dtype == torch.int32, "ends_e: int32")
+    left_source_n, right_source_n, ends_e = _index(left_source_n), _index(right_source_n), ends_e.contiguous()
+    if grouped_hopper.takes_weight_product(left_no, right_ni, left_source_n, right_source_n):
+        return grouped_hopper.weight_product(left_no, right_ni, ends_e, out_dtype, left_source_n, right_source_n)
     out = left_no.new_empty((len(ends_e), o, i), dtype=out_dtype)
-    tile = _weight_tile(left_no, left_source_n is not None, right_source_n is not None)
+    tile = _tile(left_no)
+    if left_source_n is not None or right_source_n is not None:
+        tile = tile._replace(stages=tile.stages + 1)  # the index of the next rows is read a stage before them
     if out.numel():
         _weight_kernel[(len(ends_e) * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns),)](
             left_no,
-            _index(left_source_n),
+            left_source_n,
             right_ni,
-            _index(right_source_n),
-            ends_e.contiguous(),
+            right_source_n,
+            ends_e,
             out,
             o,
             i,

@@ -35,8 +35,13 @@ def runs_triton(device: torch.device) -> bool:
     return _HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def runs_hopper_products(device: torch.device) -> bool:
+    """Whether kernels/grouped_hopper.py can be asked what it takes: compute capability 9.0, with Triton installed."""
+    return _HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def takes_torchs_grouped_matmul(x: Tensor) -> bool:
-    """Whether torch's grouped matmul is the fast one for it: in BF16 on a GPU of 9.x or 10.x, and where Triton lacks.
+    """Whether torch's grouped matmul is fast for it: in BF16 on a GPU of 9.x or 10.x, and where Triton lacks.
 
     In FP32 and FP16 torch 2.11 goes round the groups there too, whose ends it copies to the host.
     """

@@ -29,6 +29,7 @@ from moe_train.kernels import (
     collect,
     dequantize,
     fp8_matmul,
+    grouped_hopper,
     grouped_matmul,
     head,
     heads,
@@ -42,6 +43,7 @@ from moe_train.kernels import (
 from moe_train.kernels.layouts import Columns, Rows, Weights
 
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cvt.rn.satfinite.e4m3x2.f32", "div.rn.f32", "e4m3")
+INSTRUCTIONS += ("cp.async.bulk.tensor",)
 REGISTERS = 65_536  # of a core
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 run = JITFunction.run
@@ -120,6 +122,17 @@ def launch_products() -> None:
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
 
 
+def launch_hopper_products() -> None:
+    ends_e, source = torch.zeros(4, dtype=torch.int32), torch.zeros(N, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w = torch.zeros(N, K, dtype=dtype), torch.zeros(4, 512, K, dtype=dtype)
+        for index in (None, source):
+            for weights in (w, w.mT.contiguous().mT):
+                grouped_matmul.grouped_product(x, weights, ends_e, index)
+        grouped_matmul.grouped_weight_product(x, x, ends_e, right_source_n=source)
+        grouped_matmul.grouped_weight_product(x, x, ends_e, left_source_n=source)
+
+
 def launch_rest() -> None:
     """Those that are the same for every device."""
     x, source = torch.zeros(N, K, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.int64)
@@ -158,4 +171,6 @@ if __name__ == "__main__":
     JITFunction.run = compile_only
     launch_products()
     if major == 9:
+        grouped_hopper.card = lambda _: card
+        launch_hopper_products()
         launch_rest()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -60,3 +64,17 @@ def floor(exact: Tensor) -> float:
 
 def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: ModuleType, names: tuple[str, ...], made: list[str]) -> None:
+    """The module's functions put their names into `made` when they are called."""
+
+    def counted(name: str, call: Any) -> Any:
+        def function(*args: Any) -> Any:
+            made.append(name)
+            return call(*args)
+
+        return function
+
+    for name in names:
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))

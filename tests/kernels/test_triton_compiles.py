@@ -34,12 +34,15 @@ def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, tmp_path:
     assert done.returncode == 0, done.stderr
     card, product = of_capability((major, minor)), MULTIPLIES_WITH[major, minor]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len({kernel["kernel"] for kernel in kernels}) == (23 if major == 9 else 6)  # of different names
+    assert len({kernel["kernel"] for kernel in kernels}) == (25 if major == 9 else 6)  # of different names
     for kernel in kernels:
         assert kernel["shared"] <= card.shared_bytes, kernel
         assert kernel["spilled"] <= 16, kernel  # bytes a thread
         multiplies = kernel["kernel"].endswith(("_product_kernel", "_weight_kernel"))
         assert (product in kernel["instructions"]) == multiplies
+        descriptors = kernel["kernel"].startswith("_descriptor_")
+        assert ("cp.async.bulk.tensor" in kernel["instructions"]) == descriptors
+        assert not (descriptors and kernel["spilled"]), kernel
         assert card.multiplies_fp8 or "e4m3" not in kernel["instructions"]
         if kernel["kernel"].endswith("_quantize_kernel"):
             assert "div.rn.f32" in kernel["instructions"]  # rounded as the reference rounds it

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from kernel_checks import error, floor
+from kernel_checks import count_calls, error, floor
 
 from moe_train.config import ModelConfig
-from moe_train.kernels import experts
+from moe_train.kernels import experts, grouped_hopper
+from moe_train.kernels.capability import of_capability
 from moe_train.kernels.cpu import library
 from moe_train.model import dispatch
 from moe_train.model.experts import MoELayer
@@ -78,6 +79,35 @@ def test_results_and_gradients_are_those_of_float64_rounded(
     for each, right in zip(found, exact, strict=True):
         assert error(each, right) <= floor(right)
     assert all((found[2][group] == 0).all() for group in range(e) if not (plan.counts_e[group]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_by_descriptors_give_what_the_others_give(
+    dtype: torch.dtype,
+    device: torch.device,
+    random: Callable[..., Tensor],
+    kernels: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("for compute capability 9.0")
+    kernels(True)
+    t, e, k, d, f = (120, 3, 2, 256, 64) if device.type == "cpu" else (5000, 16, 3, 512, 320)
+    plan = dispatch.plan(random(t, e).topk(k).indices, torch.ones(t, dtype=torch.bool, device=device), e)
+    inputs = [random(t, d, dtype=dtype), random(e, 2 * f, d) * d**-0.5, random(e, d, f) * f**-0.5]
+    inputs += [random(t * k, 1).sigmoid(), random(t, d, dtype=dtype)]
+    grad, made, found = random(t, d, dtype=dtype), list[str](), []
+    count_calls(monkeypatch, grouped_hopper, ("product", "weight_product"), made)
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(grouped_hopper, "card", lambda _, c=capability: of_capability(c))
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        y = experts.RoutedExperts.apply(*leaves[:4], plan.ends_e, plan.token_n, plan.place_tk, leaves[4])
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+        assert bool(made) == (capability == (9, 0))
+    for by_descriptors, otherwise in zip(found[1], found[0], strict=True):
+        assert error(by_descriptors, otherwise.double()) <= floor(otherwise)
+    # On a CPU those without an index are not Triton's.
+    assert sorted(made) == ["product"] * (2 if device.type == "cpu" else 4) + ["weight_product"] * 2
 
 
 def test_what_it_keeps_is_tokens_weights_and_what_swiglu_reads(
