@@ -141,16 +141,16 @@ def _weight_kernel(
     right_scale_at = right_scales + near_column * right_scale_stride_i + start.to(tl.int64) * right_scale_stride_p
     total = tl.zeros((M, N), dtype=tl.float32)
     if AHEAD:
-        scale = tl.load(left_scale_at, mask=(row >= 0) & (start < end), other=0.0)
-        other = tl.load(right_scale_at, mask=(column >= 0) & (start < end), other=0.0)
+        scale = tl.load(left_scale_at, mask=row * 0 + start < end, other=0.0)
+        other = tl.load(right_scale_at, mask=column * 0 + start < end, other=0.0)
     for piece in range(start, end):
         x = tl.load(left_at)
         y = tl.load(right_at)
         if AHEAD:
             left_scale_at += left_scale_stride_p
             right_scale_at += right_scale_stride_p
-            next_scale = tl.load(left_scale_at, mask=(row >= 0) & (piece + 1 < end), other=0.0)
-            next_other = tl.load(right_scale_at, mask=(column >= 0) & (piece + 1 < end), other=0.0)
+            next_scale = tl.load(left_scale_at, mask=row * 0 + piece + 1 < end, other=0.0)
+            next_other = tl.load(right_scale_at, mask=column * 0 + piece + 1 < end, other=0.0)
             total += _dot(x, y, LEFT_E4M3, RIGHT_E4M3, NATIVE) * (scale[:, None] * other[None, :])
             scale, other = next_scale, next_other
         else:
