@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from moe_train.benchmark import tax
 from moe_train.benchmark.arms import TrainingArm, rates
 from moe_train.benchmark.bench import Bench, described
-from moe_train.benchmark.figures import Figure, estimate, measured, not_measured, paired
+from moe_train.benchmark.figures import Estimate, Figure, estimate, measured, not_measured, paired
 from moe_train.benchmark.peer_arm import PeerArm
 from moe_train.benchmark.step_memory import peak_bytes
 from moe_train.benchmark.timing import interleaved
@@ -25,44 +27,91 @@ GRADIENT_TOLERANCE = 1e-3  # of the norm over all parameters
 
 
 def run(bench: Bench, *usually: str) -> list[Figure]:
-    """With AdamW on both sides, and selection biases at rest on both: transformers never moves them."""
+    """With AdamW on both sides, and selection biases at rest on both: transformers never moves them.
+
+    Theirs twice, one after the other, as both would not fit beside ours: with weights in FP32 and, where products are
+    in BF16, in that. The ratio is to the fastest of theirs, compiled or not.
+    """
     config = bench.config(*(usually or tax.usual(bench)), "optimizer=adamw", without=["optimizer"])
     ours = TrainingArm(config, bench.runtime)
     ours.rest_biases()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = PeerArm(ours, Path(folder))
+    theirs = _peer(ours, torch.float32)
     of, suite = f"{described(config, bench.runtime)}; {theirs.architecture}", bench.suite
     apart = relative_difference(ours, theirs)
     same = f"loss within {apart[0]:.0e}, gradient norm within {apart[1]:.0e} in FP32"
     if apart[0] > LOSS_TOLERANCE or apart[1] > GRADIENT_TOLERANCE:
         reason = f"the arms do not compute the same: {same}"
         return [not_measured(suite, name, "ratio", reason, of) for name in ("peer_speedup", "peak_memory_ratio")]
-    arms = {"ours": ours.step, "theirs": theirs.step}
+    compared = [_compare(bench, ours, theirs, "")]
+    del theirs
+    if bench.runtime.dtype is torch.bfloat16:
+        gc.collect()
+        compared.append(_compare(bench, ours, _peer(ours, torch.bfloat16), "_bf16_weights"))
+    fastest = min(compared, key=lambda each: each.seconds)
+    device, speed = bench.runtime.device, "tokens/s"
+    figures = [
+        measured(suite, "peer_speedup", fastest.speedup, "ratio", of, f"{same}; against {fastest.name}"),
+        measured(suite, "our_tokens_per_second", estimate(rates(ours.tokens, fastest.ours)), speed, of),
+    ]
+    mine = peak_bytes(ours.launched_step, ours.state(), device)
+    for each in compared:
+        for name, found in each.rates.items():
+            if isinstance(found, str):
+                figures.append(not_measured(suite, name, speed, found, of))
+            else:
+                figures.append(measured(suite, name, found.estimate, speed, of, found.note))
+        memory = f"{mine / 1e6:,.0f} MB against {each.peak / 1e6:,.0f} MB (eager) at the peak of a step"
+        figures.append(Figure(suite, each.memory_name, mine / each.peak, "ratio", of, note=memory))
+    return figures
+
+
+class _Rate(NamedTuple):
+    estimate: Estimate
+    note: str | None
+
+
+class _Compared(NamedTuple):
+    """Theirs in one format of the weights."""
+
+    name: str  # of its faster form
+    seconds: float  # of a step of that
+    speedup: Estimate
+    ours: list[float]  # seconds of our steps beside it
+    rates: dict[str, _Rate | str]  # by figure, or why there is none
+    memory_name: str
+    peak: int  # bytes
+
+
+def _peer(ours: TrainingArm, weights: torch.dtype) -> PeerArm:
+    with tempfile.TemporaryDirectory() as folder:
+        return PeerArm(ours, Path(folder), weights)
+
+
+def _compare(bench: Bench, ours: TrainingArm, theirs: PeerArm, suffix: str) -> _Compared:
+    arms = {"ours": ours.step, "eager": theirs.step}
     compiling = _try_to_compile(bench, theirs)
     if not isinstance(compiling, str):
-        arms["compiled"] = theirs.compiled_step
+        arms["torch.compile"] = theirs.compiled_step
     seconds = interleaved(
         arms, bench.runtime.device, rounds=bench.effort.rounds, budget_seconds=2 * bench.effort.budget_seconds
     )
     fastest = min((name for name in arms if name != "ours"), key=lambda name: estimate(seconds[name]).value)
-    note = f"{same}; against {'torch.compile' if fastest == 'compiled' else 'eager'}"
-    speed, device = "tokens/s", bench.runtime.device
-    figures = [
-        measured(suite, "peer_speedup", paired(seconds[fastest], seconds["ours"]), "ratio", of, note),
-        measured(suite, "our_tokens_per_second", estimate(rates(ours.tokens, seconds["ours"])), speed, of),
-        measured(suite, "peer_tokens_per_second", estimate(rates(ours.tokens, seconds["theirs"])), speed, of),
-    ]
-    name = "peer_tokens_per_second_compiled"
+    rate = f"peer_tokens_per_second{suffix}"
+    found: dict[str, _Rate | str] = {rate: _Rate(estimate(rates(ours.tokens, seconds["eager"])), None)}
     if isinstance(compiling, str):
-        figures.append(not_measured(suite, name, speed, compiling, of))
+        found[f"{rate}_compiled"] = compiling
     else:
-        rate = estimate(rates(ours.tokens, seconds["compiled"]))
-        figures.append(measured(suite, name, rate, speed, of, f"compiled in {compiling:,.0f} s"))
-    mine = peak_bytes(ours.launched_step, ours.state(), device)
-    yours = peak_bytes(theirs.step, theirs.state(), device)
-    memory = f"{mine / 1e6:,.0f} MB against {yours / 1e6:,.0f} MB (eager) at the peak of a step"
-    figures.append(Figure(suite, "peak_memory_ratio", mine / yours, "ratio", of, note=memory))
-    return figures
+        compiled = estimate(rates(ours.tokens, seconds["torch.compile"]))
+        found[f"{rate}_compiled"] = _Rate(compiled, f"compiled in {compiling:,.0f} s")
+    return _Compared(
+        name=fastest + (" with weights in BF16" if suffix else ""),
+        seconds=estimate(seconds[fastest]).value,
+        speedup=paired(seconds[fastest], seconds["ours"]),
+        ours=seconds["ours"],
+        rates=found,
+        memory_name=f"peak_memory_ratio{suffix}",
+        peak=peak_bytes(theirs.step, theirs.state(), bench.runtime.device),
+    )
 
 
 def relative_difference(ours: TrainingArm, theirs: PeerArm) -> tuple[float, float]:

@@ -2,6 +2,10 @@
 
 Weights go through the project's export, so that theirs are read by their own loader. Stacked experts multiply through
 grouped_mm, attention through SDPA, products run under BF16 autocast where ours do, AdamW is fused.
+
+Weights in FP32, as ours are, have a price there: autocast does not reach their grouped_mm, which multiplies in the
+format of the weights (transformers 5.24, integrations/moe.py). In BF16 (no master weights, AdamW's moments in BF16 too)
+it multiplies in BF16: less is learned from small steps, and on a GPU more is trained a second.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ from moe_train.training.starting_point import starting_config, write_starting_po
 
 
 class PeerArm:
-    """`ours` exported into `folder` and loaded by transformers, on the same batches."""
+    """`ours` exported into `folder` and loaded by transformers, on the same batches, its weights in FP32 or BF16."""
 
-    def __init__(self, ours: TrainingArm, folder: Path) -> None:
+    def __init__(self, ours: TrainingArm, folder: Path, weights: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -34,12 +38,13 @@ class PeerArm:
             raise TypeError(f"transformers is compared with AdamW, not {adamw.kind}")
         self.architecture = exported(ours, folder)
         self.runtime, self.batches, self.tokens = ours.runtime, ours.batches, ours.tokens
+        self._autocast = weights is torch.float32 and self.runtime.dtype is torch.bfloat16
         config = ours.config
         self._rows = config.micro_batch_size or config.batch_size
         self._max_norm = config.optimizer.max_grad_norm or float("inf")
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             str(folder / "hf"),
-            dtype=torch.float32,
+            dtype=weights,
             attn_implementation="sdpa",
             trust_remote_code=False,
             local_files_only=True,
@@ -72,7 +77,7 @@ class PeerArm:
         inputs, targets = self.batches[self._steps % len(self.batches)]
         self._steps += 1
         for piece, target in zip(inputs.split(self._rows), targets.split(self._rows)):
-            with torch.autocast(self.runtime.device_type, torch.bfloat16, enabled=self.runtime.dtype is torch.bfloat16):
+            with torch.autocast(self.runtime.device_type, torch.bfloat16, enabled=self._autocast):
                 loss = self.loss(model, piece, target)
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm)

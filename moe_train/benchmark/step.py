@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from pathlib import Path
+
+import torch
 
 from moe_train.benchmark.arms import TrainingArm, rates
 from moe_train.benchmark.bench import Bench, described
@@ -28,6 +31,10 @@ def run(bench: Bench, *usually: str, with_a_run: bool = True) -> list[Figure]:
     config = bench.config(*settings)
     figures = _timed(bench, config)
     if with_a_run and bench.launches:
+        bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared; on a GPU the run needs theirs
+        gc.collect()
+        if bench.on_gpu:
+            torch.cuda.empty_cache()
         figures += _overhead(bench, settings, described(config, bench.runtime))
     return figures
 

@@ -133,6 +133,8 @@ def start_runtime(config: RunConfig) -> Runtime:
     _check_meeting_place(expected)
     if not on_gpu:
         _refuse_lost_processes(expected)
+    if expected == 1:
+        _leave_group_of_one()
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
         keep_freed_memory()
     num_threads = set_threads(config.num_threads)
@@ -234,6 +236,12 @@ def _refuse_lost_processes(expected: int) -> None:
             "several processes were asked for and accelerate started one (its --cpu launcher does): "
             "use torchrun --standalone --nproc-per-node N train.py"
         )
+
+
+def _leave_group_of_one() -> None:
+    """What torchrun sets for a single process: accelerate would wrap the model in DDP, for nobody to exchange with."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 def _refuse_layouts_of_accelerate() -> None:

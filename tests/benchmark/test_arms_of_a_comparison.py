@@ -128,3 +128,29 @@ def test_a_model_that_cannot_be_compiled_is_compared_as_it_is(
     assert (compiled.value, compiled.note) == (None, "torch.compile fails here: RuntimeError: no working compiler")
     assert "against eager" in str(figures["peer_speedup"].note)
     assert figures["peak_memory_ratio"].value is not None
+
+
+def test_theirs_is_taken_with_weights_in_both_formats_and_compared_in_the_faster(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_bf16 = bench()
+    in_bf16 = dataclasses.replace(
+        in_bf16, runtime=dataclasses.replace(in_bf16.runtime, dtype=torch.bfloat16), compiles_peer=False
+    )
+    stepped: list[set[torch.dtype]] = []
+    step = PeerArm.step
+
+    def seen(self: PeerArm) -> None:
+        stepped.append({parameter.dtype for parameter in self.model.parameters()})
+        step(self)
+
+    monkeypatch.setattr(PeerArm, "step", seen)
+    figures = {figure.name: figure for figure in peer.run(in_bf16, "model=nano")}
+    assert stepped[0] == {torch.float32}
+    assert torch.bfloat16 in stepped[-1]  # a router may stay in FP32
+    wide, narrow = (figures[f"peer_tokens_per_second{suffix}"] for suffix in ("", "_bf16_weights"))
+    assert wide.value is not None
+    assert narrow.value is not None
+    faster = "against eager with weights in BF16" if narrow.value > wide.value else "against eager"
+    assert str(figures["peer_speedup"].note).endswith(faster)
+    assert figures["peak_memory_ratio_bf16_weights"].value is not None

@@ -72,6 +72,15 @@ def test_processes_with_other_code_are_refused(
     assert code_digest(folder) != before
 
 
+def test_a_single_process_of_torchrun_is_a_run_like_any_other(commands: Commands, port: int) -> None:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    commands.train("run_dir=plain", "stop.steps=2")
+    commands.environment |= alone | {"MASTER_PORT": str(port)}
+    commands.train("run_dir=launched", "stop.steps=2")
+    losses = [commands.summary(run)["final_train_loss"] for run in ("plain", "launched")]
+    assert losses[0] == losses[1]
+
+
 def test_a_port_in_use_is_named(commands: Commands) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
