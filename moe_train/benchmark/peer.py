@@ -101,6 +101,7 @@ def _compare(bench: Bench, ours: TrainingArm, theirs: PeerArm, suffix: str) -> _
     if isinstance(compiling, str):
         found[f"{rate}_compiled"] = compiling
     else:
+        torch._dynamo.reset()  # or it would keep the model, and the next would find no memory
         compiled = estimate(rates(ours.tokens, seconds["torch.compile"]))
         found[f"{rate}_compiled"] = _Rate(compiled, f"compiled in {compiling:,.0f} s")
     return _Compared(
