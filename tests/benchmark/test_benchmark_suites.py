@@ -70,8 +70,9 @@ def test_the_experts_of_a_model_have_two_products_and_a_gpu_wide_ones_too() -> N
     assert (gate_up.rows, gate_up.experts, gate_up.inputs, gate_up.outputs) == (4096 * 6, 64, 256, 192)
     assert (down.inputs, down.outputs) == (96, 256)
     assert kernels.shapes(config, on_gpu=True)[-1].inputs == 2048
-    with pytest.raises(UserError, match="has no experts"):
-        kernels.shapes(compose_run(["model=llama_3_1_8b"], "test"), on_gpu=False)
+    for model in ("dense_nano", "llama_3_1_8b"):
+        with pytest.raises(UserError, match="has no experts"):
+            kernels.shapes(compose_run([f"model={model}"], "test"), on_gpu=False)
 
 
 def test_overhead_is_what_passed_and_was_no_step_and_what_steps_waited_for_data() -> None:
