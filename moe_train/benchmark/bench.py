@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from moe_train.compose import compose_run
 from moe_train.config import MoEConfig, RunConfig
@@ -72,6 +73,18 @@ def _key(override: str) -> str:
 
 def _group(override: str) -> str:
     return _key(override).split("/")[0].split(".")[0]
+
+
+def said_in_full(of: str, bench: Bench, said: Sequence[str]) -> str:
+    """What was measured, with the given settings that `of` does not speak of and which kernels a CPU ran in BF16.
+
+    `said`: keys that it does speak of. Figures of other settings are of something else, and do not replace each other.
+    """
+    runtime = bench.runtime
+    further = [o for o in bench.given if _key(o) not in (*said, "num_threads", "cpu_kernels")]
+    if runtime.cpu_kernels == "torch" and runtime.dtype is torch.bfloat16:
+        further.append("cpu_kernels=torch")
+    return f"{of}, with {' '.join(sorted(further))}" if further else of
 
 
 def experts_of(config: RunConfig) -> MoEConfig:

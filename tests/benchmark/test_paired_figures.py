@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.benchmark import timing
-from moe_train.benchmark.figures import estimate, measured, not_measured, paired
+from moe_train.benchmark.figures import Figure, estimate, marked, measured, not_measured, paired
 from moe_train.benchmark.timing import interleaved, seconds_a_call
 
 CPU = torch.device("cpu")
@@ -75,3 +75,15 @@ def test_the_time_of_a_call_is_the_mean_of_its_calls(monkeypatch: pytest.MonkeyP
     clock = iter([10.0, 16.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert seconds_a_call(lambda: None, CPU, calls=3) == 2.0
+
+
+def test_a_figure_is_unsteady_where_its_quartiles_are_more_than_a_fifth_apart() -> None:
+    def reason(value: float, low: float, high: float, unit: str = "ratio") -> str | None:
+        return marked(Figure("tax", "moe_tax", value, unit, spread=(low, high)), None).unsteady
+
+    assert reason(1.2, 1.1, 1.3) is None
+    assert reason(1.2, 1.0, 1.3) == "quartiles are 25% of it apart"
+    assert reason(0.03, 0.01, 0.07, "share") is None  # of time lost: 0.97, give or take 0.03
+    assert reason(0.6, 0.4, 0.6, "share") is not None
+    counted = Figure("step", "host_synchronizations", 0.0, "count")
+    assert marked(counted, "the device was slower").unsteady is None
