@@ -81,10 +81,11 @@ def said_in_full(of: str, bench: Bench, said: Sequence[str]) -> str:
     `said`: keys that it does speak of. Figures of other settings are of something else, and do not replace each other.
     """
     runtime = bench.runtime
-    further = [o for o in bench.given if _key(o) not in (*said, "num_threads", "cpu_kernels")]
+    said = (*said, "num_threads", "cpu_kernels") if of else ("num_threads", "cpu_kernels")
+    further = [o for o in bench.given if _key(o) not in said]
     if runtime.cpu_kernels == "torch" and runtime.dtype is torch.bfloat16:
         further.append("cpu_kernels=torch")
-    return f"{of}, with {' '.join(sorted(further))}" if further else of
+    return ", ".join(text for text in (of, f"with {' '.join(sorted(further))}" if further else "") if text)
 
 
 def experts_of(config: RunConfig) -> MoEConfig:

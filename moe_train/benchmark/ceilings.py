@@ -76,7 +76,6 @@ def drift(before: Ceilings, after: Ceilings) -> str | None:
     Copies say nothing: what fits into a cache that others use as well runs twice as fast on some days.
     """
     rates = before.matmul.value, after.matmul.value
-    apart = max(rates) / min(rates) - 1
-    if apart <= DRIFT:
+    if max(rates) <= (1 + DRIFT) * min(rates):
         return None
-    return f"the device multiplied {apart:.0%} {'faster' if rates[1] > rates[0] else 'slower'} after it than before"
+    return f"the device multiplied at {rates[0]:.3g} TFLOP/s before it and at {rates[1]:.3g} after it"

@@ -62,7 +62,8 @@ def marked(figure: Figure, elsewhere: str | None) -> Figure:
         return figure
     low, high = figure.spread
     # A share of time lost is as good as what is left of the whole: 3% that may be 1% or 7% is 97 ± 3.
-    size = max(abs(figure.value), 1 - figure.value) if figure.unit == "share" else abs(figure.value)
+    lost = any(word in figure.name for word in ("fraction", "slowdown"))
+    size = max(abs(figure.value), 1 - figure.value) if lost else abs(figure.value)
     if high - low > UNSTEADY * size:
         return dataclasses.replace(figure, unsteady=f"quartiles are {(high - low) / (size or 1):.0%} of it apart")
     return dataclasses.replace(figure, unsteady=elsewhere)

@@ -80,7 +80,7 @@ def show_doubts(figures: Sequence[Figure]) -> None:
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")  # settings have brackets, too
     table.add_column(first, overflow="fold")
     for column in ("median", "quartiles"):
         table.add_column(column, justify="right")

@@ -177,13 +177,16 @@ def test_figures_of_a_device_whose_speed_changed_meanwhile_are_not_saved(
         lambda *_, **__: Ceilings("float32", estimate([next(rates)]), estimate([1.0]), {}),
     )
     said = run("suite=tax", "save=true", status=1)
-    assert "speed: the device multiplied 25% slower after it than before" in said
+    assert "speed: the device multiplied at 1 TFLOP/s before it and at 0.8 after it" in said
 
 
 def test_a_suite_of_which_nothing_could_be_measured_fails(run: Run, tmp_path: Path) -> None:
-    said = run("suite=startup,tax", "json=x.json", "save=true", status=1)
+    said = run("suite=startup,tax", "data=text_files", "data.files=[/none/*.txt]", "json=x.json", "save=true", status=1)
     assert said == "error: suite=startup: nothing could be measured: there is no text\n"
     assert suites_in(Path("x.json")) == ["startup", "tax"]
+    of = {figure["suite"]: figure["of"] for figure in json.loads(Path("x.json").read_text())["figures"]}
+    settings = "data.files=[/none/*.txt] data=text_files"
+    assert of == {"startup": f"with {settings} precision=fp32", "tax": f"tiny, with {settings}"}
     (file,) = (tmp_path / "results").glob("*.json")
     assert suites_in(file) == ["tax"]
 
