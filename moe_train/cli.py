@@ -12,8 +12,9 @@ import difflib
 import json
 import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,8 +115,11 @@ def divide_arguments(schema: type[Any], arguments: list[str]) -> tuple[list[str]
     return own, [a for a in arguments if a not in own]
 
 
-def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:
-    """`key=value` arguments as a dataclass of plain types. Raises UsageError naming the argument and the remedy."""
+def parse_arguments(schema: type[T], arguments: list[str], usage: str, settings: Sequence[str] = ()) -> T:
+    """`key=value` arguments as a dataclass of plain types. Raises UsageError naming the argument and the remedy.
+
+    settings: those of train.py that the script takes beside them, for that remedy.
+    """
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     given: dict[str, str] = {}
     for argument in arguments:
@@ -126,8 +130,10 @@ def parse_arguments(schema: type[T], arguments: list[str], usage: str) -> T:
             continue
         key, equals, value = argument.partition("=")
         if not equals or key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, [*fields, *settings], n=1, cutoff=0.6 if settings else 0.5)
             hint = f"did you mean {near[0]}=?" if near else f"there are {', '.join(f'{name}=' for name in fields)}"
+            if settings and not near:
+                hint += f", and of train.py's settings {', '.join(settings)}"
             raise UsageError(f"unknown argument {argument}: {hint}")
         given[key] = value
     for name, field in fields.items():
@@ -176,8 +182,12 @@ def check_json_target(path: Path | None, out: Path | None = None, key: str = "js
         raise UserError(f"{key}={path} exists already: choose another file or remove it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{key}={path}: there is no folder {path.absolute().parent}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"{key}={path}: the folder {path.absolute().parent} cannot be written: choose another")
+    folder = path.absolute().parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell (root, /proc)
+            pass
+    except OSError:
+        raise UserError(f"{key}={path}: the folder {folder} cannot be written: choose another") from None
 
 
 def check_plot_target(path: Path | None) -> None:

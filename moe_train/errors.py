@@ -12,6 +12,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 
@@ -28,16 +29,23 @@ class UsageError(UserError):
     exit_status = 2
 
 
-class BeforeFirstStep(KeyboardInterrupt):
-    """A signal ends a run that has made no step yet. The exit status is the shell's for the signal."""
+class EndedBySignal(KeyboardInterrupt):
+    """A signal ends the command, which has said all that there is to say. The exit status is the shell's for it."""
+
+    def __init__(self, number: int, said: str) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}{said}")
+        self.number, self.exit_status = number, 128 + number
+
+
+class BeforeFirstStep(EndedBySignal):
+    """A signal ends a run that has made no step yet."""
 
     def __init__(self, number: int, saved_step: int | None = None) -> None:
         """saved_step: of an earlier attempt."""
         what = "nothing is saved, and the same command starts it again"
         if saved_step is not None:
             what = f"step_{saved_step} is as it was: go on with resume=auto"
-        super().__init__(f"interrupted by {signal.Signals(number).name} before its first step: {what}")
-        self.exit_status = 128 + number
+        super().__init__(number, f" before its first step: {what}")
 
 
 def one_line(text: object) -> str:
@@ -87,7 +95,7 @@ def reported(traceback: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output is gone (| head): nothing left to say
         sys.stderr.close()
         os._exit(1)
-    except BeforeFirstStep as end:
+    except EndedBySignal as end:
         say(str(end))
         sys.exit(end.exit_status)
     except KeyboardInterrupt:
@@ -101,3 +109,28 @@ def reported(traceback: bool = False) -> Iterator[None]:
             raise
         say(f"error: {in_words(error)}", isinstance(error, UserError) and error.of_one_process)
         sys.exit(error.exit_status if isinstance(error, UserError) else 1)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within `reported`, of a command that keeps nothing by itself: Ctrl-C and SIGTERM raise EndedBySignal once.
+
+    What is being made meanwhile is taken away by whoever makes it. Another signal a while later ends the process at
+    once. Signals that somebody ignores stay so.
+    """
+    came: list[float] = []
+
+    def come(number: int, _frame: object) -> None:
+        came.append(time.monotonic())
+        if len(came) == 1:
+            raise EndedBySignal(number, ": nothing is kept")
+        if came[-1] - came[0] > _ONE_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, come)
+    yield
+
+
+_ONE_SIGNAL_SECONDS = 2.0  # `timeout` and terminals send it to a process and to its group

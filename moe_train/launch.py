@@ -16,24 +16,26 @@ from typing import IO
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
-def launch_job(overrides: Sequence[str], output: IO[str] | None = None) -> int:
-    """Run `train.py` with the overrides in one process on the devices there are; returns its exit status.
-
-    output: a file for what it says; None: it speaks for itself.
-    """
+def launch_job(overrides: Sequence[str]) -> int:
+    """Run `train.py` with the overrides in one process on the devices there are; returns its exit status."""
     command = [sys.executable, *_accelerate(1), str(TRAIN), *overrides]
-    return subprocess.run(command, env=_environment(), stdout=output, stderr=output, check=False).returncode
+    return subprocess.run(command, env=_environment(), check=False).returncode
 
 
 def start_job(
-    overrides: Sequence[str], output: IO[str], environment: Mapping[str, str], processes: int = 1
+    overrides: Sequence[str],
+    output: IO[str],
+    environment: Mapping[str, str],
+    processes: int = 1,
+    accelerate: bool = False,
 ) -> subprocess.Popen[str]:
     """The same without waiting, and in a process group of its own, so that a Ctrl-C does not reach it by itself.
 
     One process starts without accelerate's launcher, which settles nothing for it that the run does not settle itself,
-    and takes as long to start as the run. environment: what is set beside ours, e.g. the devices the job may see.
+    and takes as long to start as the run, unless `accelerate` asks for it. environment: what is set beside ours, e.g.
+    the devices the job may see. output: a file for what it says.
     """
-    launcher = [] if processes == 1 else _accelerate(processes)
+    launcher = _accelerate(processes) if accelerate or processes > 1 else []
     command, variables = [sys.executable, *launcher, str(TRAIN), *overrides], {**_environment(), **environment}
     return subprocess.Popen(command, env=variables, stdout=output, stderr=output, text=True, start_new_session=True)
 

@@ -14,8 +14,11 @@ python scripts/benchmark.py suite=NAME[,NAME…] [rounds=9] [compile=true|false]
 
 compile=false leaves out torch.compile of transformers' model, which takes minutes on a CPU; with smoke it is left out.
 launch=false leaves out the run of the real command that suite=step makes for the overhead of its loop.
-save=true keeps the figures in docs/results/DEVICE.json, beside those of other suites. profile=true writes a trace, the
-slowest operations and memory of suite=step's model into out= (by default under outputs/).
+json=FILE and save=true are written after every suite, so that one that fails costs none before it. save=true keeps the
+figures in docs/results/DEVICE.json, in the place of those of the same suite, model and settings and beside all others,
+but not of a suite whose figures are unsteady: quartiles far apart, or a device that was faster before it than after.
+profile=true writes a trace, the slowest operations and memory of suite=step's model into out= (by default under
+outputs/).
 """
 
 from __future__ import annotations
@@ -24,15 +27,19 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from moe_train.before_torch import settle_environment
 from moe_train.benchmark.choices import KEYS, SUITES, chosen
-from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback, write_json
+from moe_train.cli import check_json_target, divide_arguments, parse_arguments, wants_traceback
 from moe_train.compose import compose_run, split_overrides
-from moe_train.errors import UsageError, UserError, reported
+from moe_train.errors import EndedBySignal, UsageError, UserError, ended_by_signals, in_words, reported
+
+if TYPE_CHECKING:
+    from moe_train.benchmark.bench import Bench
+    from moe_train.benchmark.keeping import Keeper
 
 USAGE = (__doc__ or "").strip()
 
@@ -52,10 +59,13 @@ class Arguments:
 def main() -> None:
     settle_environment()
     own, others = divide_arguments(Arguments, sys.argv[1:])
+    for key, needed in (("suite", f"choose from {', '.join(SUITES)}, or all"), ("json", "give a file")):
+        if f"{key}=" in own:
+            raise UsageError(f"{key}= is missing: {needed}")
     arguments = parse_arguments(Arguments, own, usage=USAGE)
-    check_json_target(arguments.json)
     if arguments.suite is None and not arguments.profile:
         raise UsageError(f"suite= is missing: choose from {', '.join(SUITES)}, or all")
+    check_json_target(arguments.json)
     names = chosen(arguments.suite) if arguments.suite else []
     if arguments.suite is None and (arguments.save or arguments.json):
         raise UsageError("save= and json= keep the figures of a suite: give suite=")
@@ -66,12 +76,13 @@ def main() -> None:
     if arguments.out is not None and not arguments.profile:
         raise UsageError("out= is the folder of a profile: give profile=true as well")
     overrides, config_dir, unknown = split_overrides(others, KEYS)
-    parse_arguments(Arguments, unknown, usage=USAGE)  # says what is wrong with them
+    parse_arguments(Arguments, unknown, usage=USAGE, settings=KEYS)  # says what is wrong with them
     config = compose_run(overrides, "benchmark", config_dir)
     folder = _profile_folder(arguments.out) if arguments.profile else None
 
-    from moe_train.benchmark import profiling, results, suites
+    from moe_train.benchmark import results
     from moe_train.benchmark.bench import Bench, Effort
+    from moe_train.benchmark.keeping import Keeper
     from moe_train.training.runtime import start_runtime
 
     runtime = start_runtime(config)
@@ -79,17 +90,26 @@ def main() -> None:
         raise UserError("a benchmark is of one device: start it as one process")
     effort = Effort() if arguments.rounds is None else Effort(rounds=arguments.rounds)
     bench = Bench("step", tuple(overrides), config_dir, runtime, effort, arguments.compile, arguments.launch)
-    file = results.results_file(runtime)
-    earlier = results.read(file) if arguments.save else None
-    if arguments.save:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    saved = results.results_file(runtime) if arguments.save else None
+    if saved is not None:
+        results.check_file(saved, runtime.device_name)
+    keeper = Keeper(arguments.json, saved)
+    try:
+        _measure(bench, names, keeper, folder)
+    except EndedBySignal as end:
+        raise EndedBySignal(end.number, f": {keeper.said or 'no figures are kept'}") from None
+    except Exception as error:
+        if wants_traceback() or not keeper.said:
+            raise
+        raise UserError(f"{in_words(error)}; {keeper.said}") from error
+    keeper.close()
+
+
+def _measure(bench: Bench, names: list[str], keeper: Keeper, folder: Path | None) -> None:
+    from moe_train.benchmark import profiling, suites
+
     if names:
-        content = suites.run(bench, names)
-        if arguments.json:
-            write_json(arguments.json, content)
-        if arguments.save:
-            write_json(file, content if earlier is None else results.merged(earlier, content))
-            sys.stdout.write(f"kept in {file}\n")
+        suites.run(bench, names, keeper.keep)
     if folder is not None:
         sys.stdout.write(f"profile in {profiling.run(bench, folder)}\n")
 
@@ -104,5 +124,5 @@ def _profile_folder(out: Path | None) -> Path:
 
 
 if __name__ == "__main__":
-    with reported(wants_traceback()):
+    with reported(wants_traceback()), ended_by_signals():
         main()

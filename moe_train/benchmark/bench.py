@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from moe_train.compose import compose_run
-from moe_train.config import RunConfig
+from moe_train.config import MoEConfig, RunConfig
+from moe_train.errors import UserError
 from moe_train.training.runtime import Runtime
 
 
@@ -73,6 +75,26 @@ def _group(override: str) -> str:
     return _key(override).split("/")[0].split(".")[0]
 
 
+def said_in_full(of: str, bench: Bench, said: Sequence[str]) -> str:
+    """What was measured, with the given settings that `of` does not speak of and which kernels a CPU ran in BF16.
+
+    `said`: keys that it does speak of. Figures of other settings are of something else, and do not replace each other.
+    """
+    runtime = bench.runtime
+    said = (*said, "num_threads", "cpu_kernels") if of else ("num_threads", "cpu_kernels")
+    further = [o for o in bench.given if _key(o) not in said]
+    if runtime.cpu_kernels == "torch" and runtime.dtype is torch.bfloat16:
+        further.append("cpu_kernels=torch")
+    return ", ".join(text for text in (of, f"with {' '.join(sorted(further))}" if further else "") if text)
+
+
+def experts_of(config: RunConfig) -> MoEConfig:
+    """The experts that the model is made of. Raises UserError; a dense twin is written with those of its mixture."""
+    if config.model.moe is None or config.model.dense_twin_of_moe is not None:
+        raise UserError(f"model={config.model.name} has no experts: choose an MoE model")
+    return config.model.moe
+
+
 def made_up_tokens(config: RunConfig, batches: int) -> npt.NDArray[np.uint32]:
     """As many tokens as `batches` batches and one more token take."""
     ranks = np.arange(config.vocab_size)
@@ -84,7 +106,9 @@ def made_up_tokens(config: RunConfig, batches: int) -> npt.NDArray[np.uint32]:
 
 def described(config: RunConfig, runtime: Runtime) -> str:
     """What is trained, in a few words."""
-    rows, length = config.micro_batch_size or config.batch_size, config.data.sequence_length
+    tokens = f"{config.batch_size} × {config.data.sequence_length} tokens"
+    if config.micro_batch_size not in (None, config.batch_size):
+        tokens += f" in micro-batches of {config.micro_batch_size}"
     dtype = {"bfloat16": "BF16", "float32": "FP32"}[str(runtime.dtype).removeprefix("torch.")]
     precision = dtype if config.precision.fp8 is None else config.precision.name
-    return f"{config.model.name}, {rows} × {length} tokens, {precision}, {config.optimizer.kind}"
+    return f"{config.model.name}, {tokens}, {precision}, {config.optimizer.kind}"

@@ -65,3 +65,17 @@ def measure(
         copy=estimate([moved / s / 1e9 for s in found["copy"]]),
         products={name: estimate([flops[name] / s / 1e12 for s in found[name]]) for name in arms},
     )
+
+
+DRIFT = 0.15  # between two measurements of the same device: on an H200 and on quiet cores they differ by a few percent
+
+
+def drift(before: Ceilings, after: Ceilings) -> str | None:
+    """What is said where products ran at another speed after the figures than before them.
+
+    Copies say nothing: what fits into a cache that others use as well runs twice as fast on some days.
+    """
+    rates = before.matmul.value, after.matmul.value
+    if max(rates) <= (1 + DRIFT) * min(rates):
+        return None
+    return f"the device multiplied at {rates[0]:.3g} TFLOP/s before it and at {rates[1]:.3g} after it"

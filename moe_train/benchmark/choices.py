@@ -9,7 +9,7 @@ SUITES = ("step", "peer", "tax", "kernels", "experts", "precision", "startup", "
 # The groups and keys of configs/train.yaml that a benchmark takes: those that change what a step does.
 KEYS = (
     *("model", "optimizer", "precision", "data", "schedule"),
-    *("batch_size", "micro_batch_size", "num_threads", "z_loss_weight", "activation_checkpointing"),
+    *("batch_size", "micro_batch_size", "num_threads", "cpu_kernels", "z_loss_weight", "activation_checkpointing"),
     *("seed", "deterministic"),
 )
 

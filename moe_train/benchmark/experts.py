@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from moe_train.benchmark import tax
 from moe_train.benchmark.arms import TrainingArm, rates
-from moe_train.benchmark.bench import Bench, described
+from moe_train.benchmark.bench import Bench, described, experts_of
 from moe_train.benchmark.figures import Figure, estimate, measured
 from moe_train.benchmark.timing import interleaved
 from moe_train.config import RunConfig
@@ -48,9 +48,7 @@ def run(bench: Bench, *usually: str) -> list[Figure]:
 
 def with_experts(config: RunConfig, count: int) -> RunConfig:
     """The run with `count` routed experts. Raises UserError."""
-    moe = config.model.moe
-    if moe is None:
-        raise UserError(f"model={config.model.name} has no experts: choose an MoE model")
+    moe = experts_of(config)
     try:
         model = dataclasses.replace(config.model, moe=dataclasses.replace(moe, num_experts=count))
     except ValueError as error:

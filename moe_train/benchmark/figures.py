@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+# Quartiles further apart than this share of what they are of: published ones are within 0.08 (docs/results/).
+UNSTEADY = 0.2
 
 
 class Estimate(NamedTuple):
@@ -30,6 +34,7 @@ class Figure:
     spread: tuple[float, float] | None = None  # quartiles; None of what is counted and not timed
     repetitions: int | None = None
     note: str | None = None
+    unsteady: str | None = None  # why it is not to be trusted
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -49,3 +54,29 @@ def measured(suite: str, name: str, found: Estimate, unit: str, of: str = "", no
 
 def not_measured(suite: str, name: str, unit: str, reason: str, of: str = "") -> Figure:
     return Figure(suite, name, None, unit, of, note=reason)
+
+
+def marked(figure: Figure, elsewhere: str | None) -> Figure:
+    """With what speaks against it: its own quartiles, or `elsewhere`, which speaks against all that was timed then."""
+    if figure.value is None or figure.spread is None:
+        return figure
+    low, high = figure.spread
+    # A share of time lost is as good as what is left of the whole: 3% that may be 1% or 7% is 97 ± 3.
+    lost = any(word in figure.name for word in ("fraction", "slowdown"))
+    size = max(abs(figure.value), 1 - figure.value) if lost else abs(figure.value)
+    if high - low > UNSTEADY * size:
+        return dataclasses.replace(figure, unsteady=f"quartiles are {(high - low) / (size or 1):.0%} of it apart")
+    return dataclasses.replace(figure, unsteady=elsewhere)
+
+
+def doubts(figures: Sequence[Figure]) -> str | None:
+    """What speaks against figures of a suite, in a line; None: nothing."""
+    by_reason: dict[str, list[str]] = {}
+    for figure in figures:
+        if figure.unsteady is not None:
+            by_reason.setdefault(figure.unsteady, []).append(figure.name)
+    said = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        said.append(f"{', '.join(names[:2])}{more}: {reason}")
+    return "; ".join(said) or None

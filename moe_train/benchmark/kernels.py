@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from moe_train.benchmark import tax
-from moe_train.benchmark.bench import Bench
+from moe_train.benchmark.bench import Bench, experts_of
 from moe_train.benchmark.ceilings import copying, square_matmul_tflops
 from moe_train.benchmark.figures import Figure, estimate, measured, not_measured, paired
 from moe_train.benchmark.timing import Call, interleaved
 from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig, RunConfig
-from moe_train.errors import UserError
 from moe_train.precision.choice import Device, choose
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import grouped_linear
@@ -88,9 +87,7 @@ def run(bench: Bench, *usually: str) -> list[Figure]:
 
 def shapes(config: RunConfig, on_gpu: bool) -> list[Shape]:
     """The two products of the model's experts, and on a GPU those of experts 2,048 wide. Raises UserError."""
-    moe, hidden = config.model.moe, config.model.hidden_size
-    if moe is None:
-        raise UserError(f"model={config.model.name} has no experts: choose an MoE model")
+    moe, hidden = experts_of(config), config.model.hidden_size
     tokens = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
     sizes = [(config.model.name, tokens * moe.top_k, moe.num_experts, hidden, moe.moe_intermediate_size)]
     if on_gpu:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe_train.benchmark import experts, fp8_recipes, kernels, peer, step, tax
+from moe_train.benchmark import experts, fp8_recipes, kernels, peer_if_there, step, tax
 from moe_train.benchmark.bench import Bench, Effort
 from moe_train.benchmark.figures import Figure
 
@@ -19,7 +19,7 @@ def run(bench: Bench) -> list[Figure]:
     return [
         *step.run(small, *USUAL, with_a_run=False),
         *tax.run(small, *USUAL),
-        *peer.run(small, *USUAL),
+        *peer_if_there.run(small, *USUAL),
         *experts.run(small, *USUAL),
         *kernels.run(small, *USUAL),
         *fp8_recipes.run(small, *USUAL, names=("fp8_deepseek",)),

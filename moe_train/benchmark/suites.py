@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,20 +11,20 @@ from moe_train.benchmark import (
     experts,
     fp8_recipes,
     kernels,
-    peer,
+    peer_if_there,
     smoke,
     startup,
     step,
     tables,
     tax,
 )
-from moe_train.benchmark.bench import Bench
-from moe_train.benchmark.figures import Figure
+from moe_train.benchmark.bench import Bench, said_in_full
+from moe_train.benchmark.figures import Figure, marked
 from moe_train.benchmark.results import Content, content_of, load_average
 
 _RUN: dict[str, Callable[[Bench], list[Figure]]] = {
     "step": step.run,
-    "peer": peer.run,
+    "peer": peer_if_there.run,
     "tax": tax.run,
     "kernels": kernels.run,
     "experts": experts.run,
@@ -31,6 +32,11 @@ _RUN: dict[str, Callable[[Bench], list[Figure]]] = {
     "startup": startup.run,
     "smoke": smoke.run,
 }
+
+# Settings that a suite's own words for what it measured speak of.
+_SAID = ("model", "model.name", "optimizer", "precision", "batch_size", "micro_batch_size", "data.sequence_length")
+_SAID_OF_STARTUP = ("model", "model.name")
+_USUAL_EXPERTS = ("tax", "peer", "experts")  # on a GPU have a model of their own if none is given, by a published name
 
 
 def check(bench: Bench, name: str) -> None:
@@ -46,26 +52,38 @@ def check(bench: Bench, name: str) -> None:
         kernels.shapes(config, bench.on_gpu)
 
 
-def run(bench: Bench, names: Sequence[str]) -> Content:
-    """What the suites `names` measured on the runtime's device, shown as it comes."""
+def _said(bench: Bench, name: str) -> tuple[str, ...]:
+    if name == "startup":
+        return _SAID_OF_STARTUP
+    return _SAID[1:] if bench.on_gpu and name in _USUAL_EXPERTS else _SAID
+
+
+def run(bench: Bench, names: Sequence[str], keep: Callable[[str, Content, Sequence[Figure]], None]) -> None:
+    """Measure the suites `names` on the runtime's device; each is kept and shown as it comes."""
     for name in names:
         check(bench, name)
     load = load_average()
     config = bench.config(*step.usual(bench))
-    hidden, tokens = (
-        config.model.hidden_size,
-        (config.micro_batch_size or config.batch_size) * config.data.sequence_length,
-    )
+    hidden, rows = config.model.hidden_size, config.micro_batch_size or config.batch_size
+    tokens = rows * config.data.sequence_length
     # Of a dense FFN and of the output head: what most of a small model's products are like.
     sizes = [(tokens, hidden, 2 * config.model.intermediate_size), (tokens, hidden, config.vocab_size)]
-    limits = ceilings.measure(bench.runtime.device, bench.runtime.dtype, sizes, rounds=5)
-    tables.show_device(bench.runtime, limits, load)
+    device, dtype = bench.runtime.device, bench.runtime.dtype
+    before = ceilings.measure(device, dtype, sizes, rounds=5)
+    tables.show_device(bench.runtime, before, load)
     figures: list[Figure] = []
     for name in names:
         sys.stdout.write(f"measuring suite={name}\n")
         sys.stdout.flush()
-        found = _RUN[name](bench.filed_under(name))
+        found = [
+            dataclasses.replace(figure, of=said_in_full(figure.of, bench, _said(bench, name)))
+            for figure in _RUN[name](bench.filed_under(name))
+        ]
+        bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared
+        after = dataclasses.replace(ceilings.measure(device, dtype, (), rounds=5), products=before.products)
+        found = [marked(figure, ceilings.drift(before, after)) for figure in found]
+        keep(name, content_of(bench.runtime, name, (before, after), found, load), found)
         tables.show(found)
         figures += found
-        bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared
-    return content_of(bench.runtime, names, limits, figures, load)
+        before = after
+    tables.show_doubts(figures)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from moe_train.benchmark.ceilings import Ceilings
 from moe_train.benchmark.figures import Figure
+from moe_train.benchmark.results import cpu_kernels
 from moe_train.training.runtime import Runtime
 
 _FORMS = {
@@ -33,7 +34,9 @@ def shown(value: float, unit: str) -> str:
 
 def show_device(runtime: Runtime, ceilings: Ceilings, load: float | None) -> None:
     """What everything else is held against. `load`: see results.py."""
-    title = f"{runtime.device_name}, {runtime.num_threads} threads, torch {torch.__version__}, {date.today()}"
+    kernels, reason = cpu_kernels(runtime)
+    by = {"compiled": ", kernels in C", "torch": ", torch's kernels", None: ""}[kernels]
+    title = f"{runtime.device_name}, {runtime.num_threads} threads{by}, torch {torch.__version__}, {date.today()}"
     table = _table(title, "at its best")
     rows = [(f"{ceilings.dtype} product, large and square", ceilings.matmul, "TFLOP/s")]
     rows += [(f"{ceilings.dtype} product, {sizes}", rate, "TFLOP/s") for sizes, rate in ceilings.products.items()]
@@ -42,6 +45,8 @@ def show_device(runtime: Runtime, ceilings: Ceilings, load: float | None) -> Non
         table.add_row(name, shown(rate.value, unit), f"{shown(rate.low, unit)} to {shown(rate.high, unit)}")
     console = Console()
     console.print(table)
+    if reason is not None:
+        console.print(Text(f"note: torch's kernels, not ours in C: {reason}"), soft_wrap=True)
     if load is not None and load > 0.5:
         note = f"note: {load:.1f} processes wanted a core before the first measurement: with others at work, figures "
         console.print(Text(f"{note}are rough, ratios less so"), soft_wrap=True)
@@ -57,14 +62,25 @@ def show(figures: Sequence[Figure]) -> None:
             name = figure.name.replace("_", " ")
             between = "" if figure.spread is None else " to ".join(shown(each, figure.unit) for each in figure.spread)
             value = "not measured" if figure.value is None else shown(figure.value, figure.unit)
-            table.add_row(name, value, between)
+            table.add_row(name, value, between + ("" if figure.unsteady is None else ", unsteady"))
+            if figure.unsteady is not None:
+                notes.append(Text(f"  {name}: unsteady: {figure.unsteady}"))
             if figure.note is not None:
                 notes.append(Text(f"  {name}: {figure.note}"))
         console.print(table, *notes, sep="\n")
 
 
+def show_doubts(figures: Sequence[Figure]) -> None:
+    """In one line, which suites are not to be trusted."""
+    suites = dict.fromkeys(figure.suite for figure in figures if figure.unsteady is not None)
+    if suites:
+        named = ", ".join(f"suite={suite}" for suite in suites)
+        line = f"note: {named}: figures marked as unsteady say little: measure again when nothing else is at work"
+        Console().print(Text(line), soft_wrap=True)
+
+
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")  # settings have brackets, too
     table.add_column(first, overflow="fold")
     for column in ("median", "quartiles"):
         table.add_column(column, justify="right")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_train.benchmark.arms import TrainingArm, rates
-from moe_train.benchmark.bench import Bench, described
+from moe_train.benchmark.bench import Bench, described, experts_of
 from moe_train.benchmark.figures import Figure, estimate, measured, paired
 from moe_train.benchmark.timing import interleaved
 from moe_train.config import ModelConfig, RunConfig
@@ -48,8 +48,7 @@ def run(bench: Bench, *usually: str) -> list[Figure]:
 
 def dense_twin(config: RunConfig) -> tuple[RunConfig, float]:
     """The run of the dense twin, and its FLOPs a token over the mixture's. Raises UserError where they differ."""
-    if config.model.moe is None or config.model.dense_twin_of_moe is not None:
-        raise UserError(f"model={config.model.name} has no experts: choose an MoE model, whose dense twin is computed")
+    experts_of(config)
     model = dataclasses.replace(config.model, dense_twin_of_moe="equal_flops").resolved()
     twin = dataclasses.replace(config, model=model)
     ratio = _flops(model, config) / _flops(config.model, config)

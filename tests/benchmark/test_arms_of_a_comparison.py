@@ -11,7 +11,7 @@ import torch
 
 from moe_train.benchmark import experts, peer, tax
 from moe_train.benchmark.arms import TrainingArm
-from moe_train.benchmark.bench import Bench, with_usual
+from moe_train.benchmark.bench import Bench, described, with_usual
 from moe_train.benchmark.peer_arm import PeerArm
 from moe_train.benchmark.step_memory import peak_bytes
 from moe_train.compose import compose_run
@@ -41,8 +41,8 @@ def test_a_twin_that_cannot_be_equal_and_a_model_without_experts_are_refused() -
     for model in ("dense_nano", "llama_3_1_8b"):
         with pytest.raises(UserError, match="has no experts"):
             tax.dense_twin(compose_run([f"model={model}"], "test"))
-    with pytest.raises(UserError, match="has no experts"):
-        experts.with_experts(compose_run(["model=llama_3_1_8b"], "test"), 8)
+        with pytest.raises(UserError, match="has no experts"):
+            experts.with_experts(compose_run([f"model={model}"], "test"), 8)
 
 
 def test_8_and_256_experts_have_the_same_active_parameters_but_for_the_router() -> None:
@@ -101,6 +101,15 @@ def test_the_peak_of_a_step_holds_the_state_and_what_the_step_makes() -> None:
     state = torch.zeros(1024)
     peak = peak_bytes(lambda: state + 1, [state], CPU)
     assert peak == 2 * state.nbytes
+
+
+def test_what_is_trained_is_said_by_the_tokens_of_a_whole_step(bench: Callable[..., Bench]) -> None:
+    def said(*given: str) -> str:
+        made = bench(*given)
+        return described(made.config("model=nano"), made.runtime)
+
+    assert said() == said("micro_batch_size=4") == "nano, 4 × 16 tokens, FP32, muon"
+    assert said("micro_batch_size=2") == "nano, 4 × 16 tokens in micro-batches of 2, FP32, muon"
 
 
 def test_given_settings_win_over_usual_ones_and_another_model_brings_its_own() -> None:

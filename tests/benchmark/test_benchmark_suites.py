@@ -5,13 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_train.benchmark import choices, fp8_recipes, jobs, kernels, profiling, startup, step, suites
+from moe_train.benchmark import (
+    choices,
+    fp8_recipes,
+    jobs,
+    kernels,
+    peer_if_there,
+    profiling,
+    smoke,
+    startup,
+    step,
+    suites,
+)
 from moe_train.benchmark.bench import Bench, made_up_tokens
 from moe_train.benchmark.ceilings import measure
 from moe_train.benchmark.overhead import overhead_shares
@@ -70,8 +84,9 @@ def test_the_experts_of_a_model_have_two_products_and_a_gpu_wide_ones_too() -> N
     assert (gate_up.rows, gate_up.experts, gate_up.inputs, gate_up.outputs) == (4096 * 6, 64, 256, 192)
     assert (down.inputs, down.outputs) == (96, 256)
     assert kernels.shapes(config, on_gpu=True)[-1].inputs == 2048
-    with pytest.raises(UserError, match="has no experts"):
-        kernels.shapes(compose_run(["model=llama_3_1_8b"], "test"), on_gpu=False)
+    for model in ("dense_nano", "llama_3_1_8b"):
+        with pytest.raises(UserError, match="has no experts"):
+            kernels.shapes(compose_run([f"model={model}"], "test"), on_gpu=False)
 
 
 def test_overhead_is_what_passed_and_was_no_step_and_what_steps_waited_for_data() -> None:
@@ -145,3 +160,32 @@ def test_a_profile_leaves_a_trace_and_the_slowest_operations(
     assert (tmp_path / "trace.json").stat().st_size > 0
     assert "aten::mm" in (tmp_path / "operations.txt").read_text()
     assert "slowest operations" in capsys.readouterr().out
+
+
+def test_without_transformers_the_peer_is_not_measured_and_the_rest_is(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    figures = peer_if_there.run(bench("model=nano"))
+    assert [(figure.name, figure.value) for figure in figures] == [("peer_speedup", None), ("peak_memory_ratio", None)]
+    assert "transformers cannot be imported (" in str(figures[0].note)
+    assert suites._RUN["peer"] is peer_if_there.run
+    assert smoke.peer_if_there is peer_if_there
+
+
+def test_an_interrupted_benchmark_ends_the_run_that_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(BaseException):
+        pass
+
+    def asked(self: subprocess.Popen[str]) -> int:
+        monkeypatch.undo()
+        started.append(self)
+        raise Asked
+
+    started: list[subprocess.Popen[str]] = []
+    monkeypatch.setattr(subprocess.Popen, "wait", asked)
+    with pytest.raises(Asked):
+        jobs.finished_job(["stop.steps=1000000"], tmp_path)
+    assert started[0].returncode is not None
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started[0].pid, 0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.benchmark import timing
-from moe_train.benchmark.figures import estimate, measured, not_measured, paired
+from moe_train.benchmark.figures import Figure, estimate, marked, measured, not_measured, paired
 from moe_train.benchmark.timing import interleaved, seconds_a_call
 
 CPU = torch.device("cpu")
@@ -75,3 +75,24 @@ def test_the_time_of_a_call_is_the_mean_of_its_calls(monkeypatch: pytest.MonkeyP
     clock = iter([10.0, 16.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert seconds_a_call(lambda: None, CPU, calls=3) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "quartiles", "reason"),
+    [
+        ("moe_tax", 1.2, (1.1, 1.3), None),
+        ("moe_tax", 1.2, (1.0, 1.3), "quartiles are 25% of it apart"),
+        ("utilization_of_measured_peak", 0.1, (0.06, 0.15), "quartiles are 90% of it apart"),
+        ("optimizer_fraction", 0.03, (0.01, 0.07), None),  # what is left is 0.97, give or take 0.03
+        ("experts_8_to_256_slowdown", 0.6, (0.4, 0.6), "quartiles are 33% of it apart"),
+    ],
+)
+def test_a_figure_is_unsteady_where_its_quartiles_are_more_than_a_fifth_apart(
+    name: str, value: float, quartiles: tuple[float, float], reason: str | None
+) -> None:
+    assert marked(Figure("suite", name, value, "", spread=quartiles), None).unsteady == reason
+
+
+def test_what_is_counted_is_steady_on_any_device() -> None:
+    counted = Figure("step", "host_synchronizations", 0.0, "count")
+    assert marked(counted, "the device was slower").unsteady is None

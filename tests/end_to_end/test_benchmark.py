@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import sys
+import time
 
 import pytest
 from command_line import ROOT, Commands
@@ -53,3 +56,21 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], message: str,
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.stderr
+
+
+def test_sigterm_ends_it_and_the_run_it_made_in_one_line_and_keeps_what_was_measured(commands: Commands) -> None:
+    (commands.folder / "temporary").mkdir()
+    commands.environment["TMPDIR"] = str(commands.folder / "temporary")
+    asked = ["suite=tax,startup", "rounds=3", "json=found.json", *TINY]
+    process = commands.start([sys.executable, str(ROOT / "scripts/benchmark.py"), *asked])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("measuring suite=startup"):
+            break
+    while not list((commands.folder / "temporary").glob("*/*.txt")):  # what a run of the real command says
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "interrupted by SIGTERM: tax kept in found.json\n")
+    assert {f["suite"] for f in json.loads((commands.folder / "found.json").read_text())["figures"]} == {"tax"}
+    assert not list((commands.folder / "temporary").iterdir())
