@@ -23,6 +23,7 @@ outputs/).
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -58,6 +59,8 @@ class Arguments:
 
 def main() -> None:
     settle_environment()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # before they wait for each other
+        raise UserError("a benchmark is of one device: start it as one process, without torchrun's or srun's variables")
     own, others = divide_arguments(Arguments, sys.argv[1:])
     for key, needed in (("suite", f"choose from {', '.join(SUITES)}, or all"), ("json", "give a file")):
         if f"{key}=" in own:
@@ -86,8 +89,6 @@ def main() -> None:
     from moe_train.training.runtime import start_runtime
 
     runtime = start_runtime(config)
-    if runtime.world_size > 1:
-        raise UserError("a benchmark is of one device: start it as one process")
     effort = Effort() if arguments.rounds is None else Effort(rounds=arguments.rounds)
     bench = Bench("step", tuple(overrides), config_dir, runtime, effort, arguments.compile, arguments.launch)
     saved = results.results_file(runtime) if arguments.save else None

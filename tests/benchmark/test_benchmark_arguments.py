@@ -73,6 +73,13 @@ def test_what_cannot_be_asked_is_refused(
         script.main()
 
 
+def test_several_processes_are_refused_before_they_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "suite=step"])
+    with pytest.raises(UserError, match="of one device: start it as one process"):
+        script.main()
+
+
 Run = Callable[..., str]
 
 
