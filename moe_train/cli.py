@@ -176,6 +176,8 @@ def check_json_target(path: Path | None, out: Path | None = None, key: str = "js
     """
     if path is None:
         return
+    if path == Path():
+        raise UserError(f"{key}= names no file: give one")
     if out is not None and path.absolute() == out.absolute():
         raise UserError(f"{key}={path} is the folder out={out}: choose a file beside it")
     if path.exists():

@@ -6,25 +6,38 @@ take others with it. Sweeps and claims start their jobs here too.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import psutil
+
+PATIENCE_SECONDS = 10.0  # of a command that is interrupted, for its job to end by itself
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
-def launch_job(overrides: Sequence[str]) -> int:
-    """Run `train.py` with the overrides in one process on the devices there are; returns its exit status."""
-    command = [sys.executable, *_accelerate(1), str(TRAIN), *overrides]
-    return subprocess.run(command, env=_environment(), check=False).returncode
+def launch_job(overrides: Sequence[str], output: IO[str] | None = None) -> int:
+    """Run `train.py` with the overrides in one process on the devices there are; returns its exit status.
+
+    What ends the caller meanwhile, a signal above all, ends the job first.
+    """
+    job = start_job(overrides, output, {}, accelerate=True)
+    try:
+        return job.wait()
+    except BaseException:
+        _end(job)
+        raise
 
 
 def start_job(
     overrides: Sequence[str],
-    output: IO[str],
+    output: IO[str] | None,
     environment: Mapping[str, str],
     processes: int = 1,
     accelerate: bool = False,
@@ -33,11 +46,35 @@ def start_job(
 
     One process starts without accelerate's launcher, which settles nothing for it that the run does not settle itself,
     and takes as long to start as the run, unless `accelerate` asks for it. environment: what is set beside ours, e.g.
-    the devices the job may see. output: a file for what it says.
+    the devices the job may see. output: a file for what it says; None: it is said here.
     """
     launcher = _accelerate(processes) if accelerate or processes > 1 else []
     command, variables = [sys.executable, *launcher, str(TRAIN), *overrides], {**_environment(), **environment}
     return subprocess.Popen(command, env=variables, stdout=output, stderr=output, text=True, start_new_session=True)
+
+
+def _end(job: subprocess.Popen[str]) -> None:
+    """End the launcher and all that it started, so that their folder can go."""
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        started = psutil.Process(job.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGTERM)
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until and (job.poll() is None or any(map(_lives, started))):
+        time.sleep(0.05)
+    for process in filter(_lives, started):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    job.kill()
+    job.wait()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)  # which nobody may be there to wait for
+    except psutil.Error:
+        return False
 
 
 def _accelerate(processes: int) -> list[str]:

@@ -32,7 +32,7 @@ from moe_train.cli import (
 )
 from moe_train.compose import split_overrides
 from moe_train.config.fields import Amount, Size
-from moe_train.errors import UsageError, reported
+from moe_train.errors import UsageError, ended_by_signals, reported
 from moe_train.forecast import commands
 from moe_train.forecast.parts import Sharding
 from moe_train.forecast.parts_command import put_together
@@ -131,5 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported(wants_traceback()):
+    with reported(wants_traceback()), ended_by_signals():
         main()

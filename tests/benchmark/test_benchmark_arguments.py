@@ -49,7 +49,7 @@ spec.loader.exec_module(script)
             "argument hardware=h100: there are suite=.* and of train.py's settings model",
         ),
         (["suite="], "suite= is missing: choose from step"),
-        (["suite=step", "json="], "json= is missing: give a file"),
+        (["suite=step", "json="], "json= names no file: give one"),
         (["suite=step", "json=/proc/x.json"], "the folder /proc cannot be written: choose another"),
         (["suite=step", "rounds=2"], "rounds=2: give a number of at least 3"),
         (["suite=step", "compile=maybe"], "compile=maybe: choose true or false"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from typing import Any
 
+import psutil
 import pytest
 from command_line import ROOT, Commands
 
@@ -15,6 +18,24 @@ def asked(commands: Commands, *arguments: str) -> dict[str, Any]:
     commands.run(*SCRIPT, *arguments, "json=answer.json")
     content: dict[str, Any] = json.loads((commands.folder / "answer.json").read_text())
     return content
+
+
+def test_a_probe_that_is_interrupted_takes_its_run_with_it(commands: Commands) -> None:
+    settings = [setting for setting in commands.tiny if not setting.startswith("stop.")]
+    probe = commands.start([*SCRIPT, "probe=true", "tokens=1e6", *settings])
+    until = time.monotonic() + 60
+    runs: list[psutil.Process] = []
+    while not runs and time.monotonic() < until:
+        runs = [
+            each for each in psutil.Process(probe.pid).children(recursive=True) if "train.py" in str(each.cmdline())
+        ]
+        time.sleep(0.02)
+    probe.terminate()
+    said = probe.communicate(timeout=60)[1]
+    assert probe.returncode == 128 + signal.SIGTERM
+    assert "interrupted by SIGTERM" in said
+    assert runs
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in runs)
 
 
 def test_published_runs_come_with_the_promised_figures(commands: Commands) -> None:
