@@ -40,7 +40,7 @@ def device_here(plan: Plan) -> Device:
 
 
 def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:
-    """Refuse what cannot be read of the runs that are there, and, for a claim about seconds or dollars, those of$
+    """Refuse what cannot be read of the runs that are there, and, for a claim about seconds or dollars, those of
     another device or price. Raises UserError."""
     there = _there(plan, folder)
     timed = [c.name for c in plan.claim.config.at(plan.scale_name) if c.measure in TIMED]
