@@ -133,10 +133,10 @@ def start_runtime(config: RunConfig) -> Runtime:
     _check_meeting_place(expected)
     if not on_gpu:
         _refuse_lost_processes(expected)
-    if expected == 1:
-        _leave_group_of_one()
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
         keep_freed_memory()
+    if expected == 1:
+        _leave_group_of_one()
     num_threads = set_threads(config.num_threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -161,6 +161,12 @@ def start_runtime(config: RunConfig) -> Runtime:
         raise UserError(
             f"{expected} processes were asked for and accelerate runs {accelerator.num_processes}: "
             "start them with torchrun --standalone --nproc-per-node N train.py"
+        )
+    device_type: Literal["cuda", "cpu"] = "cuda" if on_gpu else "cpu"
+    if accelerator.device.type != device_type:  # what is measured would be said to be of the other
+        raise UserError(
+            f"accelerate took {accelerator.device.type} where {device_name} is: see what `accelerate env` says, and "
+            "start it without an accelerate configuration"
         )
     communication = None
     if expected > 1:
@@ -188,7 +194,7 @@ def start_runtime(config: RunConfig) -> Runtime:
         )
     return Runtime(
         accelerator=accelerator,
-        device_type="cuda" if on_gpu else "cpu",
+        device_type=device_type,
         device_name=device_name,
         num_threads=num_threads,
         cpu_kernels=None if on_gpu else "torch" if cpu_kernels.in_use() is None else "compiled",
