@@ -139,6 +139,11 @@ def _try_to_compile(bench: Bench, theirs: PeerArm) -> str | float:
     """The seconds that it took, or why there is no compiled arm."""
     if bench.compiles_peer is False:
         return "not tried, as it takes minutes on a CPU: suite=peer compile=true tries it"
+    if bench.on_gpu and theirs.autocasts:
+        # Every layer ends in "inductor failed with _local_scalar_dense": minutes on an H200, and what is left is eager.
+        return (
+            "not tried: with weights in FP32 their experts' product reads from the host, where torch.compile breaks off"
+        )
     began = time.perf_counter()
     try:
         theirs.compiled_step()

@@ -38,7 +38,7 @@ class PeerArm:
             raise TypeError(f"transformers is compared with AdamW, not {adamw.kind}")
         self.architecture = exported(ours, folder)
         self.runtime, self.batches, self.tokens = ours.runtime, ours.batches, ours.tokens
-        self._autocast = weights is torch.float32 and self.runtime.dtype is torch.bfloat16
+        self.autocasts = weights is torch.float32 and self.runtime.dtype is torch.bfloat16
         config = ours.config
         self._rows = config.micro_batch_size or config.batch_size
         self._max_norm = config.optimizer.max_grad_norm or float("inf")
@@ -77,7 +77,7 @@ class PeerArm:
         inputs, targets = self.batches[self._steps % len(self.batches)]
         self._steps += 1
         for piece, target in zip(inputs.split(self._rows), targets.split(self._rows)):
-            with torch.autocast(self.runtime.device_type, torch.bfloat16, enabled=self._autocast):
+            with torch.autocast(self.runtime.device_type, torch.bfloat16, enabled=self.autocasts):
                 loss = self.loss(model, piece, target)
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm)

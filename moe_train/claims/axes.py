@@ -2,8 +2,8 @@
 
 With several budgets: how many times as much the other arm takes for the loss at which it ends. With one: what both took
 in all, beside the losses they reached; an arm that started from another's run has taken what that took as well. Seconds
-and dollars are those of training steps alone; what starting, evaluating and saving cost is a matter of the length of
-runs, not of the technique.
+and dollars are those of training steps alone, all at the pace that they have once kernels are loaded; what starting,
+evaluating and saving cost is a matter of the length of runs, not of the technique.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_train.claims.curves import fit, saving
 from moe_train.claims.plan import Plan
-from moe_train.claims.results import Result
+from moe_train.claims.results import Result, warm_up_seconds
 from moe_train.claims.statistics import Array, Mean
 from moe_train.config.claim import MIN_BUDGETS
 
@@ -46,11 +46,13 @@ class SavedOnAxes:
 def cost(axis: str, result: Result) -> float:
     """Of the training steps of a run, with those of the run it started from."""
     summary = result.summary
+    seconds = float(summary["train_seconds"])
+    warm = 1 - warm_up_seconds(result.rows) / seconds
     own: float = {
         "tokens": float(summary["tokens"]),
         "flops": summary["tokens"] * float(summary["flops_per_token"]),
-        "seconds": float(summary["train_seconds"]),
-        "usd": float(summary["usd_train"] or 0.0),  # without a price the axis is not asked for
+        "seconds": seconds * warm,
+        "usd": float(summary["usd_train"] or 0.0) * warm,  # without a price the axis is not asked for
     }[axis]
     return own + (0.0 if result.start is None else cost(axis, result.start))
 

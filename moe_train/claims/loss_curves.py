@@ -1,4 +1,7 @@
-"""Loss and expert load over tokens, FLOPs, seconds and dollars: mean and range over the seeds of every arm."""
+"""Loss and expert load over tokens, FLOPs, seconds and dollars: mean and range over the seeds of every arm.
+
+Seconds and dollars are those of steps at the pace they have once kernels are loaded, as on the axes (axes.py).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_train.claims.axes import AXES, cost
-from moe_train.claims.results import Result, Row
+from moe_train.claims.results import Result, Row, warm_up_seconds
 
 POINTS = 120  # of a curve, at most
 _AXES = {"tokens": "progress/tokens", "flops": "progress/flops", "usd": "cost/usd_train"}
@@ -44,7 +47,11 @@ def _of_arm(runs: Sequence[list[Row]]) -> dict[str, Any]:
         return {}
     curve: dict[str, Any] = {axis: _mean(rows, key) for axis, key in _AXES.items()}
     seconds = [_train_seconds(list(rows_of_run.values())) for rows_of_run in by_step]
-    curve["seconds"] = [_rounded(float(np.mean([s[step] for s in seconds]))) for step in steps]
+    taken = np.array([[of_run[step] for of_run in seconds] for step in steps])
+    warm = np.array([warm_up_seconds(rows) for rows in runs])
+    curve["seconds"] = [_rounded(value) for value in (taken - warm).mean(1).tolist()]
+    if curve["usd"] is not None:
+        curve["usd"] = [_rounded(usd * (1 - part)) for usd, part in zip(curve["usd"], (warm / taken).mean(1).tolist())]
     curve["loss"] = _band(rows, "train/loss")
     if all(row.get(LOAD) is not None for step in rows for row in step):
         curve["load"] = _band(rows, LOAD)

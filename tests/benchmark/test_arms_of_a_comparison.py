@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -163,3 +164,22 @@ def test_theirs_is_taken_with_weights_in_both_formats_and_compared_in_the_faster
     faster = "against eager with weights in BF16" if narrow.value > wide.value else "against eager"
     assert str(figures["peer_speedup"].note).endswith(faster)
     assert figures["peak_memory_ratio_bf16_weights"].value is not None
+
+
+def test_on_a_gpu_theirs_is_compiled_with_weights_in_bf16_alone(bench: Callable[..., Bench]) -> None:
+    """With weights in FP32 it breaks off in every layer, after minutes."""
+    compiled: list[bool] = []
+
+    class Arm:
+        def __init__(self, autocasts: bool) -> None:
+            self.autocasts = autocasts
+
+        def compiled_step(self) -> None:
+            compiled.append(self.autocasts)
+
+    on_gpu = dataclasses.replace(bench(), compiles_peer=True)
+    on_gpu = dataclasses.replace(on_gpu, runtime=dataclasses.replace(on_gpu.runtime, device_type="cuda"))
+    said = [peer._try_to_compile(on_gpu, cast(PeerArm, Arm(autocasts))) for autocasts in (True, False)]
+    assert "not tried: with weights in FP32" in str(said[0])
+    assert isinstance(said[1], float)
+    assert compiled == [False]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from moe_train.claims import measures
+from moe_train.claims.axes import cost
 from moe_train.claims.loss_curves import POINTS, curves_of
-from moe_train.claims.made_up import write_run
+from moe_train.claims.made_up import PRICE, write_run
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder, Result
 from moe_train.errors import UserError
@@ -108,3 +109,21 @@ def test_curves_keep_their_end_and_no_more_points_than_can_be_seen(made: tuple[R
     assert curve["tokens"][-1] == 9990
     assert curve["loss"]["mean"][-1] == pytest.approx(1 / 999, rel=1e-4)
     assert curve["seconds"][-1] == pytest.approx(999 * last["throughput/step_seconds"], rel=1e-4)
+
+
+def test_loading_kernels_counts_neither_as_seconds_nor_as_dollars(made: tuple[Result, Folder]) -> None:
+    """It takes as long in a run of any length: 24% of a run of 26M tokens on an H200."""
+    result, _ = made
+    rows = [dict(row) for row in result.rows]
+    late = 3.0  # seconds
+    rows[0]["throughput/step_seconds"] += late / rows[0]["step"]
+    usd = late * PRICE / 3600
+    for row in rows:
+        row["cost/usd_train"] += usd
+    figures = {"train_seconds": late + result.summary["train_seconds"], "usd_train": usd + result.summary["usd_train"]}
+    slow = dataclasses.replace(result, rows=rows, summary=result.summary | figures)
+    curve, same = (curves_of([each], result.run.budget)[result.run.arm] for each in (slow, result))
+    for axis in ("seconds", "usd"):
+        assert cost(axis, slow) == pytest.approx(cost(axis, result))
+        assert curve[axis] == pytest.approx(same[axis], rel=1e-3)
+        assert curve[axis][-1] == pytest.approx(cost(axis, slow), rel=1e-3)
