@@ -13,6 +13,7 @@ from moe_train.errors import UserError
 Content = dict[str, Any]
 
 BEGIN, END = "<!-- claims: written by scripts/reproduce.py readme=README.md -->", "<!-- /claims -->"
+_HEAD = ("claim", "scale", "verdict", "effect", "interval", "published", "runs", "dollars")
 _SMOKE = "`scale=smoke` shows that a protocol runs, and proves nothing."
 
 
@@ -46,18 +47,33 @@ def _p(claim: dict[str, Any]) -> float:
     return 1.0 if p is None else p
 
 
-def readme_section(content: Content, link: str) -> str:
-    """Between the README's markers. `link`: the report's JSON, as seen from there."""
-    devices = dict.fromkeys(device_of(claim["device"]) for claim in content["claims"] if claim["device"])
+def readme_section(contents: Mapping[str, Content]) -> str:
+    """Between the README's markers: the claims of all reports in one table. `contents`: reports by the link to each.
+
+    A claim that was made again, on other seeds or another device, has a row for each time, by date and first seed.
+    """
+    runs = sum(content["distinct_runs"] for content in contents.values())
+    spent = [content["usd_of_distinct_runs"] for content in contents.values()]
+    usd = None if None in spent else sum(spent)
+    made = [(claim, content["date"], link) for link, content in contents.items() for claim in content["claims"]]
+    made.sort(key=lambda each: (each[0]["number"] or float("inf"), each[0]["claim"], each[1], _first_seed(each[0])))
     lines = [
-        f"**Claims put to the test** on {'; '.join(devices) or 'no device'}, {content['date']} ([figures]({link})): "
-        f"{content['distinct_runs']} runs, {dollars(content['usd_of_distinct_runs'])}.",
+        f"**Claims put to the test**: {runs:,} runs, {dollars(usd)}.",
         "",
-        *table(content["claims"]),
+        *_table([*_HEAD, "made"], [[*_row(claim), _made(claim, *when)] for claim, *when in made]),
     ]
-    if any(claim["scale"] == "smoke" for claim in content["claims"]):
+    if any(claim["scale"] == "smoke" for claim, *_ in made):
         lines += ["", _SMOKE]
     return "\n".join(lines) + "\n"
+
+
+def _first_seed(claim: dict[str, Any]) -> int:
+    first: int = claim.get("first_seed", 0)
+    return first
+
+
+def _made(claim: dict[str, Any], date: str, link: str) -> str:
+    return f"[{date}]({link})" + (f", {device_of(claim['device'])}" if claim["device"] else "")
 
 
 def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
@@ -73,8 +89,7 @@ def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
         raise UserError(
             f"readme={readme} has no place for it, or several: write the lines {BEGIN} and {END} into it, once"
         ) from None
-    sections = "\n".join(readme_section(content, link) for link, content in contents.items())
-    made = f"{BEGIN}\n{sections}{END}"
+    made = f"{BEGIN}\n{readme_section(contents)}{END}"
     if "\r\n" in before + after:
         made = made.replace("\n", "\r\n")
     with readme.open("w", newline="") as file:
@@ -82,23 +97,25 @@ def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
 
 
 def table(claims: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| claim | scale | verdict | effect | interval | published | runs | dollars |",
-        "|---|---|---|---|---|---|---|---|",
+    return _table(_HEAD, [_row(claim) for claim in claims])
+
+
+def _row(claim: dict[str, Any]) -> list[str]:
+    return [
+        (f"{claim['number']}. " if claim["number"] else "") + claim["claim"] + seeds_made_again(claim, "seeds "),
+        claim["scale"],
+        f"**{claim['verdict']}**",
+        "; ".join(effect(each) for each in deciding(claim)),
+        "; ".join(interval(each) for each in deciding(claim)),
+        claim["published"],
+        _runs_of(claim),
+        dollars(claim["usd"]),
     ]
-    for claim in claims:
-        cells = [
-            (f"{claim['number']}. " if claim["number"] else "") + claim["claim"] + seeds_made_again(claim, "seeds "),
-            claim["scale"],
-            f"**{claim['verdict']}**",
-            "; ".join(effect(each) for each in deciding(claim)),
-            "; ".join(interval(each) for each in deciding(claim)),
-            claim["published"],
-            _runs_of(claim),
-            dollars(claim["usd"]),
-        ]
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    return lines
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "/") for cell in row] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _runs_of(claim: dict[str, Any]) -> str:

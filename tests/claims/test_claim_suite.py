@@ -455,11 +455,13 @@ def test_the_readmes_section_is_the_reports_and_replaces_the_one_before(
     for _ in range(2):
         markdown.write_readme(readme, {"out/report.json": content, "other.json": content})
     text = readme.read_text()
-    assert text.startswith(f"before\n{markdown.BEGIN}\n**Claims put to the test** on made up")
+    assert text.startswith(f"before\n{markdown.BEGIN}\n**Claims put to the test**: 12 runs, ")
     assert text.endswith(f"{markdown.END}\nafter\n")
-    assert text.count("| mine | cpu | **supported** | -0.0497 nats a token |") == 2
-    assert "[figures](out/report.json)" in text
-    assert "[figures](other.json)" in text
+    rows = [
+        line for line in text.splitlines() if line.startswith("| mine | cpu | **supported** | -0.0497 nats a token |")
+    ]
+    for row, link in zip(rows, ("out/report.json", "other.json"), strict=True):
+        assert row.endswith(f"({link}), made up, 1 thread, float32 |")
     readme.write_text("nothing")
     with pytest.raises(UserError, match="has no place for it"):
         markdown.write_readme(readme, {"x": content})
