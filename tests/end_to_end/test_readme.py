@@ -250,3 +250,71 @@ def test_the_figures_under_what_was_reproduced_are_the_measured_ones() -> None:
         f"torch {summary['versions']['torch'].split('+')[0]}",
     ):
         assert text in REPRODUCED, text
+
+
+def figures(file: str) -> dict[tuple[str, str], float | None]:
+    """Of a device, by name and what was measured."""
+    content = json.loads((ROOT / f"docs/results/{file}.json").read_text())
+    return {(figure["name"], figure["of"]): figure["value"] for figure in content["figures"]}
+
+
+def cells(text: str, label: str) -> list[str]:
+    """Of the row of a table that begins with `label`, without it."""
+    (row,) = re.findall(rf"^\| {re.escape(label)} \|(.*)\|$", text, re.M)
+    return [cell.strip() for cell in row.split("|")]
+
+
+def two_places(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+ON_CPU = {
+    "tokens/s against the same weights in transformers' compiled DeepseekV3": ("peer_speedup", two_places),
+    "peak memory against theirs": ("peak_memory_ratio", two_places),
+    "a mixture of 64 experts against its dense twin of equal FLOPs, seconds a token": ("moe_tax", two_places),
+    "the same without the optimizer": ("moe_tax_forward_backward", two_places),
+    "256 experts against 8, tokens/s lost": ("experts_8_to_256_slowdown", percent),
+    "share of the measured matmul rate": ("utilization_of_measured_peak", percent),
+}
+
+
+def test_the_steps_on_a_cpu_are_those_of_the_files() -> None:
+    page = (ROOT / "docs/benchmark.md").read_text()
+    page = page[page.index("**A step against") : page.index("**The same on one")]
+    files = re.findall(r"\(results/(amd_\w+)\.json\)", page)
+    assert len(files) == 4
+    for label, (name, written) in ON_CPU.items():
+        for file, cell in zip(files, cells(page, label)[1:], strict=True):
+            value = {key[0]: each for key, each in figures(file).items()}.get(name)
+            assert cell in (("", "not measured") if value is None else (written(value),)), (label, file)
+
+
+def test_the_steps_of_the_readme_are_those_of_the_files() -> None:
+    cpu = {name: value for (name, _), value in figures("amd_epyc_2_threads_adamw_64x256").items()}
+    h200, wide = figures("nvidia_h200"), figures("nvidia_h200_2048")
+    on_gpu = {name: value for (name, of), value in h200.items() if value is not None and of.startswith("base, ")}
+    for label, name, here, there in (
+        ("peak memory against theirs", "peak_memory_ratio", "{:.2f}", "{:.2f}"),
+        (
+            "a mixture of 64 experts against its dense twin of equal FLOPs, seconds a token",
+            *("moe_tax", "{:.2f} times", "{:.2f} times"),
+        ),
+        ("256 experts against 8, tokens/s lost", "experts_8_to_256_slowdown", "{:.0%}", "{:.1%}"),
+        ("share of the measured matmul rate", "utilization_of_measured_peak", "{:.0%}", "{:.1%}"),
+        (
+            "tokens/s against the same weights in transformers' DeepseekV3",
+            *("peer_speedup", "{:.2f} times (compiled)", "{:.1f} times (eager"),
+        ),
+    ):
+        _, small, _, large = cells(REPRODUCED, label)
+        assert small == here.format(cpu[name]), label
+        assert large.startswith(there.format(on_gpu[name])), label
+    (at_2048,) = (value for (name, _), value in wide.items() if name == "moe_tax")
+    mixture = cells(REPRODUCED, "a mixture of 64 experts against its dense twin of equal FLOPs, seconds a token")
+    assert mixture[3].endswith(f" {at_2048:.3f}")
+    fp8 = [value for (name, _), value in h200.items() if name == "fp8_speedup" and value is not None]
+    assert f"{min(fp8):.2f} to {max(fp8):.2f} times" in cells(REPRODUCED, "FP8 against BF16, tokens/s")[3]
