@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_train.claims.plan import Plan
-from moe_train.claims.results import Folder, Result
+from moe_train.claims.results import Folder
 from moe_train.compose import CONFIGS
 from moe_train.config.claim import TIMED
 from moe_train.cost.hardware import detect
@@ -40,12 +39,11 @@ def device_here(plan: Plan) -> Device:
 
 
 def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:
-    """Refuse what cannot be read of the runs that are there, and, for a claim about seconds or dollars, those of
-    another device or price. Raises UserError."""
-    there = _there(plan, folder)
+    """Refuse, for a claim about seconds or dollars, runs that are there of another device or price: UserError."""
     timed = [c.name for c in plan.claim.config.at(plan.scale_name) if c.measure in TIMED]
     if not timed:
         return
+    there, _ = folder.results([*plan.tuning_runs(), *plan.runs(plan.untuned())])
     for result in there:
         summary = result.summary
         cores = 1 if device.on_gpu else summary["num_threads"]
@@ -62,11 +60,6 @@ def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:
                 f"{_dollars(device.price_usd_per_hour)}: give another out=, or that price with "
                 "hardware.price_usd_per_hour="
             )
-
-
-def _there(plan: Plan, folder: Folder) -> Sequence[Result]:
-    planned = [*plan.tuning_runs(), *plan.runs(plan.untuned())]
-    return [result for run in planned if (result := folder.result(run)) is not None]
 
 
 def _dollars(price: float | None) -> str:

@@ -1,8 +1,9 @@
 """What a suite will take, before it begins: runs, FLOPs, hours, dollars.
 
 On the device at hand from runs that are there already, else from a probe (forecast/probe.py: twenty steps of one arm)
-of each kind of arm, the others reckoned by their FLOPs. For a GPU one does not have (hardware=NAME) from published
-runs, whose models are a hundred times larger, so roughly.
+of each kind of arm, the others reckoned by their FLOPs. For a GPU one does not have (hardware=NAME) from what models of
+claims' sizes reached on an H200, carried over by the data sheets: such models wait for memory and kernels, and are far
+from the share of the peak that published runs a hundred times larger are known by.
 """
 
 from __future__ import annotations
@@ -19,23 +20,27 @@ from moe_train.claims.results import Folder
 from moe_train.claims.tuning import best_rates
 from moe_train.cli import write_json
 from moe_train.config import HardwareConfig
-from moe_train.cost.layout import Layout
+from moe_train.errors import UserError
 from moe_train.forecast import probe as probes
 from moe_train.forecast.interval import Interval
-from moe_train.forecast.published import published_runs
-from moe_train.forecast.training_run import Plan as ForecastPlan
-from moe_train.forecast.training_run import forecast
-from moe_train.forecast.utilization_model import fitted
 
 OTHER_ARM = 1.5  # seconds a FLOP of an arm that was not probed, over those of one that was: a naive MoE's tax is 1.3
-START_SECONDS = 15.0  # of a run on a GPU nobody probed: imports, data, evaluation, checkpoint
+# What a run on a GPU that nobody probed spends round its steps: an assumption, but for 1.7 s of loading kernels that
+# were seen on an H200. Runs of claims are short, so that it is most of what they take.
+START_SECONDS = Interval(15.0, 8.0, 30.0)
+# FLOP/s of training on an H200 (989 TFLOP/s, 4.8 TB/s) by FLOPs a token, in BF16: of `base` 335 TFLOP/s at 721 MFLOPs
+# (docs/results/nvidia_h200.json). What this power makes of it is 39 for a claim's arm at 8.2 MFLOPs, 38 as measured
+# (12M tokens in 2.6 s once kernels are loaded, steps of 16K), and 44 for `nano` at 10.6, 58 as measured with steps of
+# 64K (nvidia_h200_nano.json).
+H200_FLOPS, H200_AT, H200_FALLS = 335e12, 721e6, 0.48
+H200_PEAK, H200_BANDWIDTH = 989.0, 4.8  # TFLOP/s, TB/s
 
 Probe = Callable[[Sequence[str], int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the runs of a claim that are not there yet; `usd` None without a price; `at_least`: no more is known."""
+    """Of the runs of a claim that are not there yet; `usd` None without a price."""
 
     runs: int
     there: int
@@ -43,7 +48,6 @@ class Estimate:
     seconds: Interval
     usd: Interval | None
     source: str
-    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,49 +101,37 @@ def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings
 
 
 def estimate_elsewhere(plan: Plan, hardware: HardwareConfig, taken: set[str]) -> Estimate:
-    """On a GPU by the published runs. Raises UserError where its peak is not known."""
+    """On a GPU by what an H200 reached. Raises UserError where its peak is not known."""
     runs = [run for run in planned(plan) if run.hash not in taken]
     taken |= {run.hash for run in runs}
-    utilization = fitted(published_runs())
-    per_token = {name: _published_speed(arm, hardware, utilization) for name, arm in plan.arms.items()}
+    slower = _slower_than_h200(hardware)
     seconds = Interval(0.0, 0.0, 0.0)
     for run in runs:
-        took = per_token[run.arm] * run.tokens
-        seconds = _sum(seconds, Interval(*(each + START_SECONDS for each in (took.value, took.low, took.high))))
+        rate = H200_FLOPS * min(1.0, plan.arms[run.arm].flops_per_token / H200_AT) ** H200_FALLS
+        seconds = _sum(_sum(seconds, START_SECONDS), slower * (run.flops / rate))
     price = hardware.price_usd_per_hour
     usd = None if price is None else seconds * (price / 3600)
-    return Estimate(
-        len(runs),
-        0,
-        sum(run.flops for run in runs),
-        seconds,
-        usd,
-        f"published runs on {hardware.name}, of far larger models: small ones reach less of the peak",
-        at_least=True,
+    there = "" if hardware.name == "h200" else f", carried to {hardware.name} by peak and bandwidth, not measured there"
+    around = (
+        f"{START_SECONDS.value:g} s ({START_SECONDS.low:g} to {START_SECONDS.high:g}) a run assumed round its steps"
     )
+    paid = "" if price is None else f"; ${price:g} an hour ({hardware.price_source}, {hardware.price_date})"
+    source = f"steps of such models as measured on an H200{there}; {around}{paid}"
+    return Estimate(len(runs), 0, sum(run.flops for run in runs), seconds, usd, source)
 
 
-def _published_speed(arm: Arm, hardware: HardwareConfig, utilization: Any) -> Interval:
-    """Seconds a token."""
-    config = arm.config
-    found = forecast(
-        ForecastPlan(
-            model=config.model.resolved(),
-            vocab_size=arm.vocab_size,
-            optimizer=config.optimizer,
-            tokens=1_000_000,
-            sequence_length=config.data.sequence_length,
-            hardware=hardware,
-            num_devices=1,
-            precision="fp8" if config.precision.fp8 is not None and hardware.peak_tflops.float8 else "bf16",
-            layouts=[Layout.named("single")],
-            micro_batch=config.batch_size,
-            activation_checkpointing=None,
-        ),
-        utilization,
-    )
-    hours = found["gpu_hours"]
-    return Interval(hours["value"], hours["low"], hours["high"]) * (3600 / 1_000_000)
+def _slower_than_h200(hardware: HardwareConfig) -> Interval:
+    """How many times as long a step takes: what is least favourable of peak and bandwidth, from what is most."""
+    peak = hardware.peak_tflops.bfloat16
+    if peak is None:
+        raise UserError(
+            f"hardware={hardware.name} has no BF16 peak to reckon with: choose another, or leave it out on a machine "
+            "that has one, where it is probed"
+        )
+    ratios = [H200_PEAK / peak]
+    if hardware.bandwidth_tb_s is not None:
+        ratios.append(H200_BANDWIDTH / hardware.bandwidth_tb_s)
+    return Interval(max(ratios), min(ratios) / OTHER_ARM, max(ratios) * OTHER_ARM)
 
 
 def _kind(arm: Arm) -> str:

@@ -87,6 +87,7 @@ def write_run(
         for step, at in zip(logged, seen)
     ]
     rows[-1]["val/loss"] = summary["val_loss"]
+    (path / "checkpoints" / f"step_{steps}").mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(yaml.safe_dump({**to_dict(config), "config_hash": config.config_hash()}))
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

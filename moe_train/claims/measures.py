@@ -16,7 +16,7 @@ from moe_train.cli import write_json
 from moe_train.compose import CONFIGS
 from moe_train.config.claim import Measure
 from moe_train.config.model import ModelConfig
-from moe_train.errors import UserError
+from moe_train.errors import UserError, one_line
 from moe_train.forecast import probe as probes
 
 GENERATE = CONFIGS.parent / "scripts" / "generate.py"
@@ -57,14 +57,25 @@ def _max_violation(result: Result, _: Folder) -> float:
     return float(np.mean(late))
 
 
-def _optimizer_bytes(result: Result, _: Folder) -> float:
+def _optimizer_bytes(result: Result, folder: Folder) -> float:
+    """Kept beside the run, whose checkpoint may be removed then."""
+    target = folder.runs.beside(result.run.hash, ".optimizers.json")
+    kept = _kept(target)
+    if kept is None:
+        kept = {"bytes": _weighed(result)}
+        write_json(target, kept)
+    return float(kept["bytes"]) / float(result.summary["total_params"])
+
+
+def _weighed(result: Result) -> int:
     import torch
 
     from moe_train.training.checkpoints import OPTIMIZERS, checkpoint_paths
 
+    remedy = "remove the folder, and the run is made again"
     paths = checkpoint_paths(result.folder)
     if not paths:
-        raise UserError(f"{result.place} has no checkpoint to weigh: remove the folder, and the run is made again")
+        raise UserError(f"{result.place} has no checkpoint to weigh: {remedy}")
 
     def bytes_of(node: Any) -> int:
         if isinstance(node, torch.Tensor):
@@ -72,8 +83,10 @@ def _optimizer_bytes(result: Result, _: Folder) -> float:
         parts = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
         return sum(bytes_of(part) for part in parts)
 
-    states = torch.load(paths[-1] / OPTIMIZERS, weights_only=True, map_location="cpu")
-    return bytes_of(states) / float(result.summary["total_params"])
+    try:
+        return bytes_of(torch.load(paths[-1] / OPTIMIZERS, weights_only=True, map_location="cpu"))
+    except Exception as error:  # torch has many, by what is damaged
+        raise UserError(f"{result.place}/checkpoints cannot be weighed ({one_line(error)}): {remedy}") from None
 
 
 def _generated(result: Result, folder: Folder) -> dict[str, Any]:

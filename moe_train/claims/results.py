@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.claims.plan import RUNS, PlannedRun
+from moe_train.cost.ledger import read_account
 from moe_train.errors import UserError
 from moe_train.sweeps.runs import RunsByHash
 
@@ -27,7 +28,12 @@ _SUMMARY: dict[str, tuple[type, ...]] = {
     **{"config_hash": (str,), "versions": (dict,), "val_complete": (bool, type(None)), "hardware": (str,)},
     **{"device_name": (str,), "num_threads": (int, type(None)), "compute_dtype": (str,), "corpus": (str,)},
 }
-_ROW: dict[str, tuple[type, ...]] = {"step": (int,), "throughput/step_seconds": _NUMBER}
+_ABOVE_ZERO = ("steps", "tokens", "train_seconds", "flops_per_token", "total_params", "step")
+_ROW: dict[str, tuple[type, ...]] = {
+    **{"step": (int,), "throughput/step_seconds": _NUMBER},
+    **dict.fromkeys(("train/loss", "val/loss", "moe/max_violation"), _MAYBE),
+    **dict.fromkeys(("progress/tokens", "progress/flops", "cost/usd_train"), _MAYBE),
+}
 
 
 def _check(content: Any, kinds: dict[str, tuple[type, ...]], where: str) -> None:
@@ -36,7 +42,9 @@ def _check(content: Any, kinds: dict[str, tuple[type, ...]], where: str) -> None
         raise UserError(f"{where} is none of a run: {_REMEDY}")
     for key, kind in kinds.items():
         value = content.get(key)
-        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
+        not_finite = isinstance(value, float) and not math.isfinite(value)
+        too_low = key in _ABOVE_ZERO and isinstance(value, int | float) and value <= 0
+        if not isinstance(value, kind) or not_finite or too_low:
             raise UserError(f"{where} has {key}={value!r}: {_REMEDY}")
 
 
@@ -83,21 +91,49 @@ class Folder:
         """What it said, if its loss was no longer finite: a result too, which is kept."""
         return self.runs.diverged(run.hash)
 
+    def spent(self, run: PlannedRun) -> float | None:
+        """Dollars of all attempts; None where they are not known, as without a price or of an account that is damaged.
+
+        Which it is says the run itself, or what reads it.
+        """
+        try:
+            return self.runs.spent(run.hash)
+        except UserError:
+            return None
+
+    def results(self, runs: Sequence[PlannedRun]) -> tuple[list[Result], list[str]]:
+        """What the finished ones of `runs` left, in their order; and what of it is damaged, a line each."""
+        found: list[Result] = []
+        damaged: dict[str, None] = {}
+        for run in runs:
+            try:
+                result = self.result(run)
+            except UserError as error:
+                damaged[str(error)] = None  # once, where others start from it
+                continue
+            if result is not None:
+                found.append(result)
+        return found, list(damaged)
+
     def result(self, run: PlannedRun) -> Result | None:
         """What the run left if it is finished; one whose summary names another configuration too: that is looked at by
-        the integrity check. Raises UserError where its files cannot be read."""
-        folder = self.runs.of(run.hash)
+        the integrity check. Raises UserError where its files are damaged."""
+        folder, place = self.runs.of(run.hash), f"{RUNS}/{run.hash}"
         summary = self.runs.summary(run.hash)
         if summary is None:
             return None
-        _check(summary, _SUMMARY, f"{folder}/summary.json")
+        _check(summary, _SUMMARY, f"{place}/summary.json")
         try:
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         except (OSError, ValueError):
-            raise UserError(f"{folder}/metrics.jsonl cannot be read: {_REMEDY}") from None
+            raise UserError(f"{place}/metrics.jsonl cannot be read: {_REMEDY}") from None
         if not rows:
-            raise UserError(f"{folder}/metrics.jsonl is empty: {_REMEDY}")
+            raise UserError(f"{place}/metrics.jsonl is empty: {_REMEDY}")
         for row in rows:
-            _check(row, _ROW, f"{folder}/metrics.jsonl")
+            _check(row, _ROW, f"{place}/metrics.jsonl")
+        try:
+            read_account(folder / "ledger.json")
+        except UserError:
+            raise UserError(f"{place}/ledger.json cannot be read: {_REMEDY}") from None
         neighbours = int(self.runs.noted(run.hash).get("neighbours", 0))
         return Result(run, folder, summary, rows, neighbours, None if run.start is None else self.result(run.start))

@@ -13,6 +13,7 @@ from moe_train.claims.plan import PlannedRun
 from moe_train.claims.results import Folder
 from moe_train.compose import quoted
 from moe_train.cost.budget import Budget
+from moe_train.errors import UserError
 from moe_train.launch import start_job
 from moe_train.sweeps.board import Board
 from moe_train.sweeps.devices import Devices
@@ -22,22 +23,32 @@ from moe_train.sweeps.running import Start
 
 
 class _Ready:
-    """Jobs in their order, but those whose start is not finished after the others. May have more when asked again."""
+    """Jobs in their order, but those whose start is not finished after the others. May have more when asked again.
+
+    `refused`: by hash, why a run that is not there cannot begin although its start is finished.
+    """
 
     def __init__(self, jobs: Sequence[Job], runs: Mapping[str, PlannedRun], folder: Folder) -> None:
-        self.waiting = list(jobs)
+        self.waiting, self.refused = list(jobs), dict[str, str]()
         self._runs, self._folder = runs, folder
 
     def __iter__(self) -> Iterator[Job]:
         return self
 
     def __next__(self) -> Job:
-        for job in self.waiting:
+        for job in list(self.waiting):
             run = self._runs[job.hash]
-            if run.start is None or self._folder.is_finished(run.start):
-                starts.ensure(run, self._folder)
-                self.waiting.remove(job)
-                return job
+            if not self._folder.is_finished(run):
+                if run.start is not None and not self._folder.is_finished(run.start):
+                    continue
+                try:
+                    starts.ensure(run, self._folder)
+                except UserError as error:
+                    self.refused[job.hash] = str(error)
+                    self.waiting.remove(job)
+                    continue
+            self.waiting.remove(job)
+            return job
         raise StopIteration
 
 
@@ -81,16 +92,24 @@ class Runner:
         ]
         missing += [
             f"{by_hash[each.job.hash].label} ended with exit status {each.exit_status}: {each.says} "
-            f"(runs/{each.job.hash}.log)"
+            f"(runs/{each.job.hash}.log{self._anew(each.job)})"
             for each in made.outcomes
             if not each.has_result
         ]
+        missing += [f"{by_hash[each].label} cannot begin: {why}" for each, why in ready.refused.items()]
         if made.stopped is not None:
-            left = len(jobs) - len(made.outcomes)
+            left = len(jobs) - len(made.outcomes) - len(ready.refused)
             missing.append(f"{made.stopped}: {left} of {len(jobs)} runs were not started")
         elif ready.waiting:
             missing += [f"{by_hash[job.hash].label} has nothing to start from" for job in ready.waiting]
         return missing
+
+    def _anew(self, job: Job) -> str:
+        """How a run that cannot go on from what is there is made again: with its bill, as long as the folder is one."""
+        folder = self.folder.runs.of(job.hash)
+        whole = (folder / "config.yaml").exists() and (folder / "checkpoints").exists()
+        what = f"runs/{job.hash}/checkpoints" if whole else f"runs/{job.hash}"
+        return f"; it is made anew once {what} is removed" if folder.exists() else ""
 
     def _job(self, run: PlannedRun, claim: str, tags: Sequence[str]) -> Job:
         settings = (

@@ -49,11 +49,17 @@ def _check(plan: Plan, arm: Arm, before: str) -> None:
 def ensure(run: PlannedRun, folder: Folder) -> None:
     """Make what `run` begins with, whose start is finished, where it is not there yet. Raises UserError."""
     place = _place(run)
-    if run.start is None or place is None or (place / "checkpoints" / "step_0").is_dir():
+    if run.start is None or (place is not None and (place / "checkpoints" / "step_0").is_dir()):
         return
-    from moe_train.training.upcycle import upcycle_run
+    before = folder.runs.of(run.start.hash)
+    for needed in (before, place):
+        if needed is not None and needed.exists() and not any((needed / "checkpoints").glob("step_*")):
+            where = needed.relative_to(needed.parent.parent)
+            raise UserError(f"{where} has no checkpoint any more: remove the folder, and it is made again")
+    if place is not None:
+        from moe_train.training.upcycle import upcycle_run
 
-    upcycle_run(folder.runs.of(run.start.hash), place, run.config.model, _NAME, run.seed)
+        upcycle_run(before, place, run.config.model, _NAME, run.seed)
 
 
 def problem(result: Result) -> str | None:
@@ -64,10 +70,13 @@ def problem(result: Result) -> str | None:
     run, place = result.run, _place(result.run)
     if run.start is None or result.start is None or place is None:
         return None
+    state = place / "checkpoints" / "step_0" / "state.json"
     try:
-        state = json.loads((place / "checkpoints" / "step_0" / "state.json").read_text())
-        origin = str(state["origin"])
-    except (OSError, ValueError, KeyError, TypeError):
+        if state.exists():
+            origin = str(json.loads(state.read_text())["origin"])
+        else:  # weights that were removed to save room: their origin heads the model's file, too
+            origin = (place / "configs" / "model" / f"{_NAME}.yaml").read_text().splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return f"{result.place}: what arm {run.arm} started from is not there any more ({place})"
     if not origin.endswith(f"{run.start.hash}, step {result.start.summary['steps']}"):
         return f"{result.place}: arm {run.arm} did not start from runs/{run.start.hash} ({origin})"

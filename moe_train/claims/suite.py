@@ -7,6 +7,7 @@ report is written again after each, so that an interrupted suite has said what i
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from moe_train.config.claim import ScaleName
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
 from moe_train.launch import start_job
-from moe_train.sweeps.devices import Devices, threads_of_a_job
+from moe_train.sweeps.devices import Devices, devices_here, threads_of_a_job
 from moe_train.sweeps.running import Start
 
 # Settings of every job that no loss depends on.
@@ -66,6 +67,7 @@ def foretell(asked: Asked, hardware: HardwareConfig | None, probe: estimates.Pro
     """`dry_run=true`: what would be done, shown and returned for the JSON. Nothing is trained but the probes."""
     plans, folder = asked.plans(), Folder(asked.out.absolute())
     _check_out(asked.out)
+    _say_what_is_damaged(plans, folder)
     rows = _estimates(plans, folder, hardware, probe)
     tables.show_estimates(rows, asked.scale)
     return [tables.as_dict(plan, row) for plan, row in rows]
@@ -81,12 +83,24 @@ def _check_out(out: Path) -> None:
         raise UserError(f"out={out} cannot be written ({error.strerror}): choose another folder") from None
 
 
+def _say_what_is_damaged(plans: Sequence[Plan], folder: Folder) -> None:
+    """Before hours of other runs: their claims wait for these, the others do not."""
+    planned = [run for plan in plans for run in estimates.planned(plan, folder)]
+    for line in folder.results(planned)[1]:
+        sys.stderr.write(f"note: {line}\n")
+
+
 def _estimates(
     plans: Sequence[Plan], folder: Folder, hardware: HardwareConfig | None, probe: estimates.Probe
 ) -> list[tuple[Plan, estimates.Estimate]]:
     taken: set[str] = set()
     if hardware is not None:
         return [(plan, estimates.estimate_elsewhere(plan, hardware, taken)) for plan in plans]
+    if plans[0].scale_name == "gpu" and not devices_here().on_gpu:
+        sys.stderr.write(
+            "note: scale=gpu is made for a GPU, and there is none: what follows is of this CPU, probed in minutes; "
+            "dry_run=true hardware=NAME reckons for a GPU in seconds\n"
+        )
     return [(plan, estimates.estimate(plan, folder, probe, taken, ())) for plan in plans]
 
 
@@ -105,6 +119,7 @@ def reproduce(
     budget = asked.budget(plans)
     report.read_if_there(folder)
     _check_out(asked.out)
+    _say_what_is_damaged(plans, folder)
     if asked.usd is not None:
         _refuse_what_cannot_be_paid(plans, folder, asked.usd, budget, probe)
     devices = Devices.gpus(device.count) if device.on_gpu else Devices()

@@ -26,18 +26,17 @@ def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
     for column in ("arms", "runs", "there", "FLOPs", "hours", "dollars"):
         table.add_column(column, justify="right")
     for plan, row in rows:
-        paid = "no price" if row.usd is None else _spread(row.usd, row.at_least)
+        paid = "no price" if row.usd is None else _spread(row.usd)
         table.add_row(
             *(plan.claim.name, str(len(plan.arms)), str(row.runs), str(row.there), f"{row.flops:.2e}"),
-            *(_spread(row.seconds * (1 / 3600), row.at_least), paid),
+            *(_spread(row.seconds * (1 / 3600)), paid),
         )
     seconds, usd = _total(rows)
-    at_least = any(row.at_least for _, row in rows)
     table.add_section()
     table.add_row(
         *("all, shared runs once", "", str(sum(row.runs for _, row in rows)), str(sum(row.there for _, row in rows))),
-        *(f"{sum(row.flops for _, row in rows):.2e}", _spread(seconds * (1 / 3600), at_least)),
-        "no price" if usd is None else _spread(usd, at_least),
+        *(f"{sum(row.flops for _, row in rows):.2e}", _spread(seconds * (1 / 3600))),
+        "no price" if usd is None else _spread(usd),
     )
     console = Console()
     console.print(table)
@@ -58,9 +57,9 @@ def _sum(intervals: Sequence[Interval]) -> Interval:
     return Interval(*(sum(getattr(each, key) for each in intervals) for key in ("value", "low", "high")))
 
 
-def _spread(interval: Interval, at_least: bool) -> str:
+def _spread(interval: Interval) -> str:
     value, low, high = (f"{each:.2g}" for each in (interval.value, interval.low, interval.high))
-    return f"over {low}" if at_least else f"{value} ({low} to {high})"
+    return f"{value} ({low} to {high})"
 
 
 def as_dict(plan: Plan, row: Estimate) -> dict[str, Any]:
@@ -76,7 +75,6 @@ def as_dict(plan: Plan, row: Estimate) -> dict[str, Any]:
         "seconds": asdict(row.seconds),
         "usd": None if row.usd is None else row.usd.value,
         "usd_interval": None if row.usd is None else [row.usd.low, row.usd.high],
-        "at_least": row.at_least,
         "source": row.source,
         "power": [{"comparison": statement, "power": sees} for statement, sees in power_statements(plan)],
     }
@@ -99,5 +97,6 @@ def show_verdicts(judged: Sequence[Judged]) -> None:
     console = Console()
     console.print(table)
     for each in judged:
-        for reason in each.reasons[:3]:
+        not_computed = [c.reason for c in each.comparisons if c.decides and c.reason]
+        for reason in [*each.reasons[:3], *dict.fromkeys(not_computed)]:
             console.print(Text(f"{each.plan.claim.name}: {reason}"), soft_wrap=True)

@@ -13,17 +13,19 @@ from moe_train.claims.results import Folder
 
 
 def best_rates(plan: Plan, tuning: Sequence[PlannedRun], folder: Folder) -> dict[str, float] | None:
-    """By arm; a rate at which a run diverged has lost. None where a run is missing, or where all that could be chosen
-    have diverged.
+    """By arm; a rate at which a run diverged has lost. None where a run is missing or damaged, or where all that could
+    be chosen have diverged.
 
     Without tuning: the configuration's own rates.
     """
     if plan.scale.tuning is None:
         return plan.untuned()
     losses: dict[str, dict[float, float]] = {name: {} for name in plan.arms}  # summed over seeds, by multiple
+    results, damaged = folder.results(tuning)
+    there = {result.run.hash: result for result in results}
     for run in tuning:
-        result = folder.result(run)
-        if result is None and folder.diverged(run) is None:
+        result = there.get(run.hash)
+        if damaged or (result is None and folder.diverged(run) is None):
             return None  # a rate that had no chance is no rate that lost
         loss = math.inf if result is None or result.summary["val_loss"] is None else result.summary["val_loss"]
         by_factor, factor = losses[run.arm], plan.factor(run)

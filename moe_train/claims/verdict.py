@@ -88,13 +88,14 @@ def judge(
     missing: Sequence[str],
 ) -> Judged:
     """`missing`: what the runner says of runs that did not finish."""
-    tuned = [result for run in tuning if (result := folder.result(run)) is not None]
-    results = [result for run in runs if (result := folder.result(run)) is not None]
-    reasons = list(dict.fromkeys(missing)) if not runs or len(results) < len(runs) else []
+    tuned, damaged = folder.results(tuning)
+    results, others = folder.results(runs)
+    incomplete = not runs or len(results) < len(runs)
+    reasons = list(dict.fromkeys([*damaged, *others, *missing])) if incomplete else []
     diverged = [run for run in tuning if folder.diverged(run) is not None]
     planned = len({run.hash for run in [*tuning, *(runs or plan.runs(plan.untuned()))]})
     made = len({run.hash for run in [*(result.run for result in [*tuned, *results]), *diverged]})
-    if not runs or len(results) < len(runs):
+    if incomplete:
         reasons.insert(0, f"{made} of {planned} planned runs are there: nothing is computed before all are")
     reasons += integrity.problems(plan, results, tuned)
     timing = integrity.timing_problems(results)
@@ -115,18 +116,10 @@ def judge(
         axes = saved_on_axes(plan, results, with_costs=not timing)
         notes += notes_on(plan, results, rates, folder)
     deciding = [compared for compared in comparisons if compared.decides]
-    verdicts = [compared.verdict for compared in deciding]
-    verdict: Verdict = "inconclusive"
-    if all(each == SUPPORTED for each in verdicts):
-        verdict = "supported"
-    elif REFUTED in verdicts:
-        verdict = "refuted"
-    if plan.scale_name == "smoke":
-        verdict = "inconclusive"  # whatever the comparisons say
     known = [compared.p_supported for compared in deciding if compared.p_supported is not None]
     return Judged(
         plan=plan,
-        verdict=verdict,
+        verdict=verdict_of(plan.scale_name, [compared.verdict for compared in deciding]),
         comparisons=comparisons,
         reasons=reasons,
         notes=notes,
@@ -140,6 +133,22 @@ def judge(
         usd_tuning=_dollars(folder, tuning),
         p_supported=max(known) if len(known) == len(deciding) else None,
     )
+
+
+def verdict_of(scale: str, deciding: Sequence[Verdict]) -> Verdict:
+    """Of a claim, from those of the comparisons that decide; at scale=smoke none, whatever they say."""
+    if scale == "smoke":
+        return "inconclusive"
+    if all(each == SUPPORTED for each in deciding):
+        return "supported"
+    return "refuted" if REFUTED in deciding else "inconclusive"
+
+
+def verdict_by(p_supported: float | None, p_refuted: float | None, alpha: float) -> Verdict:
+    """Of a comparison, from its adjusted p values; None: it was not computed."""
+    if p_supported is not None and p_supported <= alpha:
+        return "supported"
+    return "refuted" if p_refuted is not None and p_refuted <= alpha else "inconclusive"
 
 
 def _blank(plan: Plan, config: ComparisonConfig) -> Compared:
@@ -232,15 +241,12 @@ def _decide(comparisons: Sequence[Compared], plan: Plan) -> None:
             if getattr(compared, chosen) is not None:
                 setattr(compared, chosen, float(adjusted))
     for compared, alpha in zip(comparisons, alphas):
-        if compared.p_supported is not None and compared.p_supported <= alpha:
-            compared.verdict = "supported"
-        elif compared.p_refuted is not None and compared.p_refuted <= alpha:
-            compared.verdict = "refuted"
+        compared.verdict = verdict_by(compared.p_supported, compared.p_refuted, alpha)
 
 
 # -------------------------------------------------------------------------------------------------- round about it
 
 
 def _dollars(folder: Folder, runs: Sequence[PlannedRun]) -> float | None:
-    known = [folder.runs.spent(run.hash) for run in {run.hash: run for run in runs}.values()]
+    known = [folder.spent(run) for run in {run.hash: run for run in runs}.values()]
     return None if any(usd is None for usd in known) else sum(usd or 0.0 for usd in known)

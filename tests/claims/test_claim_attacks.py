@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import ROOT
 from made_up_claims import HERE, PRICE, TWO_ARMS, MadeUpRuns
 from rich.console import Console
 
@@ -81,25 +83,62 @@ def test_a_summary_that_was_edited_is_no_result(
         ({"val_loss": "low"}, "has val_loss='low'"),
         ({"versions": None}, "has versions=None"),
         ({"tokens": 2560.5}, "has tokens=2560.5"),
+        ({"train_seconds": 0.0}, "has train_seconds=0.0"),
     ],
     ids=str,
 )
-def test_a_summary_no_run_would_write_is_refused_before_training(
-    changes: dict[str, Any], says: str, finished: tuple[Asked, MadeUpRuns]
+def test_a_summary_no_run_would_write_is_no_result(
+    changes: dict[str, Any], says: str, finished: tuple[Asked, MadeUpRuns], capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked, made = finished
-    path = edit(made, asked, **changes)
-    with pytest.raises(UserError) as error:
-        judged(asked, made)
-    assert str(error.value) == f"{path} {says}: remove the folder, and the run is made again"
+    edit(made, asked, **changes)
+    said = f"runs/{made.started[-1].hash}/summary.json {says}: remove the folder, and the run is made again"
+    found = judged(asked, made)
+    assert (found.verdict, found.main.effect) == ("inconclusive", None)
+    assert found.reasons == ["5 of 6 planned runs are there: nothing is computed before all are", said]
+    assert f"note: {said}\n" in capsys.readouterr().err  # before other runs take hours
 
 
-@pytest.mark.parametrize("content", ["", "[1]\n", '{"step": 1}\n', "\x00", '{"throughput/step_seconds": 1}\n'])
-def test_a_curve_no_run_would_write_is_refused(content: str, finished: tuple[Asked, MadeUpRuns]) -> None:
+ROW = '{"step": 1, "throughput/step_seconds": 1'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[1]\n", '{"step": 1}\n', "\x00", '{"throughput/step_seconds": 1}\n'),
+        *(f'{ROW}, "val/loss": "low"}}\n', f'{ROW}, "progress/tokens": [1]}}\n', f"{ROW}}}\n{ROW}"),
+    ],
+)
+def test_a_curve_no_run_would_write_is_no_result(content: str, finished: tuple[Asked, MadeUpRuns]) -> None:
     asked, made = finished
     (asked.out / "runs" / made.started[0].hash / "metrics.jsonl").write_text(content)
-    with pytest.raises(UserError, match=r"metrics\.jsonl .*: remove the folder, and the run is made again"):
-        judged(asked, made)
+    _, said = judged(asked, made).reasons
+    assert said.startswith(f"runs/{made.started[0].hash}/metrics.jsonl ")
+    assert said.endswith(": remove the folder, and the run is made again")
+
+
+@pytest.mark.parametrize("file", ["summary.json", "metrics.jsonl", "ledger.json", "config.yaml"])
+@pytest.mark.parametrize("tuning", [None, {"factors": [0.5, 1.0], "tokens": 1280}], ids=["", "tuned"])
+def test_a_damaged_run_keeps_its_own_claim_alone_from_being_judged(
+    file: str, tuning: dict[str, Any] | None, asked: Make, claim_dir: Make
+) -> None:
+    scale = TWO_ARMS["scales"]["cpu"]
+    claim_dir(scales={"cpu": scale | {"tuning": tuning}})
+    claim_dir("other", scales={"cpu": scale | {"first_seed": 50}})
+    both = asked("mine,other")
+    made = MadeUpRuns(both.plans(), lambda run: better(run) + abs(run.rate / 0.003 - 1))
+    everything: dict[str, Any] = {"device": HERE, "console": Console(quiet=True)}
+    suite.reproduce(both, start=made, **everything)
+    broken = both.out / "runs" / made.started[0].hash
+    (broken / file).write_text('{"status": "finished"' + ("}" if file == "summary.json" else ""))
+    mine, other = suite.reproduce(both, start=made, **everything)
+    assert other.verdict == "supported"
+    assert (mine.verdict, mine.main.effect) == ("inconclusive", None)
+    assert any(broken.name in reason and "remove the folder, and the run is made" in reason for reason in mine.reasons)
+    shutil.rmtree(broken)
+    mine, other = suite.reproduce(both, start=made, **everything)
+    assert (mine.verdict, other.verdict) == ("supported", "supported")
+    assert made.started[-1].hash == broken.name
 
 
 def test_a_run_without_its_configuration_is_not_taken_at_its_word(finished: tuple[Asked, MadeUpRuns]) -> None:
@@ -202,6 +241,51 @@ def test_a_report_that_was_damaged_is_no_report(
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"report\.json is no report of claims: move it away, or give another report="):
         report.read(file)
+
+
+def edited(file: Path, change: Callable[[dict[str, Any]], None], digest: bool = True) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    for claim in content["claims"] if not digest else []:
+        del claim["digest"]
+    file.write_text(json.dumps(content))
+
+
+def test_a_report_that_was_edited_is_not_taken(finished: tuple[Asked, MadeUpRuns], tmp_path: Path) -> None:
+    """Far from its runs, nothing else tells."""
+    written = (finished[0].out / report.JSON).read_text()
+    file = tmp_path / "copy.json"
+    file.write_text(json.dumps(json.loads(written)))  # indented in another way
+    assert report.read(file)["claims"][0]["verdict"] == "supported"
+
+    def curve(content: dict[str, Any]) -> None:
+        content["claims"][0]["curves"]["two"]["loss"]["mean"][3] -= 0.1
+
+    def effect(content: dict[str, Any]) -> None:
+        content["claims"][0]["comparisons"][0]["effect"] *= 2
+
+    def verdict(content: dict[str, Any]) -> None:
+        content["claims"][0]["verdict"] = "refuted"
+
+    def both_verdicts(content: dict[str, Any]) -> None:
+        verdict(content)
+        content["claims"][0]["comparisons"][0]["verdict"] = "refuted"
+
+    for change, digest in ((curve, True), (effect, True), (verdict, True), (verdict, False), (both_verdicts, False)):
+        file.write_text(written)
+        edited(file, change, digest)
+        with pytest.raises(UserError, match=r"copy\.json: claim=mine scale=cpu is not as it was written: put the file"):
+            report.read(file)
+    for total in ("distinct_runs", "usd_of_distinct_runs"):
+        file.write_text(written)
+        edited(file, lambda content, total=total: content.update({total: 1}))
+        with pytest.raises(UserError, match=r"what is said of all claims together is not as it was written"):
+            report.read(file)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs/results/claims").glob("*.json")), ids=lambda file: file.stem)
+def test_what_was_published_follows_from_its_figures(file: Path) -> None:
+    assert report.read(file)["claims"]
 
 
 def test_a_readme_keeps_the_ends_of_its_lines_and_has_one_place_for_the_tables(

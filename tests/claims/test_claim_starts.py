@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def upcycled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Path]]:
         steps = json.loads((run / "summary.json").read_text())["steps"]
         origin = f"upcycled from the dense nano of {run.name}, step {steps}"
         (place / "state.json").write_text(json.dumps({"origin": origin}))
+        (out / "configs/model").mkdir(parents=True)
+        (out / "configs/model/claim_start.yaml").write_text(f"# {origin}\nname: claim_start\n")
 
     monkeypatch.setattr(upcycle, "upcycle_run", upcycle_run)
     return made
@@ -144,8 +147,44 @@ def test_weights_of_another_run_are_found(asked: Make, claim_dir: Make, upcycled
     assert found.verdict == "inconclusive"
     assert any("arm upcycled did not start from runs/" in reason for reason in found.reasons)
     states[0].unlink()
+    (first / "configs/model/claim_start.yaml").unlink()
     found = judged(asked(), made)
     assert any("what arm upcycled started from is not there any more" in reason for reason in found.reasons)
+
+
+def test_checkpoints_that_were_removed_to_save_room_are_not_missed(
+    asked: Make, claim_dir: Make, upcycled: list[tuple[Path, Path]]
+) -> None:
+    claim_dir(**CLAIM)
+    (plan,) = asked().plans()
+    made = MadeUpRuns([plan], loss_of)
+    judged(asked(), made)
+    for checkpoints in list(asked().out.rglob("checkpoints")):
+        shutil.rmtree(checkpoints)
+    found = judged(asked(), made)
+    assert (found.verdict, found.reasons) == ("supported", [])
+    assert (len(made.started), len(upcycled)) == (9, 3)
+
+
+def test_a_start_without_its_checkpoint_ends_no_suite(asked: Make, claim_dir: Make) -> None:
+    """The upcycled run of seed 0 is missing, and so is what it would begin with."""
+    claim_dir(**CLAIM)
+    claim_dir("other", scales={"cpu": {"overrides": [], "tokens": [2560], "seeds": 3, "first_seed": 9}})
+    both = asked("mine,other")
+    made = MadeUpRuns(both.plans(), lambda run: 2.0 + 0.01 * (run.seed % 50) - (0.1 if run.arm == "two" else 0.0))
+    everything: dict[str, Any] = {"device": HERE, "console": Console(quiet=True)}
+    suite.reproduce(both, start=made, **everything)
+    dense, mixture = made.started[:2]
+    shutil.rmtree(both.out / "runs" / mixture.hash)
+    shutil.rmtree(both.out / "runs" / dense.hash / "checkpoints")
+    shutil.rmtree(mixture.config.init_from or "")
+    mine, other = suite.reproduce(both, start=made, **everything)
+    assert other.verdict == "supported"
+    lost = f"runs/{dense.hash} has no checkpoint any more: remove the folder, and it is made again"
+    assert mine.reasons[1:] == [f"{mixture.label} cannot begin: {lost}"]
+    shutil.rmtree(both.out / "runs" / dense.hash)
+    mine, _ = suite.reproduce(both, start=made, **everything)
+    assert mine.reasons == []
 
 
 def test_an_arm_of_the_same_model_starts_from_the_run_itself(

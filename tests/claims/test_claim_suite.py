@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import ROOT
 from made_up_claims import HERE, TWO_ARMS, MadeUpRuns
 from rich.console import Console
 
-from moe_train.claims import markdown, registered, report, suite
+from moe_train.claims import estimate, markdown, registered, report, suite
 from moe_train.claims.library import load_claims
 from moe_train.claims.made_up import PRICE
 from moe_train.claims.plan import Plan, PlannedRun, make_plan
@@ -23,6 +24,8 @@ from moe_train.claims.suite import Asked
 from moe_train.claims.verdict import Judged
 from moe_train.cost.attempt import FINISHED, Attempt, as_line
 from moe_train.errors import UserError
+from moe_train.forecast.commands import named_hardware
+from moe_train.sweeps.devices import Devices
 
 Make = Callable[..., Any]
 
@@ -96,15 +99,24 @@ def test_what_is_there_is_not_made_again_and_shared_arms_are_made_once(asked: Ma
 def test_an_incomplete_suite_is_not_looked_at_and_goes_on(asked: Make, claim_dir: Make) -> None:
     claim_dir()
     made = MadeUpRuns(plans(asked()), lambda run: None if run.seed == 2 else better(0.05)(run))
+    left = asked().out / "runs" / plans(asked())[0].runs({"one": 0.003, "two": 0.003})[4].hash  # on another machine
+    left.mkdir(parents=True)
+    (left / "config.yaml").touch()
     (found,) = judged(asked(), made)
     assert found.verdict == "inconclusive"
     assert found.main.effect is None
     assert "4 of 6 planned runs are there" in found.reasons[0]
     assert any("the disk is full" in reason for reason in found.reasons)
+    ((said),) = (reason for reason in found.reasons if left.name in reason)
+    assert said.endswith(f"(runs/{left.name}.log; it is made anew once runs/{left.name} is removed)")
+    (left / "checkpoints").mkdir()  # without which it keeps its bill
+    (found,) = judged(asked(), made)
+    ((said),) = (reason for reason in found.reasons if left.name in reason)
+    assert said.endswith(f"(runs/{left.name}.log; it is made anew once runs/{left.name}/checkpoints is removed)")
     made.loss = better(0.05)
     (found,) = judged(asked(), made)
     assert found.verdict == "supported"
-    assert len(made.started) == 8
+    assert len(made.started) == 10
 
 
 def test_rates_are_tuned_alike_on_other_seeds_and_paid_for(asked: Make, claim_dir: Make) -> None:
@@ -317,6 +329,43 @@ def test_a_dry_run_says_what_is_to_come_and_trains_nothing(asked: Make, claim_di
     judged(asked(), MadeUpRuns([plan], better(0.05)))
     (row,) = suite.foretell(asked(), None, probe)
     assert (row["runs_there"], row["seconds"]["value"]) == (6, 0)  # type: ignore[index]
+
+
+def test_a_gpu_one_does_not_have_is_reckoned_from_one_that_was_measured(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    found = {}
+    for name in ("h200", "rtx_4090"):
+        (row,) = suite.foretell(asked(), named_hardware(name, None, None), probe)
+        seconds, (low, high) = row["seconds"], row["usd_interval"]  # type: ignore[misc]
+        assert seconds["low"] < seconds["value"] < seconds["high"]  # type: ignore[index]
+        assert low < row["usd"] < high  # type: ignore[operator]
+        assert "as measured on an H200" in str(row["source"])
+        assert "15 s (8 to 30) a run assumed" in str(row["source"])
+        found[name] = row
+    assert "not measured there; 15 s" in str(found["rtx_4090"]["source"])
+    assert "not measured there" not in str(found["h200"]["source"])
+    assert found["rtx_4090"]["seconds"]["value"] > found["h200"]["seconds"]["value"]  # type: ignore[index]
+    with pytest.raises(UserError, match=r"hardware=t4 has no BF16 peak to reckon with: choose another"):
+        suite.foretell(asked(), named_hardware("t4", None, None), probe)
+
+
+@pytest.mark.parametrize(("file", "within"), [("nvidia_h200", 1.01), ("nvidia_h200_nano", 1.35)])
+def test_that_reckoning_is_near_what_is_published_of_an_h200(file: str, within: float) -> None:
+    figures = json.loads((ROOT / f"docs/results/{file}.json").read_text())["figures"]
+    step = {each["name"]: each for each in figures if each["suite"] == "step"}
+    note = step["utilization_of_measured_peak"]["note"]
+    flops = 1e6 * float(note.split(" MFLOPs a token")[0])
+    rate = estimate.H200_FLOPS * min(1.0, flops / estimate.H200_AT) ** estimate.H200_FALLS
+    assert 1 / within < rate / (flops * step["tokens_per_second"]["value"]) < within
+
+
+def test_a_dry_run_of_a_gpus_scale_without_one_says_what_it_is_of(
+    asked: Make, claim_dir: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_dir(scales={"gpu": TWO_ARMS["scales"]["cpu"]})
+    monkeypatch.setattr(suite, "devices_here", Devices)
+    suite.foretell(dataclasses.replace(asked(), scale="gpu"), None, probe)
+    assert "there is none: what follows is of this CPU" in capsys.readouterr().err
 
 
 def test_a_budget_too_small_for_the_runs_is_refused(asked: Make, claim_dir: Make, tmp_path: Path) -> None:
