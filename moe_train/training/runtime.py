@@ -24,6 +24,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from moe_train.config import AdamWConfig, OptimizerConfig, RunConfig
 from moe_train.cost.layout import Layout
 from moe_train.errors import UserError, one_line
+from moe_train.gpu import takes_gpu
 from moe_train.kernels.cpu import library as cpu_kernels
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.agreement import check_agreement
@@ -126,9 +127,10 @@ class Runtime:
 
 def start_runtime(config: RunConfig) -> Runtime:
     """Join the process group if there is one and settle device, threads and precision. Raises UserError."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    on_gpu = takes_gpu()
     expected = _count_from_environment("WORLD_SIZE")
     _refuse_layouts_of_accelerate()
+    _refuse_another_device()
     _refuse_tasks_that_do_not_know_each_other()
     _check_meeting_place(expected)
     if not on_gpu:
@@ -258,6 +260,16 @@ def _refuse_layouts_of_accelerate() -> None:
                 f"accelerate was set up for {name}: choose parallel= (fsdp2, ep, …) instead, and launch without it "
                 "(accelerate launch --multi_gpu, or torchrun)"
             )
+
+
+def _refuse_another_device() -> None:
+    """accelerate would move the model there and leave torch's own device as it is: another's name, memory and waits."""
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if device:
+        raise UserError(
+            f"the environment has ACCELERATE_TORCH_DEVICE={device}: unset it, and choose a GPU with "
+            "CUDA_VISIBLE_DEVICES, or the CPU with ACCELERATE_USE_CPU=true"
+        )
 
 
 def _refuse_tasks_that_do_not_know_each_other() -> None:
