@@ -133,8 +133,8 @@ def start_runtime(config: RunConfig) -> Runtime:
     _refuse_another_device()
     _refuse_tasks_that_do_not_know_each_other()
     _check_meeting_place(expected)
+    _refuse_lost_processes(expected)
     if not on_gpu:
-        _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
         keep_freed_memory()
     if expected == 1:
@@ -238,10 +238,12 @@ def _host_group(timeout_seconds: float) -> torch.distributed.ProcessGroup:
 
 
 def _refuse_lost_processes(expected: int) -> None:
-    # `accelerate launch --cpu --num_processes N` sets these for N > 1, then starts a single process.
-    if expected == 1 and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
+    # `accelerate launch --num_processes N` sets these for N > 1, then starts a single process: with --cpu, and where
+    # there are fewer than two GPUs or its configuration names no kind of several.
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if expected == 1 and "WORLD_SIZE" not in os.environ and launched:
         raise UserError(
-            "several processes were asked for and accelerate started one (its --cpu launcher does): "
+            "several processes were asked for and accelerate started one (with --cpu, or without --multi_gpu): "
             "use torchrun --standalone --nproc-per-node N train.py"
         )
 
