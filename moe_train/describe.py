@@ -22,6 +22,7 @@ from moe_train.cost import bytes_each, flops, memory
 from moe_train.cost.fp8_operands import Fp8Kept
 from moe_train.cost.kernels import Kernels
 from moe_train.errors import UserError
+from moe_train.gpu import takes_gpu
 
 if TYPE_CHECKING:
     from moe_train.model.transformer import Transformer
@@ -177,7 +178,7 @@ def _formats(built: Transformer, precision: PrecisionConfig, compute_dtype: str)
 
     from moe_train.precision import recipes
 
-    recipes.apply(built, precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    recipes.apply(built, precision, torch.device("cuda" if takes_gpu() else "cpu"))
     return recipes.table(built, precision, compute_dtype)
 
 

@@ -18,6 +18,8 @@ from typing import IO
 
 import psutil
 
+from moe_train.gpu import cpu_is_asked_for
+
 PATIENCE_SECONDS = 10.0  # of a command that is interrupted, for its job to end by itself
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -86,4 +88,6 @@ def _accelerate(processes: int) -> list[str]:
 
 def _environment() -> dict[str, str]:
     # accelerate would set one thread a process; the training runtime shares the cores out itself.
-    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    # Its launcher of one process sets ACCELERATE_USE_CPU anew, to False: a job shall be on the device that we are on.
+    return environment | ({"CUDA_VISIBLE_DEVICES": ""} if cpu_is_asked_for() else {})

@@ -57,7 +57,7 @@ def main() -> None:
     from moe_train.generation import PlainDecoder, SpeculativeDecoder, compare, generate, load_for_generation
     from moe_train.generation.decoding import device_of
     from moe_train.generation.loading import threads_of
-    from moe_train.training.runtime import set_threads
+    from moe_train.training.runtime import cpu_name, set_threads
 
     trained = load_for_generation(arguments.run.absolute())
     if threads := arguments.num_threads or threads_of(trained.config):
@@ -75,7 +75,9 @@ def main() -> None:
     else:
         result = generate(PlainDecoder(model, arguments.temperature, arguments.seed), tokenizer, prompt, limit)
         figures = _figures(result)
-    figures |= {"compute_dtype": "float32", "device": device_of(model).type, "num_threads": torch.get_num_threads()}
+    device = device_of(model).type
+    figures |= {"compute_dtype": "float32", "device": device, "num_threads": torch.get_num_threads()}
+    figures["device_name"] = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     sys.stdout.write(result.text + "\n")
     sys.stdout.flush()
     sys.stderr.write(_said(figures))

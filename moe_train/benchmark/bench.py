@@ -7,6 +7,7 @@ made up, as frequent as words are in text (the law of Zipf and Mandelbrot), so t
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,13 @@ class Bench:
         """The same for a command line."""
         folder = [] if self.config_dir is None else ["--config-dir", str(self.config_dir.absolute())]
         return [*folder, *with_usual(usual, self.given)]
+
+    def let_go(self) -> None:
+        """Give back what is no longer used: a run that is launched finds the memory of the GPU free."""
+        self.runtime.accelerator.free_memory()  # it keeps every model that it prepared
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
 
     def filed_under(self, suite: str) -> Bench:
         return dataclasses.replace(self, suite=suite)

@@ -57,7 +57,7 @@ def _compared(bench: Bench, settings: tuple[str, ...], name: str | None) -> list
     if name is not None:
         low = bench.config(*settings, f"precision={name}", without=["precision"])
     of, suite, device = f"{low.precision.name}: {described(low, bench.runtime)}", bench.suite, bench.runtime.device
-    bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared
+    bench.let_go()
     try:
         arms = {"high": TrainingArm(high, bench.runtime), "low": TrainingArm(low, bench.runtime)}
         seconds = interleaved(

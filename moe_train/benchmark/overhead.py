@@ -25,9 +25,9 @@ _SETTINGS = (
 )
 
 
-def run_shares(overrides: Sequence[str], folder: Path) -> tuple[list[float], list[float]]:
+def run_shares(overrides: Sequence[str], folder: Path, device: str) -> tuple[list[float], list[float]]:
     """Of a run with the user's settings: shares of each window that were overhead, and that were waiting for data."""
-    run = finished_job([*overrides, *_SETTINGS], folder)
+    run = finished_job([*overrides, *_SETTINGS], folder, device)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return overhead_shares(rows)[1:], [row["throughput/data_wait_fraction"] for row in rows[2:]]
 

@@ -22,10 +22,11 @@ _SETTINGS = (
 def run(bench: Bench) -> list[Figure]:
     """The run's own clock, which begins with the launcher's process; the first launch prepares the data, unmeasured."""
     seconds = []
+    bench.let_go()
     with tempfile.TemporaryDirectory() as folder:
         try:
             for _ in range(1 + LAUNCHES):
-                made = finished_job([*bench.overrides(), *_SETTINGS], Path(folder))
+                made = finished_job([*bench.overrides(), *_SETTINGS], Path(folder), bench.runtime.device_name)
                 summary = json.loads((made / "summary.json").read_text())
                 seconds.append(summary["startup_seconds"])
         except UserError as error:

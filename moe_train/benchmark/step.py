@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from pathlib import Path
-
-import torch
 
 from moe_train.benchmark.arms import TrainingArm, rates
 from moe_train.benchmark.bench import Bench, described
@@ -31,10 +28,7 @@ def run(bench: Bench, *usually: str, with_a_run: bool = True) -> list[Figure]:
     config = bench.config(*settings)
     figures = _timed(bench, config)
     if with_a_run and bench.launches:
-        bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared; on a GPU the run needs theirs
-        gc.collect()
-        if bench.on_gpu:
-            torch.cuda.empty_cache()
+        bench.let_go()
         figures += _overhead(bench, settings, described(config, bench.runtime))
     return figures
 
@@ -84,7 +78,7 @@ def _host_reads(bench: Bench, arm: TrainingArm, of: str) -> Figure:
 def _overhead(bench: Bench, settings: tuple[str, ...], of: str) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            shares, waits = run_shares(bench.overrides(*settings), Path(folder))
+            shares, waits = run_shares(bench.overrides(*settings), Path(folder), bench.runtime.device_name)
         except UserError as error:
             return [not_measured(bench.suite, name, "share", str(error), of) for name in _OF_A_RUN]
     return [measured(bench.suite, name, estimate(found), "share", of, note)

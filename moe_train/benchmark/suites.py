@@ -79,7 +79,7 @@ def run(bench: Bench, names: Sequence[str], keep: Callable[[str, Content, Sequen
             dataclasses.replace(figure, of=said_in_full(figure.of, bench, _said(bench, name)))
             for figure in _RUN[name](bench.filed_under(name))
         ]
-        bench.runtime.accelerator.free_memory()  # it keeps every model that it prepared
+        bench.let_go()
         after = dataclasses.replace(ceilings.measure(device, dtype, (), rounds=5), products=before.products)
         found = [marked(figure, ceilings.drift(before, after)) for figure in found]
         keep(name, content_of(bench.runtime, name, (before, after), found, load), found)

@@ -48,8 +48,9 @@ def show_device(runtime: Runtime, ceilings: Ceilings, load: float | None) -> Non
     if reason is not None:
         console.print(Text(f"note: torch's kernels, not ours in C: {reason}"), soft_wrap=True)
     if load is not None and load > 0.5:
-        note = f"note: {load:.1f} processes wanted a core before the first measurement: with others at work, figures "
-        console.print(Text(f"{note}are rough, ratios less so"), soft_wrap=True)
+        # The system's mean of a minute: what a command before this one did is still in it.
+        note = f"note: {load:.1f} processes wanted a core in the minute before: with others at work, "
+        console.print(Text(f"{note}figures are rough, ratios less so"), soft_wrap=True)
 
 
 def show(figures: Sequence[Figure]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.errors import UserError, one_line
+from moe_train.gpu import takes_gpu
 
 
 def require_harness() -> None:
@@ -39,13 +40,12 @@ def run_tasks(
     for chatty in ("lm_eval", "datasets", "huggingface_hub"):  # the last two announce every retry
         logging.getLogger(chatty).setLevel(logging.ERROR)
     import lm_eval
-    import torch
     from lm_eval.models.huggingface import HFLM
 
     known = _known_tasks(tasks, include_path)
     model = HFLM(
         pretrained=str(model_folder.absolute()),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if takes_gpu() else "cpu",
         dtype="float32",
         batch_size=8,
         trust_remote_code=False,

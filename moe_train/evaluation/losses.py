@@ -110,6 +110,7 @@ def _runtime(trained: TrainedModel, cpu_kernels: Choice, num_threads: int | None
     one_process = dataclasses.replace(
         trained.config,
         cpu_kernels=cpu_kernels,
+        cuda_graphs="never",  # of steps, and there are none: a CPU refuses those that a run insisted on
         num_threads=num_threads,
         batch_size=1,
         micro_batch_size=None,

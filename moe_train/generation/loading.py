@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from moe_train.config import RunConfig
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
+from moe_train.gpu import takes_gpu
 from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import Checkpoint, load_weights
 from moe_train.training.run_folder import find_checkpoint, load_run_config
@@ -18,7 +17,7 @@ from moe_train.training.starting_weights import check_own_config, tokenizer_of
 
 
 class TrainedModel(NamedTuple):
-    model: Transformer  # in evaluation mode, FP32, on the GPU where there is one
+    model: Transformer  # in evaluation mode, FP32, on the GPU where one is taken
     tokenizer: Tokenizer
     config: RunConfig
     checkpoint: Checkpoint  # the weights' own
@@ -34,7 +33,7 @@ def load_trained(run: Path) -> TrainedModel:
     model = Transformer(config.model.resolved(), checkpoint.vocab_size)
     load_weights(checkpoint, model)
     tokenizer = tokenizer_of(checkpoint)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if takes_gpu() else "cpu"
     return TrainedModel(model.to(device).eval(), tokenizer, config, checkpoint, folder)
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from moe_train.errors import UserError
+from moe_train.gpu import takes_gpu
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ def devices_here() -> Devices:
     """Raises nothing; imports torch, which takes seconds."""
     import torch
 
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
-    return Devices.gpus(torch.cuda.device_count()) if on_gpu else Devices()
+    return Devices.gpus(torch.cuda.device_count()) if takes_gpu() else Devices()
 
 
 def cores_here() -> int:

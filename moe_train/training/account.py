@@ -61,6 +61,7 @@ class Account:
         self.peak_source: str | None = None
         self.earlier_joules: float | None = 0.0
         self.lost_seconds = 0.0
+        self.earlier_hardware: list[str] = []  # other than this attempt's, that steps of the run were made on
         self.ledger: Ledger | None = None
         self._usd_of_others: float | None = None  # of the same sweep, when this attempt began
         self._train_joules: float | None = 0.0  # of this process's device
@@ -113,6 +114,13 @@ class Account:
         kwh = self.ledger.earlier_kwh
         self.earlier_joules = None if kwh is None else kwh * JOULES_PER_KWH
         self.lost_seconds = self.ledger.lost_seconds(self.take_up(checkpoint))
+        trained_on = {each.hardware for each in self.ledger.earlier if each.hardware and each.train_seconds}
+        self.earlier_hardware = sorted(trained_on - {self.hardware.name}) if checkpoint else []
+        if self.earlier_hardware:
+            self.notes.append(
+                f"earlier attempts were on {', '.join(self.earlier_hardware)}: seconds and tokens/s of the whole run "
+                f"are not those of {self.hardware.name}"
+            )
         threading.Thread(target=self._beat, name="ledger", daemon=True).start()
 
     def _beat(self) -> None:

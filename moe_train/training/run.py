@@ -32,6 +32,7 @@ from moe_train.training.closing import Closing
 from moe_train.training.evaluation import Evaluation
 from moe_train.training.fp8_health import where_not_finite
 from moe_train.training.keepers import end_with_launcher, end_with_sweep, launcher
+from moe_train.training.pace import pace_of
 from moe_train.training.parts import Shared, known_to_all, put_together
 from moe_train.training.run_folder import MAY_CHANGE_ON_RESUME, RunFolder, open_run_folder, write_keeping
 from moe_train.training.runtime import Runtime, start_runtime
@@ -142,6 +143,7 @@ class Run:
         self.model, self.model_config, self.compute_format = parts.model, parts.model_config, parts.compute_format
         self.fp8_health, self.stepper = parts.fp8_health, parts.stepper
         self.steps_done, self.train_loss = parts.step or 0, parts.train_loss
+        self._pace = pace_of(runtime.device_type, account.limits.uses_clock)
         self.last_row: metrics.Metrics = {}
         self.evaluation: Evaluation | None = None
         self.closing = Closing(config, runtime, account, self.model, self.data, self.stepper.micro_batch_size)
@@ -224,6 +226,8 @@ class Run:
             with self.runtime.exchanges_counted(timed=counts):
                 tokens = self.stepper.step(self.steps_done, inputs, targets, factor, progress, counts_fp8=counts)
                 self.interruption.agree(self.runtime.hosts)
+            if self._pace is not None:
+                self._pace.follow()
             meter.add_tokens(tokens)
             self.steps_done += 1
             progress = self._progress()

@@ -24,6 +24,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from moe_train.config import AdamWConfig, OptimizerConfig, RunConfig
 from moe_train.cost.layout import Layout
 from moe_train.errors import UserError, one_line
+from moe_train.gpu import takes_gpu
 from moe_train.kernels.cpu import library as cpu_kernels
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.agreement import check_agreement
@@ -126,13 +127,14 @@ class Runtime:
 
 def start_runtime(config: RunConfig) -> Runtime:
     """Join the process group if there is one and settle device, threads and precision. Raises UserError."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    on_gpu = takes_gpu()
     expected = _count_from_environment("WORLD_SIZE")
     _refuse_layouts_of_accelerate()
+    _refuse_another_device()
     _refuse_tasks_that_do_not_know_each_other()
     _check_meeting_place(expected)
+    _refuse_lost_processes(expected)
     if not on_gpu:
-        _refuse_lost_processes(expected)
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes torchrun's CPU processes for single runs
         keep_freed_memory()
     if expected == 1:
@@ -236,10 +238,12 @@ def _host_group(timeout_seconds: float) -> torch.distributed.ProcessGroup:
 
 
 def _refuse_lost_processes(expected: int) -> None:
-    # `accelerate launch --cpu --num_processes N` sets these for N > 1, then starts a single process.
-    if expected == 1 and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
+    # `accelerate launch --num_processes N` sets these for N > 1, then starts a single process: with --cpu, and where
+    # there are fewer than two GPUs or its configuration names no kind of several.
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if expected == 1 and "WORLD_SIZE" not in os.environ and launched:
         raise UserError(
-            "several processes were asked for and accelerate started one (its --cpu launcher does): "
+            "several processes were asked for and accelerate started one (with --cpu, or without --multi_gpu): "
             "use torchrun --standalone --nproc-per-node N train.py"
         )
 
@@ -258,6 +262,16 @@ def _refuse_layouts_of_accelerate() -> None:
                 f"accelerate was set up for {name}: choose parallel= (fsdp2, ep, …) instead, and launch without it "
                 "(accelerate launch --multi_gpu, or torchrun)"
             )
+
+
+def _refuse_another_device() -> None:
+    """accelerate would move the model there and leave torch's own device as it is: another's name, memory and waits."""
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if device:
+        raise UserError(
+            f"the environment has ACCELERATE_TORCH_DEVICE={device}: unset it, and choose a GPU with "
+            "CUDA_VISIBLE_DEVICES, or the CPU with ACCELERATE_USE_CPU=true"
+        )
 
 
 def _refuse_tasks_that_do_not_know_each_other() -> None:

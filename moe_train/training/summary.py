@@ -145,6 +145,7 @@ def build(run: Run, status: str) -> dict[str, Any]:
         "energy_kwh": None if joules is None else joules / JOULES_PER_KWH,
         "energy_source": account.energy.source,
         "hardware": hardware.name,
+        "earlier_hardware": account.earlier_hardware,
         "device_name": run.runtime.device_name,
         "num_devices": run.runtime.world_size,
         "parallel": run.runtime.layout.name,

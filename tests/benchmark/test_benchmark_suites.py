@@ -104,11 +104,44 @@ def test_overhead_is_what_passed_and_was_no_step_and_what_steps_waited_for_data(
 
 def test_a_job_that_fails_gives_the_reason(bench: Callable[..., Bench], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.py ended with exit status 1: unknown key model.experts"):
-        jobs.finished_job(["model.experts=3"], tmp_path)
+        jobs.finished_job(["model.experts=3"], tmp_path, "a CPU")
+
+
+def test_a_job_that_accelerate_sent_to_another_device_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(overrides: Sequence[str], output: object) -> int:
+        run = Path(next(o for o in overrides if o.startswith("run_dir=")).removeprefix("run_dir="))
+        run.mkdir()
+        (run / "summary.json").write_text(json.dumps({"device_name": "AMD EPYC"}))
+        return 0
+
+    monkeypatch.setattr(jobs, "launch_job", made)
+    assert jobs.finished_job([], tmp_path, "AMD EPYC").is_dir()
+    with pytest.raises(UserError, match="made the run on AMD EPYC, and this is measured on NVIDIA Made Up: see what"):
+        jobs.finished_job([], tmp_path, "NVIDIA Made Up")
+
+
+def test_a_run_that_is_launched_finds_the_memory_of_a_gpu_free(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emptied() -> None:
+        happened.append("emptied")
+
+    def job(overrides: Sequence[str], folder: Path, device: str) -> Path:
+        happened.append("launched")
+        raise UserError("that is all")
+
+    happened: list[str] = []
+    on_gpu = dataclasses.replace(bench(), runtime=dataclasses.replace(bench().runtime, device_type="cuda"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
+    monkeypatch.setattr(startup, "finished_job", job)
+    startup.run(on_gpu)
+    assert happened[-2:] == ["emptied", "launched"]
 
 
 def test_what_a_run_cannot_tell_is_not_measured(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(overrides: object, folder: Path) -> Path:
+    def fails(overrides: object, folder: Path, device: str) -> Path:
         raise UserError("no data")
 
     monkeypatch.setattr(startup, "finished_job", fails)
@@ -128,7 +161,7 @@ def test_start_up_is_the_runs_own_figure_without_the_first_launch_which_prepares
 ) -> None:
     clock = iter([60.0, 8.0, 10.0, 9.0])
 
-    def job(overrides: Sequence[str], folder: Path) -> Path:
+    def job(overrides: Sequence[str], folder: Path, device: str) -> Path:
         assert "stop={steps: 1, tokens: null, flops: null, seconds: null, usd: null}" in overrides
         (tmp_path / "summary.json").write_text(json.dumps({"startup_seconds": next(clock)}))
         return tmp_path
@@ -185,7 +218,7 @@ def test_an_interrupted_benchmark_ends_the_run_that_it_made(tmp_path: Path, monk
     started: list[subprocess.Popen[str]] = []
     monkeypatch.setattr(subprocess.Popen, "wait", asked)
     with pytest.raises(Asked):
-        jobs.finished_job(["stop.steps=1000000"], tmp_path)
+        jobs.finished_job(["stop.steps=1000000"], tmp_path, "a CPU")
     assert started[0].returncode is not None
     with pytest.raises(ProcessLookupError):
         os.killpg(started[0].pid, 0)

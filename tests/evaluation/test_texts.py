@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -131,6 +132,15 @@ def test_files_that_cannot_be_used_are_one_error(
     (tmp_path / "mine/empty.txt").write_text("")
     with pytest.raises(UserError, match=message):
         texts.files(trained, f"{tmp_path}/mine/{pattern}", field, tmp_path, None)
+
+
+def test_a_run_that_insisted_on_cuda_graphs_is_evaluated_where_there_are_none(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    insisted = trained._replace(config=dataclasses.replace(trained.config, cuda_graphs="always"))
+    assert not _runtime(insisted, "torch", 1).cuda_graphs
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_bits_per_byte_of_a_text_are_those_of_a_loop_over_its_tokens(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from moe_train.config import RunConfig, model_digest, to_dict
@@ -47,6 +48,15 @@ def test_the_newest_checkpoint_is_taken_or_the_one_given(
     assert trained.checkpoint.path.name == (checkpoint or "step_2")
     assert trained.model.norm.weight[0] == (1.0 if checkpoint == "step_1" else 2.0)
     assert not trained.model.training
+
+
+def test_a_model_is_used_on_the_cpu_where_that_is_asked_for_beside_a_gpu(
+    tmp_path: Path, compose_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and whoever takes it fails
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run = saved_run(tmp_path / "run", compose_run, [])
+    assert load_trained(run).model.embedding.weight.device.type == "cpu"
 
 
 def test_weights_are_not_read_as_another_model_than_they_were_trained_as(

@@ -41,6 +41,20 @@ def test_where_a_gpu_is_accelerate_is_asked_for_it(monkeypatch: pytest.MonkeyPat
     assert (started.device_type, started.device_name) == ("cuda", "NVIDIA Made Up")
 
 
+def test_a_lone_process_of_several_that_were_asked_for_is_refused_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `accelerate launch --num_processes 2` makes of a machine with one GPU."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(UserError, match="several processes were asked for and accelerate started one"):
+        start_where_a_gpu_is(monkeypatch, "cuda")
+
+
+def test_accelerates_own_choice_of_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:1")
+    with pytest.raises(UserError, match=r"ACCELERATE_TORCH_DEVICE=cuda:1: unset it, and .* CUDA_VISIBLE"):
+        start_where_a_gpu_is(monkeypatch, "cuda:1")
+
+
 def test_where_accelerate_takes_another_device_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="took cpu where NVIDIA Made Up is"):
         start_where_a_gpu_is(monkeypatch, "cpu")
