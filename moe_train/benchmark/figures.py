@@ -70,11 +70,13 @@ def marked(figure: Figure, elsewhere: str | None) -> Figure:
 
 
 def doubts(figures: Sequence[Figure]) -> str | None:
-    """What speaks against figures of a suite, in a line; None: nothing."""
+    """What speaks against figures of a suite, in a short line; None: nothing."""
+    unsteady = [(figure.name, figure.unsteady) for figure in figures if figure.unsteady is not None]
+    several = sum(reason.startswith("quartiles") for _, reason in unsteady) > 1
     by_reason: dict[str, list[str]] = {}
-    for figure in figures:
-        if figure.unsteady is not None:
-            by_reason.setdefault(figure.unsteady, []).append(figure.name)
+    for name, reason in unsteady:
+        own = several and reason.startswith("quartiles")  # each its own
+        by_reason.setdefault("quartiles are more than a fifth apart" if own else reason, []).append(name)
     said = []
     for reason, names in by_reason.items():
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""

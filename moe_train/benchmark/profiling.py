@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from moe_train.benchmark import step
 from moe_train.benchmark.arms import TrainingArm
 from moe_train.benchmark.bench import Bench, described
+from moe_train.benchmark.tables import device_line
 
 _STEPS = 3
 _ROWS = 20
@@ -40,7 +42,7 @@ def run(bench: Bench, out: Path) -> Path:
     found.export_chrome_trace(str(out / "trace.json"))
     by = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
     memory = "self_device_memory_usage" if bench.on_gpu else "self_cpu_memory_usage"
-    of = described(config, bench.runtime)
+    of = f"{described(config, bench.runtime)}; {device_line(bench.runtime)}, {date.today()}"
     rows = slowest(found.key_averages(), by)
     Console().print(_table(rows, of))
     texts = [

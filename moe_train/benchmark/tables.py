@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train.benchmark.ceilings import Ceilings
-from moe_train.benchmark.figures import Figure
+from moe_train.benchmark.figures import Figure, doubts
+from moe_train.benchmark.keeping import AGAIN
 from moe_train.benchmark.results import cpu_kernels
 from moe_train.training.runtime import Runtime
 
@@ -32,12 +33,16 @@ def shown(value: float, unit: str) -> str:
     return f"{value / 1e6:,.1f} MB" if unit == "bytes" else _FORMS[unit].format(value)
 
 
+def device_line(runtime: Runtime) -> str:
+    """Whose figures these are."""
+    return f"{runtime.device_name}, {runtime.num_threads} thread{'' if runtime.num_threads == 1 else 's'}"
+
+
 def show_device(runtime: Runtime, ceilings: Ceilings, load: float | None) -> None:
     """What everything else is held against. `load`: see results.py."""
     kernels, reason = cpu_kernels(runtime)
     by = {"compiled": ", kernels in C", "torch": ", torch's kernels", None: ""}[kernels]
-    title = f"{runtime.device_name}, {runtime.num_threads} threads{by}, torch {torch.__version__}, {date.today()}"
-    table = _table(title, "at its best")
+    table = _table(f"{device_line(runtime)}{by}, torch {torch.__version__}, {date.today()}", "at its best")
     rows = [(f"{ceilings.dtype} product, large and square", ceilings.matmul, "TFLOP/s")]
     rows += [(f"{ceilings.dtype} product, {sizes}", rate, "TFLOP/s") for sizes, rate in ceilings.products.items()]
     rows.append(("copy, bytes read and written", ceilings.copy, "GB/s"))
@@ -64,19 +69,18 @@ def show(figures: Sequence[Figure]) -> None:
             between = "" if figure.spread is None else " to ".join(shown(each, figure.unit) for each in figure.spread)
             value = "not measured" if figure.value is None else shown(figure.value, figure.unit)
             table.add_row(name, value, between + ("" if figure.unsteady is None else ", unsteady"))
-            if figure.unsteady is not None:
-                notes.append(Text(f"  {name}: unsteady: {figure.unsteady}"))
             if figure.note is not None:
-                notes.append(Text(f"  {name}: {figure.note}"))
-        console.print(table, *notes, sep="\n")
+                notes.append(f"{name}: {figure.note}")
+        console.print(table)
+        for note in notes:
+            console.print(Text(f"  {note}"), soft_wrap=True)
 
 
 def show_doubts(figures: Sequence[Figure]) -> None:
-    """In one line, which suites are not to be trusted."""
-    suites = dict.fromkeys(figure.suite for figure in figures if figure.unsteady is not None)
-    if suites:
-        named = ", ".join(f"suite={suite}" for suite in suites)
-        line = f"note: {named}: figures marked as unsteady say little: measure again when nothing else is at work"
+    """Of each suite with figures that are not to be trusted, in a line, why and what to do."""
+    unsteady = [figure for figure in figures if figure.unsteady is not None]
+    for suite, group in groupby(unsteady, key=lambda figure: figure.suite):
+        line = f"note: suite={suite}: figures marked as unsteady say little ({doubts(list(group))}): {AGAIN}"
         Console().print(Text(line), soft_wrap=True)
 
 

@@ -118,10 +118,14 @@ class _Tile:
 
 def _all_heads(function: Callable[[slice], None], q_nrtc: Tensor) -> None:
     """`function` for some of the key-value heads on each core, or here for all where that would not pay."""
-    count, cores = len(q_nrtc), torch.get_num_threads()
+    count = len(q_nrtc)
+    if torch.compiler.is_compiling():  # neither threads nor settings belong in a graph
+        function(slice(0, count))
+        return
+    cores = torch.get_num_threads()
     each = -(-count // cores)
     with _rounded_operands():
-        if cores == 1 or torch.compiler.is_compiling() or q_nrtc.numel() * q_nrtc.shape[2] < _ENOUGH:
+        if cores == 1 or q_nrtc.numel() * q_nrtc.shape[2] < _ENOUGH:
             function(slice(0, count))
         else:
             on_cores(function, [slice(first, min(first + each, count)) for first in range(0, count, each)])

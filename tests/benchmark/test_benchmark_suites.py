@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,9 @@ def test_a_profile_leaves_a_trace_and_the_slowest_operations(
     profiling.run(bench("model=nano"), tmp_path)
     assert (tmp_path / "trace.json").stat().st_size > 0
     assert "aten::mm" in (tmp_path / "operations.txt").read_text()
-    assert "slowest operations" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "slowest operations" in said
+    assert f", 1 thread, {date.today()}" in said
 
 
 def test_without_transformers_the_peer_is_not_measured_and_the_rest_is(

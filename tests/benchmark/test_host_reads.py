@@ -79,17 +79,34 @@ def test_a_read_in_a_backward_pass_is_counted() -> None:
     assert list(reads.places) == ["test_host_reads.py:backward"]
 
 
-def test_a_step_reads_nothing_and_a_planted_read_is_found(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
+EIGHT = ["model.moe.num_experts=8", "model.moe.top_k=2"]
+ARMS = {
+    "as it is": [],
+    "AdamW": ["optimizer=adamw", "model.dropout=0.1"],
+    "in micro-batches": ["micro_batch_size=2", "activation_checkpointing=true"],
+    "two tokens ahead": ["model/mtp=depth_1"],
+    "groups of experts": ["model/moe=group_limited", *EIGHT],
+    "capacity": ["model/moe=gshard", *EIGHT],
+    "experts that choose": ["model/moe=expert_choice", *EIGHT],
+    "balanced over batches": ["model/moe=batch_loss", *EIGHT],
+    "FP8": ["precision=fp8_deepseek", "precision.compute_dtype=float32"],
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_step_reads_nothing(arm: str, bench: Callable[..., Bench]) -> None:
     """In code that a GPU runs too; the CPU's own grouped product does read where its groups end."""
-    arm = TrainingArm(bench().config("model=nano"), bench().runtime)
-    arm.step()
+    without = ["precision"] if arm == "FP8" else []
+    trained = TrainingArm(bench().config("model=nano", *ARMS[arm], without=without), bench().runtime)
+    trained.step()
     with HostReads() as reads:
-        arm.step()
+        trained.step()
     assert reads.everywhere == {}
     assert all(place.startswith("cpu_") for place in reads.on_cpu_only)
 
+
+def test_a_read_planted_in_a_model_is_found(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = TrainingArm(bench().config("model=nano"), bench().runtime)
     plain = RMSNorm.forward
 
     def reading(self: nn.Module, x: Tensor) -> Tensor:

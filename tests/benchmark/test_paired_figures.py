@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.benchmark import timing
-from moe_train.benchmark.figures import Figure, estimate, marked, measured, not_measured, paired
+from moe_train.benchmark.figures import Figure, doubts, estimate, marked, measured, not_measured, paired
 from moe_train.benchmark.timing import interleaved, seconds_a_call
 
 CPU = torch.device("cpu")
@@ -96,3 +96,12 @@ def test_a_figure_is_unsteady_where_its_quartiles_are_more_than_a_fifth_apart(
 def test_what_is_counted_is_steady_on_any_device() -> None:
     counted = Figure("step", "host_synchronizations", 0.0, "count")
     assert marked(counted, "the device was slower").unsteady is None
+
+
+def test_what_speaks_against_many_figures_is_a_short_line() -> None:
+    wide = [marked(Figure("tax", f"rate_{n}", 1.0, "ratio", spread=(0.5, 1.0 + n)), None) for n in range(4)]
+    slowed = marked(Figure("tax", "speed", 1.0, "ratio", spread=(1.0, 1.0)), "the device multiplied slower")
+    assert doubts(wide[:1]) == "rate_0: quartiles are 50% of it apart"
+    assert doubts([*wide, slowed]) == (
+        "rate_0, rate_1 and 2 more: quartiles are more than a fifth apart; speed: the device multiplied slower"
+    )
