@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import signal
 import sys
 import time
@@ -69,24 +72,35 @@ def test_a_killed_suite_goes_on_and_is_judged(own: Commands) -> None:
     suite = own.start(command)
     runs = own.folder / "outputs/claims/runs"
     deadline = time.monotonic() + 120
-    while not list(runs.glob("*/config.yaml")):
+    while not list(runs.glob("*/ledger.json")):
         assert suite.poll() is None, suite.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     suite.send_signal(signal.SIGKILL)
     suite.communicate()
+    (killed,) = runs.glob("*/ledger.json")
+    (first,) = json.loads(killed.read_text())["attempts"]
+    job = json.loads(killed.parent.with_suffix(".json").read_text())["pid"]
+    with contextlib.suppress(ProcessLookupError):  # it outlives its suite
+        os.kill(job, signal.SIGKILL)
+    shutil.rmtree(killed.parent / "checkpoints", ignore_errors=True)  # another machine got the small files alone
     own.run(*command, "json=found.json")
     content = json.loads((own.folder / "found.json").read_text())
     (claim,) = content["claims"]
     assert (claim["claim"], claim["scale"], claim["runs"], claim["reasons"]) == ("tiny", "smoke", 2, [])
     assert claim["verdict"] in ("supported", "refuted", "inconclusive")
     assert claim["interval"][0] <= claim["effect"] <= claim["interval"][1]
-    assert claim["usd"] > 0
+    attempts = json.loads(killed.read_text())["attempts"]
+    assert len(attempts) == 2
+    assert attempts[0]["id"] == first["id"]
+    (usd,) = (run["usd"] for run in claim["run_list"] if run["hash"] == killed.parent.name)
+    assert usd == pytest.approx(sum(attempt["usd"] for attempt in attempts))
+    assert attempts[0]["usd"] > 0
     for run in claim["run_list"]:
         folder = own.folder / "outputs/claims" / run["folder"]
         assert json.loads((folder / "summary.json").read_text())["val_loss"] == run["val_loss"]
         assert list(folder.glob("wandb/offline-run-*"))
-    attempts = [json.loads(line) for line in (own.folder / "outputs/ledger.jsonl").read_text().splitlines()]
-    assert {attempt["claim"] for attempt in attempts} == {"tiny"}
+    lines = [json.loads(line) for line in (own.folder / "outputs/ledger.jsonl").read_text().splitlines()]
+    assert {line["claim"] for line in lines} == {"tiny"}
     assert list((own.folder / "outputs/claims/verdicts").glob("tiny-smoke/wandb/offline-run-*"))
     assert "<svg" in (own.folder / "outputs/claims/report.html").read_text()
