@@ -1,4 +1,7 @@
-"""A claim's curves as one SVG: loss over tokens, FLOPs, seconds and dollars, and the load of the experts."""
+"""A claim's curves as one SVG: loss over tokens, FLOPs, seconds and dollars, and the load of the experts.
+
+Seconds and dollars are left out where runs were not timed alone.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ def svg(claim: dict[str, Any]) -> str:
     if not curves:
         return ""
     loads = {arm: curve for arm, curve in curves.items() if "load" in curve}
-    panels = [axis for axis in _LABELS if all(curve[axis] is not None for curve in curves.values())]
+    timed = not claim["axes"] or any(pair["axes"]["seconds"] is not None for pair in claim["axes"])
+    shown = _LABELS if timed else ("tokens", "flops")  # what is not compared is not drawn side by side
+    panels = [axis for axis in shown if all(curve[axis] is not None for curve in curves.values())]
     with matplotlib.rc_context(
         {
             "svg.fonttype": "none",

@@ -50,6 +50,9 @@ def timing_problems(results: Sequence[Result]) -> list[str]:
     for key, what in _TIMED_ALIKE.items():
         found += _odd_ones_out(results, [result.summary.get(key) for result in results], what)
     for result in results:
+        if result.summary.get("earlier_hardware"):  # older runs' have none
+            others = ", ".join(result.summary["earlier_hardware"])
+            found.append(f"{result.place}: made in part on {others}: remove the folder, and the run is made again")
         if result.neighbours:
             found.append(
                 f"{result.place}: timed beside {result.neighbours} other jobs on its device: make it with jobs=1"

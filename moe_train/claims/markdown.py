@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.claims.section import section
+from moe_train.claims.statistics import holm
 from moe_train.claims.words import deciding, device_of, dollars, effect, interval, seeds_made_again
 from moe_train.errors import UserError
 
@@ -61,6 +62,16 @@ def readme_section(contents: Mapping[str, Content]) -> str:
         f"**Claims put to the test**: {runs:,} runs, {dollars(usd)}.",
         "",
         *_table([*_HEAD, "made"], [[*_row(claim), _made(claim, *when)] for claim, *when in made]),
+    ]
+    latest = {(claim["claim"], claim["scale"]): claim for claim, *_ in made if claim["scale"] != "smoke"}
+    adjusted = holm([1.0 if claim["p_supported"] is None else claim["p_supported"] for claim in latest.values()])
+    still = [
+        claim["claim"] for claim, p in zip(latest.values(), adjusted) if claim["verdict"] == "supported" and p <= 0.05
+    ]
+    lines += [
+        "",
+        f"Intervals are of 90%; of each claim's verdicts at most 5% are wrong. Adjusted over the latest suites of all "
+        f"{len(latest)} (Holm), supported: {', '.join(still) or 'none'}.",
     ]
     if any(claim["scale"] == "smoke" for claim, *_ in made):
         lines += ["", _SMOKE]

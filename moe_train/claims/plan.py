@@ -229,6 +229,9 @@ def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
+_OF_THE_SAME_TEXT = ("data.sequence_length", "data.cache_dir")  # settings of data that leave the text as it is
+
+
 def _check_pair(plan: Plan, first: Arm, second: Arm, where: str) -> None:
     """They may differ in what the claim says, and must be equal where it says so."""
     varies = plan.claim.config.varies
@@ -245,6 +248,11 @@ def _check_pair(plan: Plan, first: Arm, second: Arm, where: str) -> None:
             raise UserError(
                 f"{where}: arms {first.name} and {second.name} differ in {key} ({one} and {other}), which the claim "
                 "does not say: make them equal, or name it under varies"
+            )
+        if key == "eval.max_tokens" or (key.startswith("data.") and key not in _OF_THE_SAME_TEXT):
+            raise UserError(
+                f"{where}: arms {first.name} and {second.name} differ in {key} ({one} and {other}), and losses on "
+                "other text cannot be compared: make them equal"
             )
     for figure, tolerance in plan.claim.config.equal.items():
         one, other = first.figures[figure], second.figures[figure]

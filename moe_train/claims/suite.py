@@ -20,7 +20,7 @@ from moe_train.claims import estimate as estimates
 from moe_train.claims import registered, report, starts, tables, wandb_report
 from moe_train.claims.device import Device, check_same_device, device_here
 from moe_train.claims.library import load_claims
-from moe_train.claims.plan import Plan, PlannedRun, make_plan
+from moe_train.claims.plan import RUNS, Plan, PlannedRun, make_plan
 from moe_train.claims.results import Folder
 from moe_train.claims.runner import Runner
 from moe_train.claims.tuning import best_rates
@@ -32,6 +32,7 @@ from moe_train.errors import UserError
 from moe_train.launch import start_job
 from moe_train.sweeps.devices import Devices, devices_here, threads_of_a_job
 from moe_train.sweeps.running import Start
+from moe_train.sweeps.runs import RunsByHash
 
 # Settings of every job that no loss depends on.
 _SETTINGS = ("tracking.log_every_steps=10",)
@@ -60,7 +61,9 @@ class Asked:
 
     def budget(self, plans: Sequence[Plan]) -> Budget:
         ledger = next(iter(plans[0].arms.values())).config.cost.ledger
-        return Budget.of(f"claims in {self.out}", ledger, self.usd)
+        # The same folder by another path, or from another directory and so with another ledger, has cost as much.
+        earlier = [] if self.usd is None else RunsByHash(self.out / RUNS).attempts()
+        return Budget.of(f"claims in {self.out}", ledger, self.usd, earlier)
 
 
 def foretell(asked: Asked, hardware: HardwareConfig | None, probe: estimates.Probe) -> list[dict[str, object]]:
@@ -178,7 +181,7 @@ def _refuse_what_cannot_be_paid(
     if any(row.usd is None for _, row in rows):
         raise UserError(f"budget.usd={usd:g} needs a price: give hardware.price_usd_per_hour=…")
     least = sum(row.usd.low for _, row in rows if row.usd is not None)
-    if budget.spent() + least > usd:
+    if least and budget.spent() + least > usd:
         raise UserError(
             f"budget.usd={usd:g}: ${budget.spent():.3g} are spent and the runs that are left take at least "
             f"${least:.3g}: raise it, or choose fewer claims or a smaller scale"

@@ -7,6 +7,7 @@ would be a limit they anneal to, and what they learn would depend on what others
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +26,20 @@ class Budget:
     sweep: str
     ledger: Path | None
     usd: float | None
+    earlier: tuple[Attempt, ...] = ()  # known from the runs themselves, whatever the ledger was and what it called them
 
     @classmethod
-    def of(cls, sweep: str, ledger: str | None, usd: float | None) -> Budget:
+    def of(cls, sweep: str, ledger: str | None, usd: float | None, earlier: Iterable[Attempt] = ()) -> Budget:
         """Raises UserError where there would be no account to keep it with."""
         if usd is not None and ledger is None:
             raise UserError(f"budget.usd={usd:g} is kept with the ledger: leave cost.ledger at a file")
-        return cls(sweep, None if ledger is None else Path(ledger), usd)
+        return cls(sweep, None if ledger is None else Path(ledger), usd, tuple(earlier))
 
     def attempts(self) -> list[Attempt]:
-        if self.ledger is None or not self.ledger.exists():
-            return []
-        return [attempt for attempt in read_ledger(self.ledger)[0] if attempt.sweep == self.sweep]
+        found = {attempt.id: attempt for attempt in self.earlier}
+        if self.ledger is not None and self.ledger.exists():
+            found |= {each.id: each for each in read_ledger(self.ledger)[0] if each.sweep == self.sweep}
+        return list(found.values())
 
     def spent(self) -> float:
         """Dollars of all attempts so far. UserError where one has no price."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Any
 import filelock
 import psutil
 
+from moe_train.cost.attempt import Attempt
 from moe_train.cost.ledger import read_account
+from moe_train.errors import UserError
 
 
 def is_divergence(says: str) -> bool:
@@ -66,6 +69,14 @@ class RunsByHash:
         """Dollars of all attempts so far, finished or not; None where one has no price. UserError where damaged."""
         known = [attempt.usd for attempt in read_account(self.of(run_hash) / "ledger.json")]
         return None if any(usd is None for usd in known) else sum(usd or 0.0 for usd in known)
+
+    def attempts(self) -> list[Attempt]:
+        """Of all runs that are here; of those whose account is damaged none, which who reads that run says."""
+        found: list[Attempt] = []
+        for account in sorted(self.path.glob("*/ledger.json")):
+            with contextlib.suppress(UserError):
+                found += read_account(account)
+        return found
 
     # ---------------------------------------------------------------------------------------- its last process
 

@@ -116,6 +116,17 @@ SMOKE: dict[str, Any] = {"overrides": [], "tokens": [2560], "seeds": 3}
             {"arms": {"one": {"overrides": ["model.moe.top_k=1", "tracking=wandb"]}, "two": {"overrides": []}}},
             "arm one sets tracking itself (tracking=wandb): leave it out of the command",
         ),
+        (
+            {
+                "arms": {"one": {"overrides": ["data.tokenizer=bpe"]}, "two": {"overrides": ["data.tokenizer=bytes"]}},
+                "varies": ["data"],
+            },
+            "differ in data.tokenizer (bytes and bpe), and losses on other text cannot be compared",
+        ),
+        (
+            {"arms": {"one": {"overrides": ["eval.max_tokens=4096"]}, "two": {"overrides": []}}, "varies": ["eval"]},
+            "and losses on other text cannot be compared: make them equal",
+        ),
         ({"scales": {"smoke": SMOKE | {"seeds": 1}}}, "scales.smoke.seeds=1 is too few for a test: give at least 2"),
         ({"scales": {"cpu": SMOKE | {"seeds": 2}}}, "scales.cpu.seeds=2 is too few for a test: give at least 3"),
         ({"scales": {"smoke": SMOKE | {"tokens": [256]}}}, "2 steps of arm one, and a schedule needs 10: raise tokens"),

@@ -23,7 +23,7 @@ def claim() -> dict[str, Any]:
         band = {"mean": mean.tolist(), "low": (mean - 0.1).tolist(), "high": (mean + 0.1).tolist()}
         axes = dict(zip(("tokens", "flops", "seconds", "usd"), (x.tolist(), (x * 6e6).tolist(), None, None)))
         curves[arm] = {**axes, "loss": band, "load": band}
-    return {"claim": "mine", "scale": "cpu", "curves": curves}
+    return {"claim": "mine", "scale": "cpu", "curves": curves, "axes": []}
 
 
 def test_coordinates_are_given_to_a_tenth_of_a_point(claim: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +38,13 @@ def test_coordinates_are_given_to_a_tenth_of_a_point(claim: dict[str, Any], monk
     np.testing.assert_allclose(np.array(numbers(drawn), float), np.array(numbers(exact), float), rtol=0, atol=0.0501)
     assert len(drawn) < 0.75 * len(exact)
     assert "Bitstream" not in drawn  # a list of fonts beside every tick
+
+
+def test_seconds_and_dollars_that_are_not_compared_are_not_drawn_beside_each_other(claim: dict[str, Any]) -> None:
+    for curve in claim["curves"].values():
+        curve |= {"seconds": curve["tokens"], "usd": curve["tokens"]}
+    for timed in (True, False):
+        saved = {"ratio": 1.1, "low": 1.0, "high": 1.2, "bound": None} if timed else None
+        picture = figures.svg(claim | {"axes": [{"axes": {"seconds": saved, "usd": saved}}]})
+        assert ("seconds of training" in picture, "dollars of training" in picture) == (timed, timed)
+        assert "FLOPs" in picture

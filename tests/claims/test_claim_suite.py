@@ -378,6 +378,23 @@ def test_a_budget_too_small_for_the_runs_is_refused(asked: Make, claim_dir: Make
     assert not made.started
 
 
+def test_what_runs_have_cost_is_known_by_whatever_path_their_folder_is_named(
+    asked: Make, claim_dir: Make, tmp_path: Path
+) -> None:
+    """From another directory the ledger is another too."""
+    claim_dir()
+    given = ("tracking=none", f"cost.ledger={tmp_path}/ledger.jsonl")
+    made = MadeUpRuns(plans(asked(given=given)), better(0.05))
+    judged(asked(given=given), made)
+    elsewhere = asked(given=("tracking=none", f"cost.ledger={tmp_path}/other.jsonl"), usd=1.0)
+    by_a_detour = dataclasses.replace(elsewhere, out=tmp_path / "own/../out")
+    spent = by_a_detour.budget(by_a_detour.plans()).spent()
+    accounts = [json.loads(path.read_text()) for path in (tmp_path / "out/runs").glob("*/ledger.json")]
+    assert spent == pytest.approx(sum(each["usd"] for account in accounts for each in account["attempts"]))
+    assert len(accounts) == 6
+    assert spent > 0
+
+
 def test_a_suite_whose_runs_are_all_there_needs_no_budget(asked: Make, claim_dir: Make, tmp_path: Path) -> None:
     """Its runs have the rates that tuning chose, not the arms' own."""
     claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": {"factors": [0.5, 1.0], "tokens": 1280}}})
