@@ -61,6 +61,7 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], message: str,
 def test_sigterm_ends_it_and_the_run_it_made_in_one_line_and_keeps_what_was_measured(commands: Commands) -> None:
     (commands.folder / "temporary").mkdir()
     commands.environment["TMPDIR"] = str(commands.folder / "temporary")
+    commands.environment["TORCHINDUCTOR_CACHE_DIR"] = str(commands.folder / "torchs")  # which it makes on import
     asked = ["suite=tax,startup", "rounds=3", "json=found.json", *TINY]
     process = commands.start([sys.executable, str(ROOT / "scripts/benchmark.py"), *asked])
     assert process.stdout is not None
