@@ -266,6 +266,18 @@ def test_jobs_that_share_a_device_are_no_measure_of_seconds(asked: Make, claim_d
     assert any("timed beside 1 other jobs" in note for note in found.notes)
 
 
+def test_a_run_that_went_on_on_other_hardware_is_no_measure_of_seconds(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    made = MadeUpRuns(plans(asked()), better(0.05))
+    judged(asked(), made)
+    file = asked().out / "runs" / made.started[0].hash / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"earlier_hardware": ["h100"]}))
+    (found,) = judged(asked(), made)
+    assert found.verdict == "supported"  # of losses
+    assert found.axes[0].axes["seconds"] is None
+    assert any("made in part on h100" in note for note in found.notes)
+
+
 def curve_claim(measure: str) -> dict[str, Any]:
     comparison = {
         "arm": "two",
