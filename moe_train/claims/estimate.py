@@ -25,9 +25,10 @@ from moe_train.forecast import probe as probes
 from moe_train.forecast.interval import Interval
 
 OTHER_ARM = 1.5  # seconds a FLOP of an arm that was not probed, over those of one that was: a naive MoE's tax is 1.3
-# What a run on a GPU that nobody probed spends round its steps: an assumption, but for 1.7 s of loading kernels that
-# were seen on an H200. Runs of claims are short, so that it is most of what they take.
-START_SECONDS = Interval(15.0, 8.0, 30.0)
+# What a run on a GPU that nobody probed spends round its steps: eleven runs on an H200 were billed 5.6 to 7.1 s beside
+# them, and 1.7 s more of loading kernels were on their clock. Processors and disks elsewhere may take three times as
+# long: an assumption. Runs of claims are short, so that it is most of what they take.
+START_SECONDS = Interval(8.0, 7.0, 24.0)
 # FLOP/s of training on an H200 (989 TFLOP/s, 4.8 TB/s) by FLOPs a token, in BF16: of `base` 335 TFLOP/s at 721 MFLOPs
 # (docs/results/nvidia_h200.json). What this power makes of it is 39 for a claim's arm at 8.2 MFLOPs, 38 as measured
 # (12M tokens in 2.6 s once kernels are loaded, steps of 16K), and 44 for `nano` at 10.6, 58 as measured with steps of
@@ -113,7 +114,7 @@ def estimate_elsewhere(plan: Plan, hardware: HardwareConfig, taken: set[str]) ->
     usd = None if price is None else seconds * (price / 3600)
     there = "" if hardware.name == "h200" else f", carried to {hardware.name} by peak and bandwidth, not measured there"
     around = (
-        f"{START_SECONDS.value:g} s ({START_SECONDS.low:g} to {START_SECONDS.high:g}) a run assumed round its steps"
+        f"{START_SECONDS.value:g} s ({START_SECONDS.low:g} to {START_SECONDS.high:g}) a run round its steps"
     )
     paid = "" if price is None else f"; ${price:g} an hour ({hardware.price_source}, {hardware.price_date})"
     source = f"steps of such models as measured on an H200{there}; {around}{paid}"
