@@ -178,6 +178,7 @@ def test_the_readme_says_of_claims_what_their_report_says_and_no_more() -> None:
     assert sorted(links) == sorted(
         f"docs/results/claims/{each.name}" for each in (ROOT / "docs/results/claims").glob("*_cpu.json")
     )
+    assert all(claim["digest"] for content in contents.values() for claim in content["claims"])  # edits are noticed
     assert inside == markdown.readme_section(contents).strip()
 
 
