@@ -44,6 +44,7 @@ class Batches:
         self._ramp_starts = [0] if ramp is None else _ramp_starts(ramp, batch_size, sequence_length)
         self._seed = seed
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self._asked: tuple[int, npt.NDArray[np.int64]] | None = None  # a step is asked about several times
 
     def start(self, step: int) -> int:
         """How many sequences all steps before `step` have taken."""
@@ -53,11 +54,15 @@ class Batches:
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
         """The blocks of the global batch of `step` (from 0): (batch size of the step,)."""
+        if self._asked is not None and self._asked[0] == step:
+            return self._asked[1]
         positions = np.arange(self.start(step), self.start(step + 1))
         epochs, places = np.divmod(positions, self.num_blocks)
         needed = range(int(epochs[0]), int(epochs[-1]) + 1)
         self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in needed}
-        return np.array([self._orders[epoch][place] for epoch, place in zip(epochs.tolist(), places, strict=True)])
+        blocks = np.concatenate([self._orders[epoch][places[epochs == epoch]] for epoch in needed])
+        self._asked = step, blocks
+        return blocks
 
     def num_targets(self, step: int) -> int:
         """Targets in the global batch of `step`: what its summed loss is divided by, known without asking the ranks."""
@@ -120,11 +125,12 @@ def _num_blocks(tokens: Tokens, sequence_length: int) -> int:
 
 
 def _stack(tokens: Tokens, blocks: list[int] | range, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = torch.zeros((len(blocks), sequence_length), dtype=torch.int64)
-    targets = torch.full_like(inputs, IGNORE_INDEX)
-    for row, block in enumerate(blocks):
-        window = tokens[block * sequence_length : (block + 1) * sequence_length + 1].astype(np.int64)
-        if len(window) > 1:
-            inputs[row, : len(window) - 1] = torch.from_numpy(window[:-1])
-            targets[row, : len(window) - 1] = torch.from_numpy(window[1:])
-    return inputs, targets
+    """All whole blocks at once: a row at a time takes a millisecond of 64, a third of a small model's step on a GPU."""
+    first = np.asarray(blocks, dtype=np.int64)[:, None] * sequence_length
+    places = first + np.arange(sequence_length + 1)
+    windows = np.take(tokens, places, mode="clip")
+    inputs, targets = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
+    for row in np.nonzero(places[:, -1] >= len(tokens))[0].tolist():
+        there = max(0, len(tokens) - 1 - int(first[row, 0]))
+        inputs[row, there:], targets[row, there:] = 0, IGNORE_INDEX
+    return torch.from_numpy(inputs), torch.from_numpy(targets)

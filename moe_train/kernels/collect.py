@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_train.kernels.capability import check
 from moe_train.kernels.device import narrow, widen
+from moe_train.uncompiled import operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMNS = 1024  # of a program of 128 threads: 16 bytes a thread in BF16
@@ -38,7 +39,7 @@ def _collect_kernel(
     tl.store(out_ptr + at, narrow(total, out_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("moe_train::collect", mutates_args=())
+@operator("moe_train::collect")
 def collect(y_nd: Tensor, place_tk: Tensor, added_td: Tensor | None = None) -> Tensor:
     """For each token the sum of the rows of y at its places (int64 or int32), and of its own row of added_td: (t, d).
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moe_train.kernels.cut import is_cut
 from moe_train.precision import grouped, support
+from moe_train.uncompiled import operator
 
 DTYPES = (torch.bfloat16, torch.float16)
 _MULTIPLE = 8  # rows of 16 bytes: what torch's grouped matmul asks for
@@ -33,7 +34,7 @@ def takes(x_td: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> bool:
     return (
         x_td.dtype in DTYPES
         and support.runs_triton(x_td.device)
-        and not any(isinstance(w, DTensor) for w in weights)
+        and not any(map(is_cut, weights))
         and all(w.device == x_td.device and w.dtype in (torch.float32, x_td.dtype) for w in weights)
         and down_weight.shape[1] % _MULTIPLE == down_weight.shape[2] % _MULTIPLE == 0
     )
@@ -84,7 +85,7 @@ class RoutedExperts(torch.autograd.Function):
         return grad_x, grad_first, grad_second, grad_gate.to(gate_n1.dtype), None, None, None, grad_added
 
 
-@torch.library.custom_op("moe_train::routed_forward", mutates_args=())
+@operator("moe_train::routed_forward")
 def _forward(
     x_td: Tensor, first: Tensor, second: Tensor, gate_n1: Tensor, ends_e: Tensor, token_n: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def _(
     return x_td.new_empty(len(token_n), x_td.shape[1]), x_td.new_empty(len(token_n), first.shape[1])
 
 
-@torch.library.custom_op("moe_train::routed_backward", mutates_args=())
+@operator("moe_train::routed_backward")
 def _backward(
     grad_td: Tensor,
     x_td: Tensor,

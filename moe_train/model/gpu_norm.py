@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from moe_train.kernels.cut import is_cut
 from moe_train.precision.support import runs_triton
+from moe_train.uncompiled import operator
 
 _WIDEST = 8192  # a row is within one program; kernels/norm.py, which is not there without Triton, has it too
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +25,7 @@ def takes(x: Tensor, weight: Tensor, added: Tensor | None = None) -> bool:
         runs_triton(x.device)
         and x.dtype in _FORMATS
         and weight.dtype == torch.float32
-        and not isinstance(weight, DTensor)
+        and not is_cut(weight)
         and x.shape[-1:] == weight.shape
         and 0 < len(weight) <= _WIDEST
         and (added is None or (x.dtype == torch.float32 and added.dtype in _FORMATS and added.shape == x.shape))
@@ -75,7 +76,7 @@ def _like(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("moe_train::rms_norm", mutates_args=())
+@operator("moe_train::rms_norm")
 def rms_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float, narrow: torch.dtype | None, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,7 +106,7 @@ def again(
     return rounded, wide
 
 
-@torch.library.custom_op("moe_train::rms_norm_backward", mutates_args=())
+@operator("moe_train::rms_norm_backward")
 def rms_norm_backward(
     total: Tensor,
     weight: Tensor,

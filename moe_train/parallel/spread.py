@@ -109,8 +109,9 @@ class Replicated(Whole):
 
     def __init__(self, model: Transformer, accelerator: Accelerator) -> None:
         super().__init__(model.to(accelerator.device))
-        self._prepared: nn.Module = accelerator.prepare(model)
         processes = accelerator.num_processes
+        # One process has nothing to prepare, and accelerate would load what cuts models to see that this one is whole.
+        self._prepared: nn.Module = accelerator.prepare(model) if processes > 1 else model
         if isinstance(self._prepared, DistributedDataParallel) != (processes > 1):
             raise RuntimeError(f"accelerate prepared a {type(self._prepared).__name__} for {processes} processes")
         self.loss_scale = float(processes)  # DDP averages gradients
@@ -121,7 +122,8 @@ class Replicated(Whole):
             self.copies = Copies(dict.fromkeys(model.parameters(), dist.group.WORLD))
 
     def wrapped(self, *inputs: object) -> Losses:
-        losses: Losses = self._prepared(*inputs)
+        with self._accelerator.autocast():
+            losses: Losses = self._prepared(*inputs)
         return losses
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:

@@ -30,6 +30,7 @@ from moe_train.kernels.layouts import DTYPES, PIECE, Columns, Rows, Weights
 from moe_train.precision import health
 from moe_train.precision.backends import Backend, ByToken
 from moe_train.precision.remade import remade_with
+from moe_train.uncompiled import operator
 
 _held: object | None = None  # the step in progress, while weights cannot change
 _layers: WeakValueDictionary[int, Fp8Layer] = WeakValueDictionary()  # operators take numbers, not objects
@@ -212,7 +213,7 @@ class Fp8Layer:
         self._weights = (None, None)
 
 
-@torch.library.custom_op("moe_train::fp8_input", mutates_args=())
+@operator("moe_train::fp8_input")
 def _input(
     x_ni: Tensor, ends_e: Tensor | None, source_n: Tensor | None, layer: int, kept_in: torch.dtype
 ) -> tuple[Tensor, Tensor]:

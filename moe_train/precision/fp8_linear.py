@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_train.kernels.layouts import Rows
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer, ends_of, layer_of, owner_of, stacked
+from moe_train.uncompiled import operator
 
 
 def fp8_linear(x_ni: Tensor, weight: Tensor, ends_e: Tensor | None, layer: Fp8Layer) -> Tensor:
@@ -24,7 +25,7 @@ def fp8_linear(x_ni: Tensor, weight: Tensor, ends_e: Tensor | None, layer: Fp8La
     return out
 
 
-@torch.library.custom_op("moe_train::fp8_forward", mutates_args=())
+@operator("moe_train::fp8_forward")
 def _forward(x_ni: Tensor, values: Tensor, scales: Tensor, weight: Tensor, ends_e: Tensor | None, layer: int) -> Tensor:
     """`values`, `scales`: x as it is multiplied; x itself is what a gradient is for."""
     own, ends = layer_of(layer), ends_of(x_ni, ends_e)
@@ -36,7 +37,7 @@ def _(x_ni: Tensor, values: Tensor, scales: Tensor, weight: Tensor, ends_e: Tens
     return x_ni.new_empty(len(x_ni), weight.shape[-2])
 
 
-@torch.library.custom_op("moe_train::fp8_backward", mutates_args=())
+@operator("moe_train::fp8_backward")
 def _backward(
     grad_no: Tensor,
     weight: Tensor,

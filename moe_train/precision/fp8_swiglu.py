@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_train.kernels.layouts import DTYPES, PIECE, Rows
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer, ends_of, layer_of, owner_of, stacked
+from moe_train.uncompiled import operator
 
 
 def fp8_swiglu(
@@ -58,7 +59,7 @@ def _summed(y_nd: Tensor, place_tk: Tensor | None, layer: Fp8Layer) -> Tensor:
     return y_nd if place_tk is None else layer.by_token.collect(y_nd, place_tk)
 
 
-@torch.library.custom_op("moe_train::fp8_swiglu_forward", mutates_args=())
+@operator("moe_train::fp8_swiglu_forward")
 def _forward(
     x_nd: Tensor,
     x_values: Tensor,
@@ -111,7 +112,7 @@ def _(
     )
 
 
-@torch.library.custom_op("moe_train::fp8_swiglu_backward", mutates_args=())
+@operator("moe_train::fp8_swiglu_backward")
 def _backward(
     grad_nd: Tensor,
     first_weight: Tensor,

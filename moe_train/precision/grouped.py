@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.precision import cpu_grouped
 from moe_train.precision.support import runs_hopper_products, takes_torchs_grouped_matmul
+from moe_train.uncompiled import operator
 
 
 def product(x_ni: Tensor, weight: Tensor, ends_e: Tensor | None) -> Tensor:
@@ -67,7 +68,7 @@ def _hopper_takes(x_nk: Tensor, weight_eok: Tensor) -> bool:
     return grouped_hopper.takes_product(x_nk, weight_eok)
 
 
-@torch.library.custom_op("moe_train::grouped_product", mutates_args=())
+@operator("moe_train::grouped_product")
 def _product(x_nk: Tensor, weight_eok: Tensor, ends_e: Tensor) -> Tensor:
     return within_operator(x_nk, weight_eok, ends_e)
 
@@ -77,7 +78,7 @@ def _(x_nk: Tensor, weight_eok: Tensor, ends_e: Tensor) -> Tensor:
     return x_nk.new_empty(len(x_nk), weight_eok.shape[1])
 
 
-@torch.library.custom_op("moe_train::grouped_weight_gradient", mutates_args=())
+@operator("moe_train::grouped_weight_gradient")
 def _weight_gradient(grad_no: Tensor, x_ni: Tensor, ends_e: Tensor) -> Tensor:
     if x_ni.device.type == "cuda":
         from moe_train.kernels import grouped_matmul

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.precision import grouped, support
+from moe_train.uncompiled import operator
 
 _WIDE = torch.float32
 _IN_KERNELS = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +36,7 @@ def _runs_kernels(gate_up: Tensor) -> bool:
     return gate_up.dtype in _IN_KERNELS and support.runs_triton(gate_up.device)
 
 
-@torch.library.custom_op("moe_train::gated_swiglu", mutates_args=())
+@operator("moe_train::gated_swiglu")
 def gated_swiglu(gate_up: Tensor, weight_n1: Tensor | None) -> Tensor:
     """`swiglu` by the kernel."""
     from moe_train.kernels import swiglu as kernels  # Triton is not everywhere
@@ -48,7 +49,7 @@ def _(gate_up: Tensor, weight_n1: Tensor | None) -> Tensor:
     return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
 
 
-@torch.library.custom_op("moe_train::gated_swiglu_gradients", mutates_args=())
+@operator("moe_train::gated_swiglu_gradients")
 def gated_swiglu_gradients(grad_h: Tensor, gate_up: Tensor, weight_n1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """By the kernel: gradients of gate_up and, in FP32, of the rows' weights (empty without), and the result again."""
     from moe_train.kernels import swiglu as kernels  # Triton is not everywhere

@@ -207,19 +207,25 @@ class Account:
         if self._window_opened_at is None:
             self._window_opened_at = self.energy.joules() or 0.0
 
-    def training_pauses(self) -> None:
-        """After the last step before something else, the device synchronised. All ranks call it."""
+    def training_pauses(self, briefly: bool = False) -> None:
+        """After the last step before something else, the device synchronised. All ranks call it.
+
+        `briefly`: for a row of the log alone, whose energy is training's: reading a counter can take milliseconds.
+        """
         joules = self.energy.joules()
         if joules is None or self._train_joules is None:
             self._train_joules = None
         elif self._window_opened_at is not None:
             self._train_joules += joules - self._window_opened_at
-        self._window_opened_at = None
-        self.read_energy()
+        self._window_opened_at = joules if briefly else None
+        self._sum_energy(joules)
 
     def read_energy(self) -> None:
-        """Sum the counters of all devices. All ranks call it."""
-        mine = (self.energy.joules(), self._train_joules)
+        """Of all devices. All ranks call it."""
+        self._sum_energy(self.energy.joules())
+
+    def _sum_energy(self, joules: float | None) -> None:
+        mine = (joules, self._train_joules)
         unknown = float(any(joules is None for joules in mine))
         known = torch.tensor([*(joules or 0.0 for joules in mine), unknown], dtype=torch.float64)
         total, training, missing = self.runtime.summed(known.to(self.runtime.device)).tolist()

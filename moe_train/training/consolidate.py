@@ -22,7 +22,7 @@ from moe_train.training.checkpoints import SHARDS, STATE, load_weights, sizes_of
 from moe_train.training.new_folder import flush
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import find_checkpoint, load_run_config
-from moe_train.training.sharded_checkpoints import Spreading, load_spread_optimizers
+from moe_train.training.spreading import Spreading
 from moe_train.training.starting_weights import check_own_config
 
 
@@ -49,7 +49,7 @@ def consolidate(run: Path) -> Path:
     model = Transformer(config.model.resolved(), checkpoint.vocab_size)
     load_weights(checkpoint, model)
     optimizers = build_optimizers(model, config.optimizer, config.seed)
-    load_spread_optimizers(checkpoint, Spreading(model, Whole(model), optimizers))
+    Spreading(model, Whole(model), optimizers).load_optimizers(checkpoint)
     _replace(checkpoint.path, checkpoint.state, model, optimizers)
     lock.release()
     return checkpoint.path

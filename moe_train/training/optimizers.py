@@ -20,6 +20,7 @@ from moe_train.training.adamw import BF16AdamW, KernelAdamW
 from moe_train.training.clipping import kernels_take
 from moe_train.training.moments import Rounding
 from moe_train.training.muon import Muon
+from moe_train.uncompiled import AdamW, leave_optimizers_out
 
 
 def build_optimizers(
@@ -39,6 +40,7 @@ def build_optimizers(
     what this one, the `part`-th, holds of the parameter of a name, `whole` knows the matrices that it holds rows of,
     `copies` those that others have as well.
     """
+    leave_optimizers_out()
     # id, as tensors compare by value
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -82,7 +84,7 @@ def _adamw(
 ) -> torch.optim.Optimizer:
     if config.moments == "float32":
         by_kernel = kernels_take(parameter for group in groups for parameter in group["params"])
-        kind = KernelAdamW if by_kernel else torch.optim.AdamW
+        kind = KernelAdamW if by_kernel else AdamW
         return kind(groups, lr=config.lr, betas=betas, eps=eps, fused=True)
     return BF16AdamW(groups, lr=config.lr, betas=betas, eps=eps, rounding=rounding)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -21,7 +21,6 @@ from moe_train.data.packing import PreparedData, prepare
 from moe_train.errors import UserError
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.agreement import check_same_text_everywhere
-from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.signs_of_life import SignsOfLife
 from moe_train.precision import recipes
 from moe_train.training.account import Account
@@ -30,10 +29,13 @@ from moe_train.training.fp8_health import Fp8Health, precision_notes
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import RunFolder
 from moe_train.training.runtime import Runtime
-from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
+from moe_train.training.spreading import Spreading
 from moe_train.training.starting_weights import check_same_shape, check_same_text, check_same_tokenizer
 from moe_train.training.step import Stepper
 from moe_train.training.weights import draw_weights, read_weights_here
+
+if TYPE_CHECKING:
+    from moe_train.training.sharded_checkpoints import Saver
 
 
 class Shared(NamedTuple):
@@ -112,7 +114,9 @@ def put_together(
     )
     spreading = Spreading(model, spread, optimizers)
     saver = None
-    if isinstance(spread, Sharded):
+    if runtime.cuts:
+        from moe_train.training.sharded_checkpoints import Saver  # half a second to load
+
         runtime.accelerator.wait_for_everyone()
         if signs is not None:
             signs.check_shared()
@@ -120,7 +124,7 @@ def put_together(
     stepper = Stepper(config, runtime, model, spread, optimizers, batches, fp8_health.counts)
 
     if checkpoint is not None:
-        load_spread_optimizers(checkpoint, spreading)
+        spreading.load_optimizers(checkpoint)
         notes.append(f"going on from step {checkpoint.step:,} of {path}")
         notes += precision_notes(folder.precision_before if folder else None, config.precision, checkpoint.state)
     if folder is None:  # rank 0 has done so with its ledger

@@ -244,7 +244,7 @@ class Run:
                 torch.cuda.synchronize()  # what the device still has to do belongs on the train clock
         too_unhealthy: str | None = None
         if logs:
-            self.account.training_pauses()
+            self.account.training_pauses(briefly=not (evaluates or saves))
             figures = self._training_figures()
             too_unhealthy = self._look_after_fp8(figures, ends)
             row = self.last_row = self._training_metrics(figures, factor)

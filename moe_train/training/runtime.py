@@ -31,7 +31,6 @@ from moe_train.parallel.agreement import check_agreement
 from moe_train.parallel.communication import Communication
 from moe_train.parallel.layouts import layout_of, note_on_experts
 from moe_train.parallel.meshes import build_meshes
-from moe_train.parallel.sharded import Sharded
 from moe_train.parallel.spread import Replicated, Spread
 from moe_train.precision.support import multiplies_bfloat16, runs_triton
 from moe_train.training.allocator import keep_freed_memory
@@ -113,6 +112,8 @@ class Runtime:
         """
         if not self.cuts:
             return Replicated(model, self.accelerator), 0
+        from moe_train.parallel.sharded import Sharded  # half a second to load
+
         meshes = build_meshes(self.layout, self.device_type)
         sharded = Sharded(
             model,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -15,7 +15,9 @@ from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import save_checkpoint
 from moe_train.training.closing import Closing
 from moe_train.training.runtime import Runtime
-from moe_train.training.sharded_checkpoints import Saver
+
+if TYPE_CHECKING:
+    from moe_train.training.sharded_checkpoints import Saver
 
 
 class Saving:

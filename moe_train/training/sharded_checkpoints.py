@@ -11,14 +11,13 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_train.errors import UserError, in_words, one_line
 from moe_train.parallel.signs_of_life import is_of_the_network
-from moe_train.parallel.spread import Part, Parts
+from moe_train.parallel.spread import Parts
 from moe_train.training.checkpoints import (
     SHARDS,
     Checkpoint,
@@ -36,38 +35,10 @@ from moe_train.training.checkpoints import (
     check_same_tensors,
     commit,
     damaged,
-    load_optimizers,
     put_back,
 )
 from moe_train.training.new_folder import flush
-
-_MODEL, _OPTIMIZER = "model.", "optimizer."
-
-
-class Spreading(NamedTuple):
-    """A model, how it is spread, and its optimizers."""
-
-    model: nn.Module
-    spread: Parts
-    optimizers: list[torch.optim.Optimizer]
-
-    def of_optimizers(self) -> Iterator[tuple[torch.optim.Optimizer, str, list[str]]]:
-        """Each optimizer, how the names of its states begin, and the names of its parameters in its own order."""
-        names = {self.spread.local(name): name for name, _ in self.model.named_parameters()}
-        for number, optimizer in enumerate(self.optimizers):
-            members = [names[local] for group in optimizer.param_groups for local in group["params"]]
-            yield optimizer, f"{_OPTIMIZER}{number}.", members
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint keeps, by name."""
-        found = {f"{_MODEL}{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, _ in self.model.named_parameters():
-            found[f"{_MODEL}{name}"] = self.spread.as_saved(name, self.spread.local(name).data)
-        for optimizer, prefix, members in self.of_optimizers():
-            for name in members:
-                for key, value in optimizer.state[self.spread.local(name)].items():
-                    found[f"{prefix}{key}.{name}"] = self.spread.as_saved(name, value) if value.ndim else value
-        return found
+from moe_train.training.spreading import MODEL, Spreading
 
 
 class Saver:
@@ -147,15 +118,15 @@ def _read(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
 
 def read_sharded_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All weights, whole, by name."""
-    stored = {name: each for name, each in _stored(checkpoint).items() if name.startswith(_MODEL)}
+    stored = {name: each for name, each in _stored(checkpoint).items() if name.startswith(MODEL)}
     weights = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in stored.items()}
     _read(checkpoint, weights)
-    return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
+    return {name.removeprefix(MODEL): tensor for name, tensor in weights.items()}
 
 
 def read_parts_of_weights(checkpoint: Checkpoint, spreading: Spreading, expected: dict[str, torch.Size]) -> None:
     """Into the memory of the model, what this process holds of it. `expected`: names and whole shapes."""
-    stored = {name.removeprefix(_MODEL): e.size for name, e in _stored(checkpoint).items() if name.startswith(_MODEL)}
+    stored = {name.removeprefix(MODEL): e.size for name, e in _stored(checkpoint).items() if name.startswith(MODEL)}
     check_same_tensors(checkpoint.path, stored, expected)
     _read(checkpoint, spreading.tensors())
 
@@ -163,12 +134,6 @@ def read_parts_of_weights(checkpoint: Checkpoint, spreading: Spreading, expected
 def load_spread_optimizers(checkpoint: Checkpoint, spreading: Spreading) -> None:
     """Put back what this process holds of the optimizers' states, whatever layout wrote them. Raises UserError."""
     spread = spreading.spread
-    if not checkpoint.in_shards:
-        parts: dict[Tensor, Part] = {
-            spread.local(name): spread.part(name) for name, _ in spreading.model.named_parameters()
-        }
-        load_optimizers(checkpoint, spreading.optimizers, parts.__getitem__)
-        return
     stored = _stored(checkpoint)
     wanted: dict[str, Tensor] = {}
     names: list[dict[int, dict[str, str]]] = []

@@ -14,7 +14,7 @@ from moe_train.errors import one_line
 from moe_train.model.transformer import Transformer, drawn
 from moe_train.parallel.spread import Parts
 from moe_train.training.checkpoints import WEIGHTS, Checkpoint, check_same_tensors, damaged
-from moe_train.training.sharded_checkpoints import Spreading, read_parts_of_weights
+from moe_train.training.spreading import Spreading
 
 
 @torch.no_grad()
@@ -32,6 +32,8 @@ def read_weights_here(checkpoint: Checkpoint, model: Transformer, spread: Parts)
     buffers = dict(model.named_buffers())
     expected |= {name: buffer.shape for name, buffer in buffers.items()}
     if checkpoint.in_shards:
+        from moe_train.training.sharded_checkpoints import read_parts_of_weights
+
         read_parts_of_weights(checkpoint, Spreading(model, spread, []), expected)
         return
     try:

@@ -43,7 +43,8 @@ from moe_train.training.checkpoints import save_checkpoint
 from moe_train.training.optimizers import build_optimizers
 from moe_train.training.run_folder import find_checkpoint
 from moe_train.training.runtime import Runtime, start_runtime
-from moe_train.training.sharded_checkpoints import Saver, Spreading, load_spread_optimizers
+from moe_train.training.sharded_checkpoints import Saver
+from moe_train.training.spreading import Spreading
 from moe_train.training.step import Stepper
 from moe_train.training.weights import draw_weights, read_weights_here
 
@@ -117,7 +118,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     spreading = Spreading(model, spread, optimizers)
     begin, loaded, saved = 0, {}, {}
     if "load" in case:
-        load_spread_optimizers(checkpoint, spreading)
+        spreading.load_optimizers(checkpoint)
         begin, loaded = checkpoint.step, states(spreading)
     begun = weights(model, spread)
     events = in_order(model) if case.get("watched") else []

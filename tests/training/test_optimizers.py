@@ -12,6 +12,7 @@ from moe_train.compose import validated
 from moe_train.config import AdamWConfig, MuonConfig, PrecisionConfig
 from moe_train.training.muon import Muon
 from moe_train.training.optimizers import build_optimizers, set_lr
+from moe_train.uncompiled import AdamW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -62,7 +63,7 @@ def groups_by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) ->
 
 
 def test_adamw_decays_matrices_only():
-    adamw = torch.optim.AdamW
+    adamw = AdamW
     model = Model(tied=False)
     assert groups_by_name(model, build_optimizers(model, ADAMW)) == {
         "embed_tokens.weight": (adamw, 0.0),
@@ -76,7 +77,7 @@ def test_adamw_decays_matrices_only():
 
 
 def test_muon_takes_hidden_matrices_and_experts_and_leaves_the_rest_to_adamw():
-    adamw = torch.optim.AdamW
+    adamw = AdamW
     model = Model(tied=False)
     assert groups_by_name(model, build_optimizers(model, MUON)) == {
         "embed_tokens.weight": (adamw, 0.0),
@@ -93,7 +94,7 @@ def test_muon_takes_hidden_matrices_and_experts_and_leaves_the_rest_to_adamw():
 def test_a_tied_head_is_the_embedding(config):
     model = Model(tied=True)
     placed = groups_by_name(model, build_optimizers(model, config))
-    assert placed["embed_tokens.weight"] == (torch.optim.AdamW, 0.0)
+    assert placed["embed_tokens.weight"] == (AdamW, 0.0)
     assert "lm_head.weight" not in placed
 
 
@@ -131,3 +132,20 @@ def test_every_optimizer_on_offer_gives_all_its_keys(name, schema):
 @pytest.mark.parametrize("path", sorted((CONFIGS / "precision").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_precision_on_offer_gives_all_its_keys(path):
     assert validated(PrecisionConfig, OmegaConf.to_container(OmegaConf.load(path)), str(path)).name == path.stem
+
+
+def test_adamw_without_the_compiler_is_torchs_to_the_bit():
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(6, 5, generator=generator), torch.randn(7, generator=generator)]
+    mine, theirs = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    settings = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    optimizers = AdamW(mine, **settings), torch.optim.AdamW(theirs, **settings)
+    for _ in range(5):
+        for one, other in zip(mine, theirs):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs))
+    assert not any(parameter.grad_fn for parameter in mine)
+    optimizers[0].load_state_dict(optimizers[1].state_dict())

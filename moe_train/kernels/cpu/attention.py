@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.kernels.cpu import library
+from moe_train.uncompiled import operator
 
 _SIZES = ("heads", "groups", "shared", "length", "plain", "turned", "values", "apart", "own")
 _TENSORS = ("next", "q", "kv", "rotary", "cos", "sin", "out")
@@ -133,7 +134,7 @@ def _call(
     library.call_on_cores(name, arguments)
 
 
-@torch.library.custom_op("moe_train::attention_forward", mutates_args=())
+@operator("moe_train::attention_forward")
 def _forward(
     q: Tensor,
     kv: Tensor,
@@ -157,7 +158,7 @@ def _like_result(
     return q.new_empty(*q.shape[:2], heads * s.values)
 
 
-@torch.library.custom_op("moe_train::attention_backward", mutates_args=())
+@operator("moe_train::attention_backward")
 def _backward(
     grad_out: Tensor,
     q: Tensor,

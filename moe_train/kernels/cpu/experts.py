@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.kernels.cpu import library
+from moe_train.kernels.cut import is_cut
+from moe_train.uncompiled import operator
 
 _SIZES = ("experts", "hidden", "width", "shared")
 _FORWARD = ("x", "token", "first", "second", "weight", "ends", "order", "next", "gate_up", "y")
@@ -38,7 +39,7 @@ def takes(x_td: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> bool:
         library.in_use() is not None
         and x_td.device.type == "cpu"
         and x_td.dtype == torch.bfloat16
-        and not isinstance(gate_up_weight, DTensor)
+        and not is_cut(gate_up_weight)
         and all(w.device == x_td.device and w.dtype == torch.float32 for w in (gate_up_weight, down_weight))
         and down_weight.shape[1] % 2 == down_weight.shape[2] % 2 == 0
         and x_td.shape[1] == down_weight.shape[1]
@@ -123,7 +124,7 @@ def _call(name: str, first: Tensor, second: Tensor, ends_e: Tensor, **tensors: T
     library.call_on_cores(name, arguments)
 
 
-@torch.library.custom_op("moe_train::experts_forward", mutates_args=())
+@operator("moe_train::experts_forward")
 def _forward(
     x_td: Tensor, first: Tensor, second: Tensor, weight_n1: Tensor, ends_e: Tensor, token_n: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ def _like_results(
     return x_td.new_empty(len(token_n), x_td.shape[1]), x_td.new_empty(len(token_n), first.shape[1])
 
 
-@torch.library.custom_op("moe_train::experts_backward", mutates_args=())
+@operator("moe_train::experts_backward")
 def _backward(
     grad_td: Tensor,
     x_td: Tensor,

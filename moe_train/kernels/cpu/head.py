@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.kernels.cpu import library
+from moe_train.kernels.cut import is_cut
+from moe_train.uncompiled import operator
 
 _FEWEST_ROWS = 64  # for which packing the weight pays
 _BLOCK_BYTES = 2**19  # of logits: half of a core's second cache
@@ -43,7 +44,7 @@ def takes(hidden_td: Tensor, weight_vd: Tensor) -> bool:
         library.in_use() is not None
         and hidden_td.device.type == "cpu"
         and len(hidden_td) >= _FEWEST_ROWS
-        and not isinstance(weight_vd, DTensor)
+        and not is_cut(weight_vd)
         and weight_vd.device == hidden_td.device
         and weight_vd.dtype == torch.float32
         and hidden_td.shape[1] == weight_vd.shape[1]
@@ -80,7 +81,7 @@ def _call(x: Tensor, weight: Tensor, target: Tensor, z: float, *gradients: Tenso
     return objective.float(), nll.float()
 
 
-@torch.library.custom_op("moe_train::head_loss", mutates_args=())
+@operator("moe_train::head_loss")
 def head_loss(x: Tensor, weight: Tensor, target: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
     """Objective and loss, FP32, of x (t, d) in BF16 by weight (v, d) in FP32.
 
@@ -94,7 +95,7 @@ def _like_losses(x: Tensor, weight: Tensor, target: Tensor, z_loss_weight: float
     return weight.new_empty(()), weight.new_empty(())
 
 
-@torch.library.custom_op("moe_train::head_loss_and_gradients", mutates_args=())
+@operator("moe_train::head_loss_and_gradients")
 def head_loss_and_gradients(
     x: Tensor, weight: Tensor, target: Tensor, z_loss_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

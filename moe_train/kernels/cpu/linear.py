@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.kernels.cpu import library
+from moe_train.uncompiled import operator
 
 _FEWEST_ROWS = 64  # for which packing the weight pays
 _MOST_WEIGHTS = 2**18  # whose gradients in FP32 stay in the second cache, 1 MB
@@ -100,7 +101,7 @@ def _call(kind: type[ctypes.Structure], name: str, sizes: dict[str, int], **tens
     library.call_on_cores(name, kind(**({"parts": torch.get_num_threads()} | sizes), **places))
 
 
-@torch.library.custom_op("moe_train::linear_forward", mutates_args=())
+@operator("moe_train::linear_forward")
 def linear_forward(x: Tensor, weight: Tensor) -> Tensor:
     y: Tensor = _like_y(x, weight)
     sizes = {"rows": len(x), "inner": x.shape[1], "outer": len(weight)}
@@ -113,7 +114,7 @@ def _like_y(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(len(x), len(weight))
 
 
-@torch.library.custom_op("moe_train::linear_input_gradient", mutates_args=())
+@operator("moe_train::linear_input_gradient")
 def linear_input_gradient(grad_y: Tensor, weight: Tensor) -> Tensor:
     grad_x: Tensor = _like_x(grad_y, weight)
     sizes = {"rows": len(grad_y), "inner": weight.shape[1], "outer": len(weight)}
@@ -127,7 +128,7 @@ def _like_x(grad_y: Tensor, weight: Tensor) -> Tensor:
     return grad_y.new_empty(len(grad_y), weight.shape[1])
 
 
-@torch.library.custom_op("moe_train::linear_weight_gradient", mutates_args=())
+@operator("moe_train::linear_weight_gradient")
 def linear_weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
     (t, inner), outer = x.shape, grad_y.shape[1]
     grad_weight = grad_y.new_empty(outer, library.up(inner, library.REGISTER), dtype=torch.float32)
@@ -146,7 +147,7 @@ def _like_weight(grad_y: Tensor, x: Tensor) -> Tensor:
     return grad_y.new_empty(grad_y.shape[1], x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("moe_train::linear_gradients", mutates_args=())
+@operator("moe_train::linear_gradients")
 def linear_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both, for a weight whose gradient stays in the cache of a core."""
     grad_x, grad_weight = _like_gradients(grad_y, x, weight)
@@ -163,7 +164,7 @@ def _like_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, 
     return _like_x(grad_y, weight), _like_weight(grad_y, x)
 
 
-@torch.library.custom_op("moe_train::swiglu_forward", mutates_args=())
+@operator("moe_train::swiglu_forward")
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     """silu(gate) · up: (m, 2f) → (m, f)."""
     h: Tensor = _like_h(gate_up)
@@ -177,7 +178,7 @@ def _like_h(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
 
 
-@torch.library.custom_op("moe_train::swiglu_backward", mutates_args=())
+@operator("moe_train::swiglu_backward")
 def swiglu_backward(gate_up: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor]:
     """h again, and the gradient of (m, 2f)."""
     made: tuple[Tensor, Tensor] = _like_both(gate_up, grad_h)

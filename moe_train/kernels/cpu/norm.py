@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moe_train.kernels.cpu import library
+from moe_train.kernels.cut import is_cut
+from moe_train.uncompiled import operator
 
 _PARTS = 16  # of the rows: gradients of the weight are added up in the same order on any number of cores
 _FEWEST_ROWS = 64
@@ -37,7 +38,7 @@ def takes(x: Tensor, weight: Tensor, added: Tensor | None = None) -> bool:
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and weight.dtype == torch.float32
-        and not isinstance(weight, DTensor)
+        and not is_cut(weight)
         and x.shape[-1:] == weight.shape
         and x.numel() >= _FEWEST_ROWS * len(weight)
         and (added is None or (added.dtype == torch.bfloat16 and x.dtype == torch.float32 and added.shape == x.shape))
@@ -99,7 +100,7 @@ def _call(name: str, x: Tensor, weight: Tensor, eps: float, **tensors: Tensor | 
     library.call_on_cores(name, arguments)
 
 
-@torch.library.custom_op("moe_train::norm_forward", mutates_args=())
+@operator("moe_train::norm_forward")
 def norm_forward(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float, wide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +121,7 @@ def _like_norms(
     return like(added is not None, torch.float32), like(True, torch.bfloat16), like(wide, torch.float32)
 
 
-@torch.library.custom_op("moe_train::norm_backward", mutates_args=())
+@operator("moe_train::norm_backward")
 def norm_backward(
     total: Tensor,
     weight: Tensor,

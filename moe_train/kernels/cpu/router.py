@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.kernels.cpu import library
+from moe_train.uncompiled import operator
 
 _PARTS = 8  # of the rows: gradients of the weight are added up in the same order on any number of cores
 _FEWEST_ROWS = 64
@@ -58,7 +59,7 @@ def _call(name: str, rows: int, inner: int, outer: int, **tensors: Tensor) -> No
     library.call_on_cores(name, _Arguments(rows=rows, inner=inner, outer=outer, parts=_PARTS, **places))
 
 
-@torch.library.custom_op("moe_train::router_forward", mutates_args=())
+@operator("moe_train::router_forward")
 def router_forward(x_td: Tensor, weight_ed: Tensor) -> Tensor:
     y: Tensor = _like_y(x_td, weight_ed)
     rows, inner = x_td.shape
@@ -71,7 +72,7 @@ def _like_y(x_td: Tensor, weight_ed: Tensor) -> Tensor:
     return x_td.new_empty(len(x_td), len(weight_ed))
 
 
-@torch.library.custom_op("moe_train::router_input_gradient", mutates_args=())
+@operator("moe_train::router_input_gradient")
 def router_input_gradient(grad_te: Tensor, weight_ed: Tensor) -> Tensor:
     grad_x: Tensor = _like_x(grad_te, weight_ed)
     tensors = {"grad_y": grad_te.contiguous(), "weight": weight_ed.contiguous(), "grad_x": grad_x}
@@ -84,7 +85,7 @@ def _like_x(grad_te: Tensor, weight_ed: Tensor) -> Tensor:
     return grad_te.new_empty(len(grad_te), weight_ed.shape[1])
 
 
-@torch.library.custom_op("moe_train::router_weight_gradient", mutates_args=())
+@operator("moe_train::router_weight_gradient")
 def router_weight_gradient(grad_te: Tensor, x_td: Tensor) -> Tensor:
     parts = x_td.new_empty(_PARTS, grad_te.shape[1], x_td.shape[1])
     tensors = {"grad_y": grad_te.contiguous(), "x": x_td.contiguous(), "grad_weight": parts}

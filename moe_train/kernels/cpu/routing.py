@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_train.kernels.cpu import library
+from moe_train.uncompiled import operator
 
 _TOKENS = 128  # of a part of a sequence
 _SIZES = ("tokens", "experts", "k", "length", "parts")
@@ -63,7 +64,7 @@ def _parts(length: int) -> int:
     return max(1, length // _TOKENS)
 
 
-@torch.library.custom_op("moe_train::choose_experts", mutates_args=())
+@operator("moe_train::choose_experts")
 def choose_experts(logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     expert_tk, score_tk, share_be = _like_choice(logits_te, bias_e, real_bt, k)
     parts = logits_te.new_empty(len(real_bt), _parts(real_bt.shape[1]), logits_te.shape[1])
@@ -79,7 +80,7 @@ def _like_choice(logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, k: int) -> 
     return expert_tk, logits_te.new_empty(len(logits_te), k), logits_te.new_empty(len(real_bt), logits_te.shape[1])
 
 
-@torch.library.custom_op("moe_train::chosen_gradient", mutates_args=())
+@operator("moe_train::chosen_gradient")
 def chosen_gradient(
     logits_te: Tensor, real_bt: Tensor, expert_tk: Tensor, grad_tk: Tensor | None, grad_be: Tensor | None
 ) -> Tensor:
@@ -96,7 +97,7 @@ def _like_logits(
     return logits_te.new_empty(logits_te.shape)
 
 
-@torch.library.custom_op("moe_train::top_experts", mutates_args=())
+@operator("moe_train::top_experts")
 def top_experts(scores_te: Tensor, k: int) -> Tensor:
     """(t, k) int64: the experts of the k highest scores, the highest first, the lower expert of equal ones."""
     expert_tk: Tensor = _like_top(scores_te, k)
@@ -110,7 +111,7 @@ def _like_top(scores_te: Tensor, k: int) -> Tensor:
     return scores_te.new_empty(len(scores_te), k, dtype=torch.int64)
 
 
-@torch.library.custom_op("moe_train::sort_by_expert", mutates_args=())
+@operator("moe_train::sort_by_expert")
 def sort_by_expert(
     expert_tk: Tensor, real_t: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
