@@ -221,7 +221,7 @@ class Run:
             factor = lr_factor(config.schedule, progress, fraction)
             began = time.monotonic()
             inputs, targets = self.stepper.load(self.steps_done)
-            meter.data_wait(time.monotonic() - began)
+            meter.data_wait(time.monotonic() - began if self.stepper.device_waited else 0.0)
             counts = self._will_log(progress + fraction)
             with self.runtime.exchanges_counted(timed=counts):
                 tokens = self.stepper.step(self.steps_done, inputs, targets, factor, progress, counts_fp8=counts)

@@ -145,6 +145,7 @@ class Stepper:
             self._rates = RatesOnDevice(optimizers, runtime.device)
             self._captured_step, self._captured_passes = Captured[_Done](parameters), Captured[StepTotals](parameters)
         self.totals = StepTotals.zero(model, runtime.device)
+        self.device_waited = True  # for the last batch: a CPU always does, a GPU where it had caught up with the host
 
     @property
     def captures(self) -> bool:
@@ -159,9 +160,10 @@ class Stepper:
         return sum(module.fp8 is not None for module in self._began_in_fp8)
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's share of the batch of `step`, on its device."""
+        """This rank's share of the batch of `step`, on its device, which waited for it if `device_waited` says so."""
         inputs, targets = self.batches.batch(step, self.runtime.rank, self.runtime.world_size)
         if self.runtime.device_type == "cuda":
+            self.device_waited = torch.cuda.current_stream(self.runtime.device).query()
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         device = self.runtime.device
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,3 +111,18 @@ def test_without_a_gpu_there_is_no_graph_and_asking_for_one_is_refused() -> None
     assert not TrainingArm(config, start_runtime(config))._stepper.captures
     with pytest.raises(UserError, match="cuda_graphs=always: there is no CUDA device; use auto or never"):
         start_runtime(compose_run([*SMALL, "cuda_graphs=always"], "test", None))
+
+
+@pytest.mark.parametrize("caught_up", [True, False])
+def test_a_gpu_waits_for_a_batch_only_where_it_has_nothing_left_to_do(
+    caught_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose_run(SMALL, "test", None)
+    stepper = TrainingArm(config, start_runtime(config))._stepper
+    stepper.load(0)
+    assert stepper.device_waited  # a CPU does whatever it is given at once
+    stepper.runtime = SimpleNamespace(rank=0, world_size=1, device_type="cuda", device=torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: caught_up))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    stepper.load(1)
+    assert stepper.device_waited is caught_up
