@@ -27,8 +27,8 @@ from moe_train.forecast.interval import Interval
 OTHER_ARM = 1.5  # seconds a FLOP of an arm that was not probed, over those of one that was: a naive MoE's tax is 1.3
 # What a run on a GPU that nobody probed spends round its steps: eleven runs on an H200 were billed 5.6 to 7.1 s beside
 # them, thirty beside a slower processor 10 to 13, of which about five s are no longer loaded; and 1.7 s of loading
-# kernels were on their clock. Processors and disks elsewhere may take three times as long: an assumption. Runs of claims are
-# short, so that it is most of what they take.
+# kernels were on their clock. Processors and disks elsewhere may take three times as long: an assumption. Runs of
+# claims are short, so that it is most of what they take.
 START_SECONDS = Interval(8.0, 7.0, 24.0)
 # FLOP/s of training on an H200 (989 TFLOP/s, 4.8 TB/s) by FLOPs a token, in BF16: of `base` 339 TFLOP/s at 721 MFLOPs
 # (docs/results/nvidia_h200.json). What this power makes of it is 39 for a claim's arm at 8.2 MFLOPs, 38 as measured
