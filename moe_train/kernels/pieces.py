@@ -6,6 +6,7 @@ of 393,216 rows in 96 groups took 0.97 ms instead of 0.91 on an H200, and a prog
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,8 +35,8 @@ def rows_of(piece_ptr, piece):
 def pieces(ends_e: Tensor, rows: int, size: int, count: int) -> tuple[Tensor, Tensor]:
     """Of `count` pieces of `size` rows: group, first row and the group's end (count, 3), and where each group ends in
     pieces (e); int32."""
-    table, piece_ends_e = ends_e.new_empty(count, 3), ends_e.new_zeros(ends_e.shape)
-    groups = len(ends_e)
+    table, groups = ends_e.new_empty(count, 3), len(ends_e)
+    piece_ends_e = torch.empty_like(ends_e) if count else torch.zeros_like(ends_e)
     if count:
         arguments = (ends_e.contiguous(), table, piece_ends_e, groups, rows)
         # One warp a program: sums over groups are then its lanes' alone.

@@ -12,7 +12,7 @@ of integers or in a fixed order. Nothing waits for the host. On an H200 choosing
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,13 +39,13 @@ def _scores(logits, token, inside, column, e):
 
 @triton.jit
 def _choose_kernel(
-    logits, bias_ptr, real_ptr, expert_ptr, score_ptr, share_ptr, length, parts, e, k,
-    PART: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
+    logits, bias_ptr, real_ptr, expert_ptr, gate_ptr, share_ptr, count_ptr, scaling, length, parts, e, k,
+    PART: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     sequence, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    column = tl.arange(0, E)
+    column, slot = tl.arange(0, E), tl.arange(0, K)
     bias = tl.load(bias_ptr + column, mask=column < e, other=0.0)
-    shares = tl.zeros((ROWS, E), tl.float32)
+    shares, counts = tl.zeros((ROWS, E), tl.float32), tl.zeros((ROWS, E), tl.int32)
     for first in range(0, PART, ROWS):
         position = part * PART + first + tl.arange(0, ROWS)
         inside = position < length
@@ -55,46 +55,78 @@ def _choose_kernel(
         bits = biased.to(tl.int32, bitcast=True)
         order = tl.where(biased == biased, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
         order = tl.where((column < e)[None, :], order, _TAKEN)
+        gate = tl.zeros((ROWS, K), tl.float32)
         for j in range(k):
             largest = tl.max(order, 1)
             place = tl.min(tl.where(order == largest[:, None], column[None, :], E), 1)
             here = column[None, :] == place[:, None]
-            chosen = tl.sum(tl.where(here, score.to(tl.int32, bitcast=True), 0), 1)
+            chosen = tl.sum(tl.where(here, score.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
             tl.store(expert_ptr + token * k + j, place.to(tl.int64), mask=inside)
-            tl.store(score_ptr + token * k + j, chosen.to(tl.float32, bitcast=True), mask=inside)
+            gate = tl.where(slot[None, :] == j, chosen[:, None], gate)
             order = tl.where(here, _TAKEN, order)
+        if NORM:
+            gate = gate / (tl.sum(gate, 1) + 1e-20)[:, None]
+        at = gate_ptr + token[:, None] * k + slot[None, :]
+        tl.store(at, gate * scaling, mask=inside[:, None] & (slot < k)[None, :])
         if share_ptr is not None:
             real = tl.load(real_ptr + token, mask=inside, other=0) != 0
             scale = 1.0 / tl.sum(score, 1)
             shares += tl.where(real[:, None], score * scale[:, None], 0.0)
+            counts += (real[:, None] & (order == _TAKEN)).to(tl.int32)
     if share_ptr is not None:
-        tl.store(share_ptr + tl.program_id(0).to(tl.int64) * e + column, tl.sum(shares, 0), mask=column < e)
+        at = tl.program_id(0).to(tl.int64) * e + column
+        tl.store(share_ptr + at, tl.sum(shares, 0), mask=column < e)
+        tl.store(count_ptr + at, tl.sum(counts, 0), mask=column < e)
+
+
+@triton.jit
+def _sequence_loss_kernel(share_ptr, count_ptr, slope_ptr, loss_ptr, weight, parts, e, k, E: tl.constexpr):
+    """Of a sequence: Σ f P over the experts, times its tokens and the weight, and its slope by the sums of shares."""
+    sequence, column = tl.program_id(0).to(tl.int64), tl.arange(0, E)
+    share, count = tl.zeros((E,), tl.float32), tl.zeros((E,), tl.int32)
+    for part in range(parts):
+        at = (sequence * parts + part) * e + column
+        share += tl.load(share_ptr + at, mask=column < e, other=0.0)
+        count += tl.load(count_ptr + at, mask=column < e, other=0)
+    tokens = tl.maximum(tl.sum(count, 0) // k, 1)
+    slope = weight * (count.to(tl.float32) * e / k / tokens)
+    tl.store(slope_ptr + sequence * e + column, slope, mask=column < e)
+    tl.store(loss_ptr + sequence, tl.sum(slope * share, 0))
 
 
 @triton.jit
 def _choice_gradient_kernel(
-    logits, real_ptr, expert_ptr, grad_chosen, grad_share, out, t, length, e, k, ROWS: tl.constexpr, E: tl.constexpr
-):
-    """s (1 - s) times the gradient of s: that of the scores chosen, and with the sum S of a token's scores and the
-    gradient g of its sequence's shares g / S - (Σ g s) / S².
+    logits, real_ptr, expert_ptr, grad_gate, slope_ptr, grad_loss, out, scaling, t, length, e, k,
+    ROWS: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """s (1 - s) times the gradient of s. Of the sequence's loss, with the sum S of a token's scores and the slope g:
+    g / S - (Σ g s) / S². Of gates c s / S over the chosen: c (g - (Σ g s) / S) / S.
     """
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, E)
     inside = token < t
     score = _scores(logits, token, inside, column, e)
     grad = tl.zeros((ROWS, E), tl.float32)
-    if grad_share is not None:
+    if grad_loss is not None:
         real = tl.load(real_ptr + token, mask=inside, other=0) != 0
-        at = grad_share + (token // length)[:, None] * e + column[None, :]
-        g = tl.load(at, mask=real[:, None] & (column < e)[None, :], other=0.0)
+        at = slope_ptr + (token // length)[:, None] * e + column[None, :]
+        g = tl.load(at, mask=real[:, None] & (column < e)[None, :], other=0.0) * tl.load(grad_loss)
         scale = 1.0 / tl.sum(score, 1)
         mean = tl.sum(g * score, 1) * scale
         grad = tl.where(real[:, None], (g - mean[:, None]) * scale[:, None], 0.0)
-    if grad_chosen is not None:
+    if grad_gate is not None:
+        given, chosen = tl.zeros((ROWS, E), tl.float32), tl.zeros((ROWS, E), tl.float32)
         for j in range(k):
             place = tl.load(expert_ptr + token * k + j, mask=inside, other=-1).to(tl.int32)
-            chosen = tl.load(grad_chosen + token * k + j, mask=inside, other=0.0)
-            grad += tl.where(column[None, :] == place[:, None], chosen[:, None], 0.0)
+            here = column[None, :] == place[:, None]
+            of_gate = tl.load(grad_gate + token * k + j, mask=inside, other=0.0)
+            given = tl.where(here, of_gate[:, None], given)
+            chosen = tl.where(here, 1.0, chosen)
+        if NORM:
+            total = tl.sum(tl.where(chosen > 0, score, 0.0), 1) + 1e-20
+            mean = tl.sum(tl.where(chosen > 0, given * score, 0.0), 1) / total
+            given = (given - mean[:, None] * chosen) / total[:, None]
+        grad += scaling * given
     at = out + token[:, None] * e + column[None, :]
     tl.store(at, grad * (score * (1.0 - score)), mask=inside[:, None] & (column < e)[None, :])
 
@@ -116,7 +148,8 @@ def _count_kernel(expert_ptr, real_ptr, counts, real_counts, n, k, e, blocks, PA
 
 @triton.jit
 def _place_kernel(
-    expert_ptr, counts, upto, pair_ptr, token_ptr, place_ptr, n, k, blocks, PAIRS: tl.constexpr
+    expert_ptr, counts, upto, real_counts, pair_ptr, token_ptr, place_ptr, ends_ptr, counted_ptr, n, k, e, blocks,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     index = tl.arange(0, PAIRS)
@@ -131,6 +164,13 @@ def _place_kernel(
     tl.store(place_ptr + pair, place.to(tl.int64), mask=inside)
     tl.store(pair_ptr + place, pair.to(tl.int64), mask=inside)
     tl.store(token_ptr + place, (pair // k).to(tl.int64), mask=inside)
+    for each in range(block, e, blocks):  # the experts are shared out, one to most programs
+        row = each * blocks
+        counted = tl.zeros((PAIRS,), tl.int32)
+        for first in range(0, blocks, PAIRS):
+            counted += tl.load(real_counts + row + first + index, mask=first + index < blocks, other=0)
+        tl.store(counted_ptr + each, tl.sum(counted, 0).to(tl.int64))
+        tl.store(ends_ptr + each, tl.load(upto + row + blocks - 1))
 
 
 def _rows(e: int) -> tuple[int, int]:
@@ -139,40 +179,60 @@ def _rows(e: int) -> tuple[int, int]:
     return min(16, 2048 // lanes), lanes
 
 
-def choose_experts(
-    logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, k: int, *, shares: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """→ experts (t, k) int64, the best first and the lower of equal ones, their scores (t, k), and with `shares` what
-    share each expert has of a token's scores, summed over each sequence's real tokens: (b, e).
+class Gating(NamedTuple):
+    """What becomes of the scores chosen, and how much of the sequences' balance is in the objective."""
 
-    Scores are sigmoids of the logits (FP32); experts are chosen by score plus bias. real_bt: bool. Raises ValueError.
-    """
-    t, e = logits_te.shape
+    k: int
+    normalised: bool  # gates of a token sum to one, before they are
+    scaled: float
+    loss_weight: float  # 0: there is no such loss
+
+
+class Chosen(NamedTuple):
+    expert_tk: Tensor  # int64, the best first and the lower of equal ones
+    gate_tk: Tensor
+    loss: Tensor | None  # model/balancing.py's `sequence_balance_loss`
+    slope_be: Tensor | None  # of it, by the sums of shares
+
+
+def choose_experts(logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, gating: Gating) -> Chosen:
+    """Scores are sigmoids of the logits (FP32), experts chosen by score plus bias. real_bt: bool. Raises ValueError."""
+    (t, e), k = logits_te.shape, gating.k
     check(logits_te.dtype == bias_e.dtype == torch.float32 and bias_e.shape == (e,), "logits and bias: FP32, e columns")
     check(1 <= k <= e <= MOST_EXPERTS, f"{k} of {e} experts: 1 to all of at most {MOST_EXPERTS}")
     check(real_bt.dtype == torch.bool and real_bt.numel() == t, f"real: bool, one for each of {t} tokens")
-    b, length = real_bt.shape if shares else (1, t)
+    balances = gating.loss_weight > 0
+    b, length = real_bt.shape if balances else (1, t)
     parts, (rows, lanes) = max(1, triton.cdiv(length, _PART)), _rows(e)
     expert_tk = torch.empty(t, k, dtype=torch.int64, device=logits_te.device)
-    score_tk = torch.empty(t, k, dtype=torch.float32, device=logits_te.device)
-    share = logits_te.new_empty(b, parts, e) if shares else None
-    tensors = (logits_te.contiguous(), bias_e.contiguous(), _bytes(real_bt), expert_tk, score_tk, share)
+    gate_tk = torch.empty(t, k, dtype=torch.float32, device=logits_te.device)
+    share = logits_te.new_empty(b, parts, e) if balances else None
+    count = None if share is None else torch.empty_like(share, dtype=torch.int32)
+    tensors = (logits_te.contiguous(), bias_e.contiguous(), _bytes(real_bt), expert_tk, gate_tk, share, count)
+    sizes = {"PART": _PART, "ROWS": rows, "E": lanes, "K": triton.next_power_of_2(k), "NORM": gating.normalised}
     if b:
-        _choose_kernel[(b * parts,)](*tensors, length, parts, e, k, PART=_PART, ROWS=rows, E=lanes)
-    return expert_tk, score_tk, None if share is None else share.sum(1)
+        _choose_kernel[(b * parts,)](*tensors, gating.scaled, length, parts, e, k, **sizes)
+    if share is None:
+        return Chosen(expert_tk, gate_tk, None, None)
+    slope_be, loss_b = logits_te.new_empty(b, e), logits_te.new_empty(b)
+    if b:
+        _sequence_loss_kernel[(b,)](share, count, slope_be, loss_b, gating.loss_weight, parts, e, k, E=lanes)
+    return Chosen(expert_tk, gate_tk, loss_b.sum(), slope_be)
 
 
 def choice_gradient(
-    logits_te: Tensor, real_bt: Tensor, expert_tk: Tensor, grad_tk: Tensor | None, grad_be: Tensor | None
+    logits_te: Tensor, real_bt: Tensor, chosen: Chosen, gating: Gating, grad_tk: Tensor | None, grad_loss: Tensor | None
 ) -> Tensor:
-    """Of the logits, from those of the scores chosen (t, k) and of the shares (b, e)."""
-    (t, e), k, length = logits_te.shape, expert_tk.shape[1], real_bt.shape[1]
+    """Of the logits, from those of the gates (t, k) and of the loss ()."""
+    (t, e), k, length = logits_te.shape, gating.k, real_bt.shape[1]
     rows, lanes = _rows(e)
     out = torch.empty_like(logits_te, memory_format=torch.contiguous_format)
-    grads = [None if grad is None else grad.contiguous() for grad in (grad_tk, grad_be)]
-    tensors = (logits_te.contiguous(), _bytes(real_bt), expert_tk.contiguous(), *grads, out)
+    of_gates = None if grad_tk is None else grad_tk.contiguous()
+    of_loss = (None, None) if grad_loss is None else (chosen.slope_be, grad_loss)
+    tensors = (logits_te.contiguous(), _bytes(real_bt), chosen.expert_tk.contiguous(), of_gates, *of_loss, out)
+    sizes = {"ROWS": rows, "E": lanes, "NORM": gating.normalised}
     if t:
-        _choice_gradient_kernel[(triton.cdiv(t, rows),)](*tensors, t, length, e, k, ROWS=rows, E=lanes)
+        _choice_gradient_kernel[(triton.cdiv(t, rows),)](*tensors, gating.scaled, t, length, e, k, **sizes)
     return out
 
 
@@ -180,23 +240,25 @@ def _bytes(real: Tensor) -> Tensor:
     return real.contiguous().view(torch.uint8)
 
 
-class Chosen(torch.autograd.Function):
-    """`choose_experts` with its gradient; the logits are kept, and what was chosen."""
+class Choosing(torch.autograd.Function):
+    """`choose_experts` with its gradient → experts, gates and the loss; the logits are kept, and what was chosen."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, k: int, shares: bool
+        ctx: Any, logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, gating: Gating
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        expert_tk, score_tk, share_be = choose_experts(logits_te, bias_e, real_bt, k, shares=shares)
-        ctx.save_for_backward(logits_te, real_bt, expert_tk)
-        ctx.mark_non_differentiable(expert_tk)
+        chosen = choose_experts(logits_te, bias_e, real_bt, gating)
+        ctx.save_for_backward(logits_te, real_bt, chosen.expert_tk, chosen.slope_be)
+        ctx.gating = gating
+        ctx.mark_non_differentiable(chosen.expert_tk)
         ctx.set_materialize_grads(False)
-        return expert_tk, score_tk, share_be
+        return chosen[:3]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
-        logits_te, real_bt, expert_tk = ctx.saved_tensors
-        return choice_gradient(logits_te, real_bt, expert_tk, grads[1], grads[2]), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
+        logits_te, real_bt, expert_tk, slope_be = ctx.saved_tensors
+        chosen = Chosen(expert_tk, expert_tk, None, slope_be)  # the gates are made again
+        return choice_gradient(logits_te, real_bt, chosen, ctx.gating, grads[1], grads[2]), None, None, None
 
 
 def takes_pairs(expert_tk: Tensor, num_experts: int) -> bool:
@@ -217,6 +279,7 @@ def sort_by_expert(
     _count_kernel[(blocks,)](expert, _bytes(real_t), counts[0], counts[1], n, k, num_experts, blocks, PAIRS=_PAIRS)
     upto = counts[0].flatten().cumsum(0, dtype=torch.int32)  # experts in order, and of each its blocks in order
     pair_n, token_n, place_tk = expert.new_empty(n), expert.new_empty(n), torch.empty_like(expert)
-    _place_kernel[(blocks,)](expert, counts, upto, pair_n, token_n, place_tk, n, k, blocks, PAIRS=_PAIRS)
-    ends_e = upto.view(num_experts, blocks)[:, -1].contiguous()
-    return pair_n, token_n, place_tk, ends_e, counts[1].sum(1)
+    ends_e, counts_e = torch.empty_like(upto[:num_experts]), expert.new_empty(num_experts)
+    made = (pair_n, token_n, place_tk, ends_e, counts_e)
+    _place_kernel[(blocks,)](expert, counts[0], upto, counts[1], *made, n, k, num_experts, blocks, PAIRS=_PAIRS)
+    return made

@@ -67,8 +67,7 @@ def update_selection_bias(routers: Sequence[Router], counts_le: Tensor, speed: f
     """
     counts = counts_le.to(torch.float32)
     steps_le = speed * torch.sign(counts.mean(-1, keepdim=True) - counts)
-    for router, step_e in zip(routers, steps_le, strict=True):
-        router.selection_bias += step_e
+    torch._foreach_add_([router.selection_bias for router in routers], steps_le.unbind())
 
 
 def load_statistics(counts_le: Tensor) -> dict[str, float]:

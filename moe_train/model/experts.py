@@ -6,6 +6,7 @@ down-projection rather than the output after it: the same sum, on the narrower t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -28,9 +29,9 @@ from moe_train.precision.remade import in_compute_format, remade
 class Routed(NamedTuple):
     """What an MoE layer says of a batch beside its hidden states, padding left out."""
 
-    auxiliary_loss: Tensor  # weighted, summed over the tokens of the batch; 0 where no such loss is on
+    auxiliary_loss: Tensor | None  # weighted, summed over the tokens of the batch; None where no such loss is on
     counts_e: Tensor  # int64: tokens that chose each expert, dropped ones included
-    dropped: Tensor  # pairs that got no place over top_k (with expert choice: tokens); 0 where dropless
+    dropped: Tensor | None  # pairs that got no place over top_k (with expert choice: tokens); None where dropless
 
 
 class Sorted(NamedTuple):
@@ -40,7 +41,7 @@ class Sorted(NamedTuple):
     gate_n1: Tensor
     ends_e: Tensor  # int32: where each expert's rows end
     counts_e: Tensor
-    dropped: Tensor
+    dropped: Tensor | None
     collect: Callable[[Tensor], Tensor]  # the experts' outputs (n, d) → their sums (t, d)
 
 
@@ -50,7 +51,7 @@ class Outputs(NamedTuple):
     routed_td: Tensor
     shared_td: Tensor | None  # where tokens travelled meanwhile
     counts_e: Tensor
-    dropped: Tensor
+    dropped: Tensor | None
     with_shared: bool = False  # routed_td is the sum with the shared ones already
 
 
@@ -153,9 +154,9 @@ class MoELayer(nn.Module):
             real_bt = torch.ones(x_btd.shape[:2], dtype=torch.bool, device=x_btd.device)
         real_t = real_bt.flatten()
         logits_te = self.router.logits(exact_td)
-        auxiliary = x_td.new_zeros((), dtype=torch.float32)
+        auxiliary: list[Tensor] = []
         if self.training and c.router_z_loss_weight:
-            auxiliary = auxiliary + router_z_loss(logits_te, real_t, c.router_z_loss_weight)
+            auxiliary.append(router_z_loss(logits_te, real_t, c.router_z_loss_weight))
         if c.routing == "expert_choice":
             places = slots.by_experts(self.router.scores(logits_te), real_t, c)
             y_td, shared_td, counts_e, dropped, with_shared = self._outputs(_in_slots(x_td, places), x_td)
@@ -170,27 +171,29 @@ class MoELayer(nn.Module):
             else:
                 places = slots.by_tokens(choice, real_t, c)
                 y_td, shared_td, counts_e, dropped, with_shared = self._outputs(_in_slots(x_td, places), x_td)
-            if by_sequence and choice.share_be is not None:
+            if choice.sequence_loss is not None:
+                auxiliary.append(choice.sequence_loss)
+            elif choice.share_be is not None and by_sequence:
                 loss = sequence_balance_loss(choice.share_be, choice.expert_tk, real_bt, c.sequence_loss_weight)
-                auxiliary = auxiliary + loss
+                auxiliary.append(loss)
             if by_batch and choice.scores_te is not None:
-                auxiliary = auxiliary + batch_balance_loss(choice.scores_te, counts_e, real_t, c.batch_loss_weight)
+                auxiliary.append(batch_balance_loss(choice.scores_te, counts_e, real_t, c.batch_loss_weight))
         if self.shared_experts is not None and not with_shared:
             y_td = y_td + (self.shared_experts(x_td) if shared_td is None else shared_td)
-        return y_td.view_as(x_btd), Routed(auxiliary, counts_e, dropped)
+        auxiliary_loss = functools.reduce(torch.add, auxiliary) if auxiliary else None
+        return y_td.view_as(x_btd), Routed(auxiliary_loss, counts_e, dropped)
 
     def _dropless(self, x_td: Tensor, choice: Choice, plan: dispatch.Plan) -> Outputs:
         gate_n1 = dispatch.gates_to_experts(choice.gate_tk, plan)
-        dropped = x_td.new_zeros((), dtype=torch.float32)
         if self.exchange is None and self.experts.take_tokens(x_td):
             added_td = None
             if self.shared_experts is not None and self.experts.add_to_sums(x_td):
                 added_td = self.shared_experts(x_td)
             y_td = self.experts.of_tokens(x_td, gate_n1, plan, added_td)
-            return Outputs(y_td, None, plan.counts_e, dropped, with_shared=added_td is not None)
+            return Outputs(y_td, None, plan.counts_e, None, with_shared=added_td is not None)
         rows_nd = remade(lambda x: dispatch.to_experts(x, plan), x_td)
         collect = lambda y_nd: dispatch.from_experts(y_nd, plan)  # noqa: E731
-        return self._outputs(Sorted(rows_nd, gate_n1, plan.ends_e, plan.counts_e, dropped, collect), x_td)
+        return self._outputs(Sorted(rows_nd, gate_n1, plan.ends_e, plan.counts_e, None, collect), x_td)
 
     def _outputs(self, to: Sorted, x_td: Tensor) -> Outputs:
         """The backward pass takes the nodes that were made last first: there the gradients of tokens travel while those

@@ -35,7 +35,8 @@ class Choice(NamedTuple):
 
     expert_tk: Tensor  # int64
     gate_tk: Tensor  # FP32, what their outputs are multiplied by
-    share_be: Tensor | None = None  # `sequence_shares`, where they were asked for
+    share_be: Tensor | None = None  # `sequence_shares`, where they were asked for and the loss is not there yet
+    sequence_loss: Tensor | None = None  # as well
     scores_te: Tensor | None = None  # as well
 
 
@@ -111,10 +112,12 @@ class Router(nn.Module):
             expert_tk, score_tk, share_be = compiled.Chosen.apply(logits_te, self.selection_bias, real_bt, c.top_k)  # type: ignore[no-untyped-call]
             return Choice(expert_tk, self._gates(score_tk), share_be)
         if plain and runs_triton(logits_te.device) and _fits_kernel(logits_te):
-            from moe_train.kernels.routing import Chosen
+            from moe_train.kernels.routing import Choosing, Gating
 
-            expert_tk, score_tk, share_be = Chosen.apply(logits_te, self.selection_bias, real_bt, c.top_k, shares)  # type: ignore[no-untyped-call]
-            return Choice(expert_tk, self._gates(score_tk), share_be)
+            weight = c.sequence_loss_weight if shares else 0.0
+            gating = Gating(c.top_k, c.norm_topk_prob, c.routed_scaling_factor, weight)
+            expert_tk, gate_tk, loss = Choosing.apply(logits_te, self.selection_bias, real_bt, gating)  # type: ignore[no-untyped-call]
+            return Choice(expert_tk, gate_tk, sequence_loss=loss)
         scores_te = self.scores(logits_te)
         chosen = self.choose_experts(scores_te)
         return chosen._replace(

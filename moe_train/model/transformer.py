@@ -6,6 +6,7 @@ residual stream are FP32; matrix products follow autocast.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -134,9 +135,14 @@ class Transformer(nn.Module):
             if out.routed is not None:
                 # Its sequences are shorter: brought to the main model's length, each layer's loss weighs the same.
                 longer = tokens_bt.shape[1] / (tokens_bt.shape[1] - depth)
-                loss, dropped = out.routed.auxiliary_loss * longer, out.routed.dropped * longer
+                loss, dropped = (
+                    None if each is None else each * longer for each in (out.routed.auxiliary_loss, out.routed.dropped)
+                )
                 routed.append(out.routed._replace(auxiliary_loss=loss, dropped=dropped))
-        auxiliary = sum((r.auxiliary_loss for r in routed), start=nll.new_zeros(()))
+        # A GPU's small model takes as long as it has kernels: what is zero everywhere is one zero.
+        losses = [r.auxiliary_loss for r in routed if r.auxiliary_loss is not None]
+        auxiliary = functools.reduce(torch.add, losses) if losses else nll.new_zeros(())
+        dropped_l = [r.dropped for r in routed if r.dropped is not None]  # of all layers or of none
         return Losses(
             objective + auxiliary,
             nll,
@@ -144,7 +150,7 @@ class Transformer(nn.Module):
             _stacked(mtp_nll, nll),
             _stacked(mtp_targets, targets_bt),
             torch.stack([r.counts_e for r in routed]) if routed else targets_bt.new_zeros(0, 0),
-            _stacked([r.dropped for r in routed], nll),
+            torch.stack(dropped_l) if dropped_l else nll.new_zeros(len(routed)),
         )
 
     def _head_loss(self, hidden_btd: Tensor, targets_bt: Tensor) -> tuple[Tensor, Tensor]:

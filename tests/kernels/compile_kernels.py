@@ -151,8 +151,10 @@ def launch_rest() -> None:
     grads = {"along": wide, "grad_narrow": x, "grad_exact": wide}
     norm.norm_rows_backward(wide, weight, scale, **grads, grad_x=wide, grad_added=x)
     logits, real, expert = torch.zeros(N, 96), torch.ones(2, N // 2, dtype=torch.bool), torch.zeros(N, 6).long()
-    routing.choose_experts(logits, logits[0], real, 6, shares=True)
-    routing.choice_gradient(logits, real, expert, torch.zeros(N, 6), logits[:2])
+    gating = routing.Gating(6, normalised=True, scaled=2.5, loss_weight=1e-4)
+    routing.choose_experts(logits, logits[0], real, gating)
+    chosen = routing.Chosen(expert, torch.zeros(N, 6), None, logits[:2])
+    routing.choice_gradient(logits, real, chosen, gating, torch.zeros(N, 6), torch.zeros(()))
     routing.sort_by_expert(expert, real.flatten(), 96)
     muon.direction(wide, wide, 0.9, True, x, torch.ones(()))
     muon.update(wide, x, torch.zeros(1), 0.1, 1.0)
