@@ -1,24 +1,47 @@
 """What torch loads torch.compile for at its first call, to be left out of it: optimizers and custom operators.
 
-Loading it is 0.8 s of a start on two cores. Runs compile nothing; where somebody compiles a model of ours, operators
-are opaque to the compiler already, and no optimizer is compiled. So each is told that it is left out, in the attribute
-where torch notes that after having loaded the compiler.
+Loading it is 0.8 s of a start on two cores, and runs compile nothing. So each is told that it is left out already, in
+the attribute where torch notes that after having loaded the compiler. If somebody does load it, that is taken back and
+torch sees to it: an operator that runs below a compiled step would be traced, and tensors freed that C still reads.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import torch
 from torch._library.custom_ops import CustomOpDef
 from torch.optim import Optimizer
 
+_COMPILER, _NOTE = "torch._dynamo", "__dynamo_disable"
+
+
+class _UntilItIsLoaded(MetaPathFinder):
+    """Sees the compiler being imported, and finds nothing."""
+
+    def __init__(self) -> None:
+        self.told: list[Callable[..., Any]] = []
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == _COMPILER:
+            for function in self.told:
+                vars(function).pop(_NOTE, None)
+            self.told.clear()
+
+
+_until_it_is_loaded = _UntilItIsLoaded()
+sys.meta_path.insert(0, _until_it_is_loaded)
+
 
 def _is_left_out(function: Callable[..., Any]) -> None:
     innermost = inspect.unwrap(function)
-    vars(innermost).setdefault("__dynamo_disable", innermost)
+    if _COMPILER not in sys.modules and _NOTE not in vars(innermost):
+        setattr(innermost, _NOTE, innermost)
+        _until_it_is_loaded.told.append(innermost)
 
 
 def operator(name: str) -> Callable[[Callable[..., object]], CustomOpDef]:

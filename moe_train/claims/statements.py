@@ -6,6 +6,8 @@ from moe_train.claims.plan import Plan
 from moe_train.claims.statistics import MOST_SEEDS, detectable, power, seeds_needed
 from moe_train.config.claim import TO_TARGET, ComparisonConfig
 
+_DECIDES = 0.5  # a power below which a suite is likelier to end undecided than not
+
 
 def statement(config: ComparisonConfig) -> str:
     """What would be supported, in words."""
@@ -47,5 +49,6 @@ def power_statement(plan: Plan, config: ComparisonConfig, measured: float | None
         share = power(test.kind, test.margin, 0.0, error, seeds, alpha)
         enough = seeds_needed(test.kind, test.margin, error, alpha)
         many = f"over {MOST_SEEDS:,}" if enough is None else f"{enough:,}"
-        return f"{who} show it in {share:.0%} of suites where there is no difference; 80% take {many} seeds"
+        few = ", too few to decide" if share < _DECIDES else ""
+        return f"{who} show it in {share:.0%} of suites where there is no difference{few}; 80% take {many} seeds"
     return f"{who} see an effect {detectable(error, seeds, alpha):.2g} beyond its bound in 80% of suites"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -93,6 +93,20 @@ class _Stated:
 
     def joules(self) -> float:
         return self._watts * (self._clock() - self._start)
+
+
+class Reading(NamedTuple):
+    """A counter and a run's two clocks at one moment."""
+
+    joules: float
+    wall_seconds: float
+    train_seconds: float
+
+    def drawn_in_training(self, later: Reading) -> float:
+        """Joules until `later`, of its time the part that the train clock ran."""
+        passed = later.wall_seconds - self.wall_seconds
+        share = min(1.0, (later.train_seconds - self.train_seconds) / passed) if passed > 0 else 1.0
+        return (later.joules - self.joules) * share
 
 
 class EnergyMeter:

@@ -9,6 +9,6 @@ from torch import Tensor
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The format products of `x` are done in: autocast's where it is on for its device, else its own."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype  # as on the meta device, which has no autocast

@@ -20,7 +20,7 @@ from moe_train.config import PeakConfig, RunConfig
 from moe_train.cost.attempt import RUNNING, Attempt
 from moe_train.cost.budget import spent_by_others
 from moe_train.cost.communication import Exchanged
-from moe_train.cost.energy import EnergyMeter
+from moe_train.cost.energy import EnergyMeter, Reading
 from moe_train.cost.flops import recomputed_flops_per_token, training_flops_per_token
 from moe_train.cost.hardware import detect
 from moe_train.cost.ledger import Ledger
@@ -65,7 +65,7 @@ class Account:
         self.ledger: Ledger | None = None
         self._usd_of_others: float | None = None  # of the same sweep, when this attempt began
         self._train_joules: float | None = 0.0  # of this process's device
-        self._window_opened_at: float | None = None  # joules when the training in progress began
+        self._window: Reading | None = None  # when the training in progress began
         self._closed = threading.Event()
         self.meter = self._new_meter(0.0, 0.0)
 
@@ -203,21 +203,25 @@ class Account:
         return {"meter": self.meter.state_dict()}
 
     def training_begins(self) -> None:
-        """Before a step: energy drawn from here to `training_pauses` is training's."""
-        if self._window_opened_at is None:
-            self._window_opened_at = self.energy.joules() or 0.0
+        """Before a step: what is drawn from here to `training_pauses` is training's, as far as its clock runs."""
+        if self._window is None:
+            self._window = self._read(self.energy.joules() or 0.0)
+
+    def _read(self, joules: float) -> Reading:
+        return Reading(joules, self.meter.attempt_wall_seconds, self.meter.attempt_train_seconds)
 
     def training_pauses(self, briefly: bool = False) -> None:
         """After the last step before something else, the device synchronised. All ranks call it.
 
-        `briefly`: for a row of the log alone, whose energy is training's: reading a counter can take milliseconds.
+        `briefly`: for a row of the log alone, after which the counter is not read again: that can take milliseconds.
+        What the row drew is then told by the clocks.
         """
         joules = self.energy.joules()
         if joules is None or self._train_joules is None:
             self._train_joules = None
-        elif self._window_opened_at is not None:
-            self._train_joules += joules - self._window_opened_at
-        self._window_opened_at = joules if briefly else None
+        elif self._window is not None:
+            self._train_joules += self._window.drawn_in_training(self._read(joules))
+        self._window = self._read(joules) if briefly and joules is not None else None
         self._sum_energy(joules)
 
     def read_energy(self) -> None:

@@ -96,7 +96,7 @@ def test_a_limit_that_start_up_uses_up_is_an_error_and_the_seconds_are_paid_for(
     assert result.stderr.splitlines()[-1].startswith("error: stop.usd=0.001 was used up before the first step")
     (row,) = ledger_of(commands)["rows"]
     assert row["attempts_by_status"] == {"failed": 1}
-    assert row["usd"]["unfinished"] > 1
+    assert row["usd"]["unfinished"] > 0.1
 
 
 def test_a_grid_starts_no_job_that_its_budget_cannot_pay_for(commands: Commands) -> None:
@@ -189,3 +189,11 @@ def test_a_missing_ledger_and_an_unknown_final_run_are_one_line(commands: Comman
         assert result.returncode in (1, 2)
         assert message in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_energy_of_training_is_of_its_clock_however_often_a_run_logs(commands: Commands) -> None:
+    # 1 MW at a dollar a kWh, and nothing for the device: 1 / 3.6 of a dollar a second of either clock.
+    cost = ["cost.basis=owned", "hardware.purchase_usd=0.001", "cost.watts=1e6", "cost.usd_per_kwh=1"]
+    commands.train("run_dir=run", *cost, "stop.steps=30", "tracking.log_every_steps=1", "eval.every_tokens=2560")
+    summary = commands.summary("run")
+    assert summary["usd_train"] / summary["train_seconds"] == pytest.approx(1 / 3.6, rel=0.01)

@@ -277,7 +277,7 @@ def percent(value: float) -> str:
 
 ON_CPU = {
     "tokens/s against the same weights in transformers' compiled DeepseekV3": ("peer_speedup", two_places),
-    "peak memory against theirs": ("peak_memory_ratio", two_places),
+    "peak memory against theirs (eager)": ("peak_memory_ratio", two_places),
     "a mixture of 64 experts against its dense twin of equal FLOPs, seconds a token": ("moe_tax", two_places),
     "the same without the optimizer": ("moe_tax_forward_backward", two_places),
     "256 experts against 8, tokens/s lost": ("experts_8_to_256_slowdown", percent),
@@ -318,7 +318,7 @@ def test_the_steps_of_the_readme_are_those_of_the_files() -> None:
     theirs = cells(REPRODUCED, "tokens/s against the same weights in transformers' DeepseekV3")[3]
     in_autocast = on_gpu["our_tokens_per_second"] / on_gpu["peer_tokens_per_second"]
     assert theirs.endswith(f" {in_autocast:.1f} times (BF16 autocast)")
-    _, small, _, large = cells(REPRODUCED, "peak memory against theirs")
+    _, small, _, large = cells(REPRODUCED, "peak memory against theirs (eager)")
     assert small == f"{cpu['peak_memory_ratio']:.2f}"
     assert large == f"{on_gpu['peak_memory_ratio_bf16_weights']:.2f} and {on_gpu['peak_memory_ratio']:.2f}"
     (at_2048,) = (value for (name, _), value in wide.items() if name == "moe_tax")
