@@ -27,7 +27,9 @@ from moe_train.claims.tuning import best_rates
 from moe_train.claims.verdict import Judged, judge
 from moe_train.config import HardwareConfig
 from moe_train.config.claim import ScaleName
+from moe_train.config.data import TextFilesConfig
 from moe_train.cost.budget import Budget
+from moe_train.data.corpora import documents, source_files
 from moe_train.errors import UserError
 from moe_train.launch import start_job
 from moe_train.sweeps.devices import Devices, devices_here, threads_of_a_job
@@ -69,11 +71,20 @@ class Asked:
 def foretell(asked: Asked, hardware: HardwareConfig | None, probe: estimates.Probe) -> list[dict[str, object]]:
     """`dry_run=true`: what would be done, shown and returned for the JSON. Nothing is trained but the probes."""
     plans, folder = asked.plans(), Folder(asked.out.absolute())
+    _check_text(plans)
     _check_out(asked.out)
     _say_what_is_damaged(plans, folder)
     rows = _estimates(plans, folder, hardware, probe)
     tables.show_estimates(rows, asked.scale)
     return [tables.as_dict(plan, row) for plan, row in rows]
+
+
+def _check_text(plans: Sequence[Plan]) -> None:
+    """That files which are named are there: every run would look for them. Raises UserError."""
+    data = next(iter(plans[0].arms.values())).config.data
+    if isinstance(data, TextFilesConfig):
+        source_files(data)
+        documents(data)
 
 
 def _check_out(out: Path) -> None:
@@ -116,6 +127,7 @@ def reproduce(
 ) -> list[Judged]:
     """Make the runs that are missing and judge every claim. Raises UserError before the first of them."""
     plans, folder = asked.plans(), Folder(asked.out.absolute())
+    _check_text(plans)
     device = device or device_here(plans[0])
     for plan in plans:
         check_same_device(plan, folder, device)

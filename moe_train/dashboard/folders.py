@@ -26,5 +26,6 @@ def find_run_folders(pattern: str) -> list[Path]:
             if {METRICS, SUMMARY, ACCOUNT} & set(files):
                 found.add(Path(folder).absolute())
                 below.clear()
-            below[:] = [name for name in below if name not in ("checkpoints", "wandb", "__pycache__")]
+            of_claims = ("verdicts",) if "registered" in below else ()  # whose summaries are no runs'
+            below[:] = [name for name in below if name not in ("checkpoints", "wandb", "__pycache__", *of_claims)]
     return sorted(found)

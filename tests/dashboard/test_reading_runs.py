@@ -25,6 +25,9 @@ def test_runs_are_found_at_and_below_what_the_glob_matches_and_not_inside_a_run(
     write_run(two / "wandb/files")  # looks like one, as wandb's own files may
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/config.yaml").write_text("model: nano\n")
+    for of_claims in ("registered", "verdicts/a-smoke"):
+        (tmp_path / "claims" / of_claims).mkdir(parents=True)
+    (tmp_path / "claims/verdicts/a-smoke/metrics.jsonl").write_text("{}\n")  # of a verdict
     for pattern in (f"{tmp_path}/**", f"{tmp_path}", f"{tmp_path}/", f"{tmp_path}/*"):
         assert find_run_folders(pattern) == [one, two], pattern
     assert find_run_folders(f"{tmp_path}/day/*") == [one]
