@@ -40,7 +40,6 @@ OWN = ["claim=mine", "scale=smoke", "--config-dir", "own"]
         ([*OWN, "data.tokens=3"], "claim=mine scale=smoke, arm one: unknown key data.tokens"),
         ([*OWN, "dry_run=true", "hardware=abacus"], "there is no hardware=abacus: choose one of"),
         ([*OWN, "json=nowhere/x.json"], "there is no folder"),
-        ([*OWN, "data=text_files"], "data=text_files needs files to read"),
         ([*OWN, "data=text_files", "data.files=[no/*.txt]"], "data.files: no file matches 'no/*.txt'"),
         ([*OWN, "data=text_files", "data.files=[no/*.txt]", "dry_run=true"], "data.files: no file matches 'no/*.txt'"),
         (["readme=README.md", "report=missing.json"], "there is no report missing.json"),
