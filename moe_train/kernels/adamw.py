@@ -7,17 +7,12 @@
 Parameters and gradients are FP32, moments FP32 or BF16 (computed in FP32, rounded to the nearest when stored): 28 or 20
 bytes a parameter, in one visit. The coefficient and the rate η are read from the device, t is counted there: nothing
 waits for the host, and a CUDA graph can be replayed with others.
-
-Where tensors lie is a table on the device, written anew in every step, since gradients are somewhere else each time.
-Its numbers travel as arguments of torch's kernels, which a CUDA graph keeps; a copy would read the host's memory again
-at every replay.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 import triton
@@ -26,10 +21,10 @@ from torch import Tensor
 
 from moe_train.kernels.capability import check
 from moe_train.kernels.device import narrow, widen
+from moe_train.kernels.tables import are_aligned, find_tensor, last_programs, pointer, table_of
 
 BLOCK = 2048
 BLOCKS = 4  # of a program, which finds its tensor once for all of them
-_VECTOR = 16  # bytes that a thread reads at once, where all tensors begin at a multiple of them
 
 # Rows of the table: four addresses, that of the step counter, how many numbers there are, and the first program behind.
 _COUNT, _SIZE, _END = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
@@ -48,14 +43,6 @@ def _corrections_kernel(table_ptr, corrections_ptr, tensors, log_beta1, log_beta
     second = 1.0 / tl.sqrt(1.0 - tl.exp(wide * log_beta2))
     tl.store(corrections_ptr + nth, first.to(tl.float32), mask=inside)
     tl.store(corrections_ptr + tensors + nth, second.to(tl.float32), mask=inside)
-
-
-@triton.jit
-def _pointer(table_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table_ptr).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit
@@ -81,17 +68,12 @@ def _adamw_kernel(
     MOMENTS: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A program has BLOCKS blocks of N numbers of one tensor. T: a power of two, as many as tensors or more."""
-    program = tl.program_id(0)
-    index = tl.arange(0, T)
-    ends = tl.load(table_ptr + _END * tensors + index, mask=index < tensors, other=2**62)
-    before = ends <= program
-    nth = tl.sum(before.to(tl.int32), 0)
-    start = (program - tl.max(tl.where(before, ends, 0), 0)) * (BLOCKS * N)
+    nth, start = find_tensor(table_ptr + _END * tensors, tensors, T, BLOCKS * N)
     numbers = tl.load(table_ptr + _SIZE * tensors + nth)
-    parameter_ptr = _pointer(table_ptr + nth, tl.float32, ALIGNED)
-    gradient_ptr = _pointer(table_ptr + tensors + nth, tl.float32, ALIGNED)
-    first_ptr = _pointer(table_ptr + 2 * tensors + nth, MOMENTS, ALIGNED)
-    second_ptr = _pointer(table_ptr + 3 * tensors + nth, MOMENTS, ALIGNED)
+    parameter_ptr = pointer(table_ptr + nth, tl.float32, ALIGNED)
+    gradient_ptr = pointer(table_ptr + tensors + nth, tl.float32, ALIGNED)
+    first_ptr = pointer(table_ptr + 2 * tensors + nth, MOMENTS, ALIGNED)
+    second_ptr = pointer(table_ptr + 3 * tensors + nth, MOMENTS, ALIGNED)
     correction = tl.load(corrections_ptr + nth)
     root = tl.load(corrections_ptr + tensors + nth)
     rate = tl.load(rate_ptr)
@@ -150,9 +132,8 @@ def step(
 
     addresses = [tensor.data_ptr() for tensors in of_parameters for tensor in tensors]
     sizes = [parameter.numel() for parameter in parameters]
-    ends = list(accumulate(triton.cdiv(size, BLOCK * BLOCKS) for size in sizes))
-    table = torch.zeros(7 * len(parameters), dtype=torch.int64, device=device)
-    torch._foreach_add_(table.unbind(), [*addresses, *(count.data_ptr() for count in counts), *sizes, *ends])
+    ends = last_programs(sizes, BLOCK * BLOCKS)
+    table = table_of((addresses, [count.data_ptr() for count in counts], sizes, ends), device)
     corrections = torch.empty(2 * len(parameters), device=device)
     places = triton.next_power_of_2(len(parameters))
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
@@ -162,7 +143,7 @@ def step(
         _adamw_kernel[(ends[-1],)](
             *(table, corrections, rate, coefficient, len(parameters), decay, *shares, eps),
             MOMENTS=tl.bfloat16 if moments == torch.bfloat16 else tl.float32,
-            ALIGNED=all(address % _VECTOR == 0 for address in addresses),
+            ALIGNED=are_aligned(addresses),
             T=places,
             N=BLOCK,
             BLOCKS=BLOCKS,

@@ -159,8 +159,8 @@ class Muon(torch.optim.Optimizer):
         return True
 
     def _step_by_kernels(self, parameters: list[Tensor], group: dict[str, Any], coefficient: Tensor | None) -> None:
-        """The same on a GPU, where what is beside the products takes two kernels a parameter."""
-        from moe_train.kernels import muon as kernels
+        """The same on a GPU, where what is beside the products takes two kernels."""
+        from moe_train.kernels.muon import Matrices
 
         rows, columns = self.matrix_shape(parameters[0])
         counts = [parameter.numel() // (rows * columns) for parameter in parameters]
@@ -168,14 +168,11 @@ class Muon(torch.optim.Optimizer):
         if not isinstance(rate, Tensor):
             rate = torch.full((), rate, device=device)
         directions = torch.empty(sum(counts), rows, columns, dtype=fast_dtype(device), device=device)
-        for parameter, out in zip(parameters, directions.split(counts), strict=True):
-            assert parameter.grad is not None
-            gradient, momentum = parameter.grad.contiguous(), self._momentum(parameter)
-            kernels.direction(gradient, momentum, group["momentum"], group["nesterov"], out, coefficient)
+        gradients = [parameter.grad.contiguous() for parameter in parameters if parameter.grad is not None]
+        matrices = Matrices.of(parameters, gradients, [self._momentum(parameter) for parameter in parameters])
+        matrices.direct(directions, group["momentum"], group["nesterov"], coefficient)
         updates = orthogonalized(directions, group["ns_steps"]).contiguous()
-        scale = 0.2 * math.sqrt(max(rows, columns))
-        for parameter, update in zip(parameters, updates.split(counts), strict=True):
-            kernels.update(parameter, update, rate, group["weight_decay"], scale)
+        matrices.update(updates, rate, group["weight_decay"], 0.2 * math.sqrt(max(rows, columns)))
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

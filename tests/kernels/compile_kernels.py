@@ -156,8 +156,9 @@ def launch_rest() -> None:
     chosen = routing.Chosen(expert, torch.zeros(N, 6), None, logits[:2])
     routing.choice_gradient(logits, real, chosen, gating, torch.zeros(N, 6), torch.zeros(()))
     routing.sort_by_expert(expert, real.flatten(), 96)
-    muon.direction(wide, wide, 0.9, True, x, torch.ones(()))
-    muon.update(wide, x, torch.zeros(1), 0.1, 1.0)
+    matrices = muon.Matrices.of([wide], [wide], [wide])
+    matrices.direct(x, 0.9, True, torch.ones(()))
+    matrices.update(x, torch.zeros(1), 0.1, 1.0)
     for moment in (wide, x):
         operands = [[tensor] for tensor in (wide, wide, moment, moment, torch.zeros(()))]
         adamw.step(*operands, rate=torch.zeros(()), betas=(0.9, 0.95), eps=1e-8, decay=0.1, coefficient=torch.ones(()))

@@ -13,47 +13,72 @@ pytest.importorskip("triton")
 from moe_train.kernels import muon
 from moe_train.training import muon as steps
 
+# Sizes of matrices that are stepped together: of more than a program, of less, of one number, off every boundary.
+SIZES = [(1, 20_000), (1, 37), (1, 1), (1, 8192), (5, 700)]
+
+
+def three_of_each(random: Callable[..., Tensor], sizes: list[tuple[int, int]] = SIZES) -> list[list[Tensor]]:
+    """Parameters, gradients and momenta."""
+    return [[random(*size) for size in sizes] for _ in range(3)]
+
+
+def together(tensors: list[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_momentum_and_direction(nesterov: bool, dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
-    gradient, momentum = random(5, 700), random(5, 700)
-    out = torch.full((5, 700), torch.nan, dtype=dtype, device=gradient.device)
-    expected = torch.lerp(momentum.double(), gradient.double(), 0.05)
-    way = torch.lerp(gradient.double(), expected, 0.95) if nesterov else expected
-    muon.direction(gradient, momentum, 0.95, nesterov, out)
-    torch.testing.assert_close(momentum.double(), expected, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("sizes", [SIZES, [(4, 4096), (2, 8)]], ids=["odd", "aligned"])
+def test_momenta_and_directions(
+    nesterov: bool, dtype: torch.dtype, sizes: list[tuple[int, int]], random: Callable[..., Tensor]
+) -> None:
+    parameters, gradients, momenta = three_of_each(random, sizes)
+    expected = torch.lerp(together(momenta), together(gradients), 0.05)
+    way = torch.lerp(together(gradients), expected, 0.95) if nesterov else expected
+    out = torch.full_like(way, torch.nan, dtype=dtype)
+    before = [parameter.clone() for parameter in parameters]
+    muon.Matrices.of(parameters, gradients, momenta).direct(out, 0.95, nesterov)
+    torch.testing.assert_close(together(momenta), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.double(), way, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert all(torch.equal(*pair) for pair in zip(parameters, before))
 
 
 def test_gradients_are_multiplied_as_they_are_read(random: Callable[..., Tensor]) -> None:
-    gradient, momentum, coefficient = random(7, 300), random(7, 300), random(1).abs()
+    parameters, gradients, momenta = three_of_each(random)
+    coefficient = random(1).abs()
     found = []
-    for given, factor in ((coefficient * gradient, None), (gradient, coefficient), (gradient, None)):
-        own, out = momentum.clone(), torch.empty_like(gradient)
-        muon.direction(given, own, 0.95, True, out, factor)
-        found.append(torch.stack([own, out]))
+    for given, factor in (([coefficient * g for g in gradients], None), (gradients, coefficient), (gradients, None)):
+        own, out = [momentum.clone() for momentum in momenta], together(momenta, torch.float32)
+        muon.Matrices.of(parameters, given, own).direct(out, 0.95, True, factor)
+        found.append(torch.stack([together(own), out.double()]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_update(dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
-    parameter, moved = random(3, 1111), random(3, 1111, dtype=dtype)
-    rate = torch.tensor(0.02, device=parameter.device)
-    expected = parameter.double() * (1 - 0.02 * 0.1) - 0.02 * 3.2 * moved.double()
-    muon.update(parameter, moved, rate, 0.1, 3.2)
-    torch.testing.assert_close(parameter.double(), expected, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("sizes", [SIZES, [(4, 4096), (2, 8)]], ids=["odd", "aligned"])
+def test_update(dtype: torch.dtype, sizes: list[tuple[int, int]], random: Callable[..., Tensor]) -> None:
+    parameters, gradients, momenta = three_of_each(random, sizes)
+    moved = together(gradients, dtype)
+    rate = torch.tensor(0.02, device=moved.device)
+    expected = together(parameters) * (1 - 0.02 * 0.1) - 0.02 * 3.2 * moved.double()
+    muon.Matrices.of(parameters, gradients, momenta).update(moved, rate, 0.1, 3.2)
+    torch.testing.assert_close(together(parameters), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> None:
     x = random(4, 6)
     with pytest.raises(ValueError, match="contiguous, of one size"):
-        muon.direction(x, x.clone(), 0.9, True, x.t())
+        muon.Matrices.of([x], [x.t()], [x.clone()])
+    with pytest.raises(ValueError, match="FP32"):
+        muon.Matrices.of([x], [x.bfloat16()], [x.clone()])
+    matrices = muon.Matrices.of([x], [x.clone()], [x.clone()])
+    with pytest.raises(ValueError, match="contiguous, of all"):
+        matrices.direct(random(23), 0.9, True)
     with pytest.raises(ValueError, match="coefficient: one FP32 number"):
-        muon.direction(x, x.clone(), 0.9, True, x.clone(), random(2))
-    with pytest.raises(ValueError, match="one rate"):
-        muon.update(x, x, random(2), 0.1, 1.0)
+        matrices.direct(x.clone(), 0.9, True, random(2))
+    with pytest.raises(ValueError, match="rate: one FP32 number"):
+        matrices.update(x.clone(), random(2), 0.1, 1.0)
 
 
 def test_muons_step_by_kernels_is_its_step(random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
