@@ -84,7 +84,9 @@ def test_an_interrupted_search_leaves_the_files_asked_for_to_the_same_command(ow
 
 
 def test_what_a_budget_has_paid_for_is_written_and_going_on_wants_other_files(own: Commands) -> None:
-    result = own.run(*search(own, "budget.usd=1e-7", "json=out.json", "plot=rates.svg"), check=False)
+    # Longer than a run takes to be seen to be too dear.
+    long = "stop.steps=100000"
+    result = own.run(*search(own, "budget.usd=1e-7", "json=out.json", "plot=rates.svg", long), check=False)
     assert result.returncode == 1
     assert "the search goes on with the same command and a larger budget, another json=, another plot=" in result.stderr
     assert content_of(own) == json.loads((own.folder / "out.json").read_text())
