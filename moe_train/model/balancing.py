@@ -67,7 +67,8 @@ def update_selection_bias(routers: Sequence[Router], counts_le: Tensor, speed: f
     """
     counts = counts_le.to(torch.float32)
     steps_le = speed * torch.sign(counts.mean(-1, keepdim=True) - counts)
-    torch._foreach_add_([router.selection_bias for router in routers], steps_le.unbind())
+    if routers:  # a model can be dense throughout
+        torch._foreach_add_([router.selection_bias for router in routers], steps_le.unbind())
 
 
 def load_statistics(counts_le: Tensor) -> dict[str, float]:

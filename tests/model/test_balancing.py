@@ -40,6 +40,10 @@ def test_the_bias_of_overloaded_experts_falls_and_that_of_underloaded_ones_rises
     assert routers[1].selection_bias.tolist() == [0.0] * 4
 
 
+def test_a_model_without_routers_has_nothing_to_balance() -> None:
+    update_selection_bias([], torch.zeros(0, 0, dtype=torch.int64), speed=0.01)
+
+
 def test_bias_updates_even_out_a_skewed_router(router: Callable[..., Router]) -> None:
     torch.manual_seed(0)
     made = router(num_experts=8)
