@@ -59,16 +59,29 @@ def launcher() -> str | None:
         return f"{above.pid},"
 
 
-def end_with_launcher(identity: str, say: Callable[[str], None]) -> None:
-    """From now on, SIGTERM to this process once the launcher of that identity is gone. `say`: to this one's log."""
+def end_with_launcher(identity: str, say: Callable[[str], None]) -> Callable[[], None]:
+    """From now on, SIGTERM to this process once the launcher of that identity is gone. `say`: to this one's log.
+
+    What is returned looks at once, for a process that ends with another which saw it first: each log says why.
+    """
+    unsaid = threading.Lock()
 
     def say_twice(line: str) -> None:
+        if not unsaid.acquire(blocking=False):
+            return
         say(line)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             _say(line)
 
-    pid = identity.partition(",")[0]
-    _end_with(identity, f"the launcher (process {pid}) is gone: this run ends with a checkpoint", say_twice)
+    line = f"the launcher (process {identity.partition(',')[0]}) is gone: this run ends with a checkpoint"
+    _end_with(identity, line, say_twice)
+
+    def look() -> None:
+        if not is_alive(identity):
+            with contextlib.suppress(OSError, ValueError):
+                say_twice(line)
+
+    return look
 
 
 def _end_with(identity: str, line: str, say: Callable[[str], None]) -> None:

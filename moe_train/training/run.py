@@ -13,6 +13,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -54,6 +55,7 @@ def train(config: RunConfig) -> None:
     folder = _open_folder(config, runtime)
     shared: Shared | None = None
     account: Account | None = None
+    look_for_launcher: Callable[[], None] | None = None
     try:
         before_first_step.release()
         if folder is not None and folder.finished_summary is not None:
@@ -63,7 +65,7 @@ def train(config: RunConfig) -> None:
             return
         shared = known_to_all(runtime, folder)
         if shared.signs is not None and started_by is not None:
-            end_with_launcher(started_by, shared.signs.say)
+            look_for_launcher = end_with_launcher(started_by, shared.signs.say)
         account = Account(config, runtime)
         if folder is not None:
             account.open_ledger(folder.path, shared.checkpoint.state if shared.checkpoint else None)
@@ -83,6 +85,8 @@ def train(config: RunConfig) -> None:
                 raise LostProcesses(run.signs, runtime.world_size, run.saving.saved_step) from error
         raise
     if run.interrupted is not None:
+        if look_for_launcher is not None:
+            look_for_launcher()
         run.interruption.hand_on()
         raise summaries.Interrupted(run.interrupted, run.steps_done)
 
