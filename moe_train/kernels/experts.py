@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_train.kernels.cut import is_cut
 from moe_train.precision import grouped, support
+from moe_train.precision.narrowed import narrowed
 from moe_train.uncompiled import operator
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -63,7 +64,7 @@ class RoutedExperts(torch.autograd.Function):
         from moe_train.kernels.collect import collect  # Triton is not everywhere
 
         ctx.weight_dtypes = first.dtype, second.dtype
-        first, second = first.to(x_td.dtype), second.to(x_td.dtype)
+        first, second = narrowed(first, x_td.dtype), narrowed(second, x_td.dtype)
         y_nd, gate_up = torch.ops.moe_train.routed_forward(x_td, first, second, gate_n1, ends_e, token_n)
         ctx.save_for_backward(x_td, first, second, gate_n1, ends_e, token_n, place_tk, gate_up)
         out: Tensor = collect(y_nd, place_tk, added_td)

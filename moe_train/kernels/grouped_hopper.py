@@ -75,16 +75,26 @@ def takes_product(x_nk: Tensor, w_eok: Tensor, source_n: Tensor | None = None) -
     )
 
 
+def fill(blocks: int, device: torch.device) -> bool:
+    """Whether so many keep at least half the cores busy."""
+    return 2 * blocks >= cores(device)
+
+
 def takes_weight_product(
-    left_no: Tensor, right_ni: Tensor, left_source_n: Tensor | None, right_source_n: Tensor | None
+    left_no: Tensor, right_ni: Tensor, left_source_n: Tensor | None, right_source_n: Tensor | None, groups: int
 ) -> bool:
-    """Whether `weight_product` can be had: one of both operands by an index, whole blocks of its columns."""
+    """Whether `weight_product` can be had: one of both operands by an index, whole blocks of its columns.
+
+    Its blocks are large: where they are too few, those of grouped_matmul.py are cut by rows as well.
+    """
     if (left_source_n is None) == (right_source_n is None):
         return False
+    blocks = groups * triton.cdiv(left_no.shape[1], _WEIGHT_ROWS) * triton.cdiv(right_ni.shape[1], _WEIGHT_COLUMNS)
     gathered, block = (right_ni, _WEIGHT_COLUMNS) if left_source_n is None else (left_no, _WEIGHT_ROWS)
     return (
         card(left_no.device).copies_blocks
         and left_no.dtype in DTYPES
+        and fill(blocks, left_no.device)
         and _lies_well(left_no)
         and _lies_well(right_ni)
         and gathered.shape[1] % block == 0

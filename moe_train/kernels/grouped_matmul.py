@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_train.kernels import grouped_hopper
-from moe_train.kernels.capability import card, check
+from moe_train.kernels.capability import card, check, cores
 from moe_train.kernels.device import dot, narrow
 from moe_train.kernels.pieces import pieces, rows_of
+from moe_train.kernels.sums import sum_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,16 +97,21 @@ def _row(source_ptr, token, inside):
 def _weight_kernel(
     left, left_source, right, right_source, ends_ptr, out, o, i,
     left_stride_n, left_stride_o, right_stride_n, right_stride_i,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Of each group's rows a program has one of PARTS equal runs, and writes into a matrix of its own."""
     across = tl.cdiv(i, N)
     tiles = tl.cdiv(o, M) * across
-    group = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
+    part, place = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    group = place // tiles
+    tile = place % tiles
     row = (tile // across) * M + tl.arange(0, M)
     column = (tile % across) * N + tl.arange(0, N)
     start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
     end = tl.load(ends_ptr + group)
+    run = tl.cdiv(end - start, PARTS * K) * K
+    start += part * run
+    end = tl.minimum(end, start + run)
     left_at = left + (row % o).to(tl.int64)[:, None] * left_stride_o
     right_at = right + (column % i).to(tl.int64)[None, :] * right_stride_i
     total = tl.zeros((M, N), dtype=tl.float32)
@@ -117,8 +123,18 @@ def _weight_kernel(
         x = tl.load(left_at + x_row[None, :] * left_stride_n, mask=inside[None, :], other=0.0)
         y = tl.load(right_at + y_row[:, None] * right_stride_n, mask=inside[:, None], other=0.0)
         total = dot(x, y, total)
-    place = (group.to(tl.int64) * o + row)[:, None] * i + column[None, :]
-    tl.store(out + place, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
+    matrix = part.to(tl.int64) * (tl.num_programs(0) // (tiles * PARTS)) + group
+    at = (matrix * o + row)[:, None] * i + column[None, :]
+    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=(row < o)[:, None] & (column < i)[None, :])
+
+
+def _parts(programs: int, blocks: int, device: torch.device) -> int:
+    """Into how many runs each group's rows are cut, where `programs` would leave most of a device idle.
+
+    blocks: of rows that a group has on average; a run has four of them at least. Of 16 experts of 96 × 128 with 2,048
+    rows each there are 32 programs and 16: on an H200 they took 38 and 33 µs, in four and eight runs 13 and 11.
+    """
+    return max(1, min(cores(device) // max(1, programs), blocks // 4, 16))
 
 
 def _rows(operand: Tensor, source_n: Tensor | None) -> int:
@@ -193,20 +209,22 @@ def grouped_weight_product(
     check(left_no.dtype == right_ni.dtype and left_no.dtype in DTYPES, "operands: both FP32, BF16 or FP16")
     check(ends_e.dtype == torch.int32, "ends_e: int32")
     left_source_n, right_source_n, ends_e = _index(left_source_n), _index(right_source_n), ends_e.contiguous()
-    if grouped_hopper.takes_weight_product(left_no, right_ni, left_source_n, right_source_n):
+    if grouped_hopper.takes_weight_product(left_no, right_ni, left_source_n, right_source_n, len(ends_e)):
         return grouped_hopper.weight_product(left_no, right_ni, ends_e, out_dtype, left_source_n, right_source_n)
-    out = left_no.new_empty((len(ends_e), o, i), dtype=out_dtype)
     tile = _tile(left_no)
     if left_source_n is not None or right_source_n is not None:
         tile = tile._replace(stages=tile.stages + 1)  # the index of the next rows is read a stage before them
-    if out.numel():
-        _weight_kernel[(len(ends_e) * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns),)](
+    programs = len(ends_e) * triton.cdiv(o, tile.rows) * triton.cdiv(i, tile.columns)
+    parts = _parts(programs, n // max(1, len(ends_e)) // tile.inner, left_no.device)
+    sums = left_no.new_empty((parts, len(ends_e), o, i), dtype=out_dtype if parts == 1 else torch.float32)
+    if sums.numel():
+        _weight_kernel[(programs * parts,)](
             left_no,
             left_source_n,
             right_ni,
             right_source_n,
             ends_e,
-            out,
+            sums,
             o,
             i,
             *left_no.stride(),
@@ -214,7 +232,8 @@ def grouped_weight_product(
             M=tile.rows,
             N=tile.columns,
             K=tile.inner,
+            PARTS=parts,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return out
+    return sums[0] if parts == 1 else sum_of(sums, out_dtype)

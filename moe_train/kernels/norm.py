@@ -14,17 +14,19 @@ before and cast after them take 16 ms instead of about 45 (docs/log.md, 2026-11-
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_train.kernels.capability import check
 from moe_train.kernels.device import narrow, widen
+from moe_train.kernels.sums import sum_of
 
 WIDEST = 8192
 _ELEMENTS = 2048  # of a block, four warps' worth at 16 a thread; wider rows have more warps
 _PROGRAMS = 1024  # of a backward pass at most: their sums of the weight's gradient are some of its traffic
-_FEWEST_BLOCKS = 4  # for a program of a backward pass, for the same reason
+_FEWEST_ROWS = 32  # for a program of a backward pass, for the same reason
 
 
 @triton.jit
@@ -161,7 +163,7 @@ def norm_rows_backward(
     total_nd = _as_rows(total, d)
     r, columns, warps = _block(d)
     all_blocks = triton.cdiv(len(total_nd), r)
-    blocks = max(_FEWEST_BLOCKS, triton.cdiv(all_blocks, _PROGRAMS))
+    blocks = max(triton.cdiv(_FEWEST_ROWS, r), triton.cdiv(all_blocks, _PROGRAMS))
     programs = triton.cdiv(all_blocks, blocks)
     sums = weight_d.new_empty(programs, d)
     if programs:
@@ -169,4 +171,4 @@ def norm_rows_backward(
         arguments = (total_nd, weight_d.contiguous(), scale, *grads, grad_x, grad_added, sums)
         sizes = (len(total_nd), d, total_nd.stride(0), blocks)
         _norm_backward_kernel[(programs,)](*arguments, *sizes, R=r, D=columns, num_warps=warps)
-    return sums.sum(0)
+    return sum_of(sums, torch.float32)

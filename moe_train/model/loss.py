@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_train.kernels.cpu import head
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.matmul import linear
+from moe_train.precision.narrowed import narrowed
 from moe_train.precision.support import runs_triton
 
 IGNORE = -100  # target of padding
@@ -35,7 +36,8 @@ class _HeadLoss(torch.autograd.Function):
             function = head.head_loss_and_gradients if needs_grad else head.head_loss
             objective, nll, *gradients = function(hidden, weight_vd, target_t, z_loss_weight)
         else:
-            objective, nll, *gradients = _by_chunks(hidden, weight_vd.to(dtype), target_t, z_loss_weight, needs_grad)
+            weight = narrowed(weight_vd, dtype)
+            objective, nll, *gradients = _by_chunks(hidden, weight, target_t, z_loss_weight, needs_grad)
         if gradients:
             ctx.save_for_backward(gradients[0].to(hidden_td.dtype), gradients[1].to(weight_vd.dtype))
         ctx.mark_non_differentiable(nll)

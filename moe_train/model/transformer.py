@@ -68,6 +68,11 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
+    def embedded(self, tokens_bt: Tensor) -> Tensor:
+        """(b, t, d). Of 32 bits on a GPU, where its backward pass sorts tokens byte by byte."""
+        embedded: Tensor = self.embedding(tokens_bt.int() if tokens_bt.is_cuda else tokens_bt)
+        return embedded
+
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in order, those of MTP modules last."""
         return [module for module in self.modules() if isinstance(module, Router)]
@@ -91,7 +96,7 @@ class Transformer(nn.Module):
         """Final normed hidden states (b, t, d), and what the MoE layers said. real_bt: False for padding."""
         start = caches[0].length if caches else 0
         rotary = self.rotary(start, tokens_bt.shape[1], tokens_bt.device)
-        out, routed = BlockOutput(self.embedding(tokens_bt), None, None), []
+        out, routed = BlockOutput(self.embedded(tokens_bt), None, None), []
         for layer, block in enumerate(self.blocks):
             cache = caches[layer] if caches else None
             out = self._through(block, out.stream_btd, rotary, cache, real_bt, out.added_btd)
@@ -125,7 +130,7 @@ class Transformer(nn.Module):
         for depth, module in enumerate(self.mtp, start=1):
             # Position i joins what is known up to token i with the embedding of token i + depth.
             rotary = self.rotary(0, tokens_bt.shape[1] - depth, tokens_bt.device)
-            embedding_btd = self.embedding(tokens_bt[:, depth:])
+            embedding_btd = self.embedded(tokens_bt[:, depth:])
             out = self._through(module, hidden_btd[:, :-1], embedding_btd, rotary, None, real_bt[:, depth:])
             hidden_btd = out.hidden_btd
             module_objective, module_nll = self._head_loss(hidden_btd, targets_bt[:, depth:])

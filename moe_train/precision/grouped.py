@@ -39,14 +39,29 @@ def input_gradient(grad_no: Tensor, weight: Tensor, ends_e: Tensor | None) -> Te
     return out
 
 
-def weight_gradient(grad_no: Tensor, x_ni: Tensor, ends_e: Tensor | None) -> Tensor:
-    """(n, o), (n, i) → (o, i) or (e, o, i); zeros for a group without rows."""
+def widens_as_it_multiplies(device: torch.device) -> bool:
+    """Whether a product of narrow operands can be had in FP32, in which it is summed: on NVIDIA's GPUs."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def widened_product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def weight_gradient(grad_no: Tensor, x_ni: Tensor, ends_e: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """(n, o), (n, i) → (o, i) or (e, o, i); zeros for a group without rows.
+
+    In `dtype`, or that of the operands, in which it is rounded first where it cannot be had otherwise.
+    """
+    dtype = grad_no.dtype if dtype is None else dtype
     if ends_e is None:
-        return (x_ni.mT @ grad_no).mT  # as torch's own backward pass has it, to the bit
+        if dtype == torch.float32 and grad_no.dtype != dtype and widens_as_it_multiplies(grad_no.device):
+            return widened_product(grad_no.mT, x_ni)
+        return (x_ni.mT @ grad_no).mT.to(dtype)  # as torch's own backward pass has it, to the bit
     if takes_torchs_grouped_matmul(grad_no):
-        return F.grouped_mm(grad_no.mT, x_ni, offs=ends_e)
+        return F.grouped_mm(grad_no.mT, x_ni, offs=ends_e).to(dtype)
     out: Tensor = _weight_gradient(grad_no, x_ni, ends_e)
-    return out
+    return out.to(dtype)
 
 
 def within_operator(x_nk: Tensor, weight_eok: Tensor, ends_e: Tensor) -> Tensor:

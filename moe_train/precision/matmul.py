@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_train.kernels.cpu import experts
 from moe_train.kernels.cpu import linear as compiled
-from moe_train.precision import grouped
+from moe_train.precision import gpu_linear, grouped
 from moe_train.precision.formats import compute_dtype
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.fp8_linear import fp8_linear
@@ -28,8 +28,12 @@ from moe_train.precision.swiglu import SwiGLUProducts
 def linear(x: Tensor, weight: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
     """x (…, in) times weight (out, in) → (…, out) in the compute format."""
     if fp8 is None:
-        if compute_dtype(x) is torch.bfloat16 and compiled.takes(x, weight):
+        dtype = compute_dtype(x)
+        if dtype is torch.bfloat16 and compiled.takes(x, weight):
             out: Tensor = compiled.LinearOfRows.apply(x.flatten(0, -2).bfloat16(), weight)  # type: ignore[no-untyped-call]
+            return out.view(*x.shape[:-1], -1)
+        if gpu_linear.takes(x, weight, dtype):
+            out = gpu_linear.LinearOfRows.apply(x.flatten(0, -2).to(dtype), weight)  # type: ignore[no-untyped-call]
             return out.view(*x.shape[:-1], -1)
         return F.linear(x, weight)
     return fp8_linear(x.flatten(0, -2), weight, None, fp8).view(*x.shape[:-1], -1)
@@ -96,8 +100,8 @@ def swiglu_linear(
         return y_nd
     out: Tensor = SwiGLUProducts.apply(  # type: ignore[no-untyped-call]
         x_nd,
-        gate_up_weight.to(dtype),
-        down_weight.to(dtype),
+        gate_up_weight,
+        down_weight,
         None if row_weight is None else row_weight.to(dtype),
         ends_e,
     )

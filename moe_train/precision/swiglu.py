@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.precision import grouped, support
+from moe_train.precision.narrowed import narrowed
 from moe_train.uncompiled import operator
 
 _WIDE = torch.float32
@@ -99,12 +100,17 @@ class Remade:
 
 
 class SwiGLUProducts(torch.autograd.Function):
-    """x (n, d), w₁ (2f, d) or (e, 2f, d), w₂ (d, f) or (e, d, f), all in one format → (n, d)."""
+    """x (n, d), w₁ (2f, d) or (e, 2f, d), w₂ (d, f) or (e, d, f) → (n, d), all products in the format of x.
+
+    Weights of another format are rounded to it; their gradients are in their own.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, first: Tensor, second: Tensor, weight_n1: Tensor | None, ends_e: Tensor | None
     ) -> Tensor:
+        ctx.weight_dtypes = first.dtype, second.dtype
+        first, second = narrowed(first, x.dtype), narrowed(second, x.dtype)
         gate_up = grouped.product(x, first, ends_e)
         ctx.save_for_backward(x, first, second, weight_n1, ends_e, gate_up)
         return grouped.product(swiglu(gate_up, weight_n1), second, ends_e)
@@ -114,22 +120,23 @@ class SwiGLUProducts(torch.autograd.Function):
         x, first, second, weight_n1, ends_e, gate_up = ctx.saved_tensors
         grad_y = grad_outputs[0].contiguous()
         needs_x, needs_first, needs_second = ctx.needs_input_grad[:3]
+        first_dtype, second_dtype = ctx.weight_dtypes
         grad_second = None
         if _runs_kernels(gate_up):
             grad_h = grouped.input_gradient(grad_y, second, ends_e)
             grad_gate_up, grad_weight, h = gated_swiglu_gradients(grad_h, gate_up, weight_n1)
             del grad_h, gate_up
             if needs_second:
-                grad_second = grouped.weight_gradient(grad_y, h, ends_e)
+                grad_second = grouped.weight_gradient(grad_y, h, ends_e, second_dtype)
             del h
             grad_weight = None if weight_n1 is None else grad_weight.to(weight_n1.dtype)
         else:
             remade = Remade(gate_up)
             if needs_second:
-                grad_second = grouped.weight_gradient(grad_y, remade.result(weight_n1), ends_e)
+                grad_second = grouped.weight_gradient(grad_y, remade.result(weight_n1), ends_e, second_dtype)
             grad_h = grouped.input_gradient(grad_y, second, ends_e)
             grad_gate_up, grad_weight = remade.gradients(grad_h, weight_n1)
             del grad_h, gate_up, remade
-        grad_first = grouped.weight_gradient(grad_gate_up, x, ends_e) if needs_first else None
+        grad_first = grouped.weight_gradient(grad_gate_up, x, ends_e, first_dtype) if needs_first else None
         grad_x = grouped.input_gradient(grad_gate_up, first, ends_e) if needs_x else None
         return grad_x, grad_first, grad_second, grad_weight, None

@@ -160,6 +160,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_by_kernels(self, parameters: list[Tensor], group: dict[str, Any], coefficient: Tensor | None) -> None:
         """The same on a GPU, where what is beside the products takes two kernels."""
+        from moe_train.kernels import newton_schulz
         from moe_train.kernels.muon import Matrices
 
         rows, columns = self.matrix_shape(parameters[0])
@@ -171,8 +172,11 @@ class Muon(torch.optim.Optimizer):
         gradients = [parameter.grad.contiguous() for parameter in parameters if parameter.grad is not None]
         matrices = Matrices.of(parameters, gradients, [self._momentum(parameter) for parameter in parameters])
         matrices.direct(directions, group["momentum"], group["nesterov"], coefficient)
-        updates = orthogonalized(directions, group["ns_steps"]).contiguous()
-        matrices.update(updates, rate, group["weight_decay"], 0.2 * math.sqrt(max(rows, columns)))
+        if newton_schulz.takes(directions):
+            newton_schulz.orthogonalize_(directions, group["ns_steps"], (_A, _B, _C), _EPS)
+        else:
+            directions = orthogonalized(directions, group["ns_steps"]).contiguous()
+        matrices.update(directions, rate, group["weight_decay"], 0.2 * math.sqrt(max(rows, columns)))
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

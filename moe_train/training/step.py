@@ -25,9 +25,10 @@ from moe_train.errors import UserError
 from moe_train.model.balancing import update_selection_bias
 from moe_train.model.transformer import Losses, Transformer
 from moe_train.parallel import communication
-from moe_train.parallel.spread import Spread
+from moe_train.parallel.spread import Replicated, Spread
 from moe_train.precision.fp8 import holding_weights
 from moe_train.precision.health import Counts, LayerRates
+from moe_train.precision.narrowed import Narrowed
 from moe_train.precision.recipes import fp8_layers, modules_in_fp8
 from moe_train.training import clipping
 from moe_train.training.cuda_graph import Captured, RatesOnDevice
@@ -144,6 +145,8 @@ class Stepper:
             parameters = list(model.parameters())
             self._rates = RatesOnDevice(optimizers, runtime.device)
             self._captured_step, self._captured_passes = Captured[_Done](parameters), Captured[StepTotals](parameters)
+        whole_on_gpu = runtime.device_type == "cuda" and isinstance(spread, Replicated)
+        self._narrowed = Narrowed() if whole_on_gpu else None
         self.totals = StepTotals.zero(model, runtime.device)
         self.device_waited = True  # for the last batch: a CPU always does, a GPU where it had caught up with the host
 
@@ -247,7 +250,7 @@ class Stepper:
         """All micro-batches; the sums are of this rank."""
         sums = StepTotals.zero(self.model, self.runtime.device)
         pieces = list(zip(inputs_bt.split(self.micro_batch_size), targets_bt.split(self.micro_batch_size), strict=True))
-        with holding_weights():
+        with holding_weights(), self._narrowed.held() if self._narrowed else contextlib.nullcontext():
             for micro, (inputs, targets) in enumerate(pieces):
                 self._seed_dropout(step, micro)
                 with self.spread.micro_batch(last=micro == len(pieces) - 1):

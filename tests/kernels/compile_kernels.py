@@ -34,10 +34,12 @@ from moe_train.kernels import (
     head,
     heads,
     muon,
+    newton_schulz,
     norm,
     quantize,
     rounding,
     routing,
+    sums,
     swiglu,
 )
 from moe_train.kernels.layouts import Columns, Rows, Weights
@@ -120,6 +122,9 @@ def launch_products() -> None:
     gate, dh = torch.zeros(N, 1, dtype=torch.bfloat16), torch.zeros(N, K // 2, dtype=torch.bfloat16)
     swiglu.swiglu_quantize(x, gate, ends_e, tile)
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
+    for shape in ((4, 96, 128), (4, 128, 96)):
+        matrices = torch.zeros(shape, dtype=torch.bfloat16)
+        newton_schulz.orthogonalize_(matrices, 5, (3.4445, -4.7750, 2.0315), 1e-7)
 
 
 def launch_hopper_products() -> None:
@@ -159,6 +164,8 @@ def launch_rest() -> None:
     matrices = muon.Matrices.of([wide], [wide], [wide])
     matrices.direct(x, 0.9, True, torch.ones(()))
     matrices.update(x, torch.zeros(1), 0.1, 1.0)
+    sums.sum_of(torch.zeros(8, N), torch.float32)
+    sums.sum_of(torch.zeros(N, 128), torch.bfloat16)
     for moment in (wide, x):
         operands = [[tensor] for tensor in (wide, wide, moment, moment, torch.zeros(()))]
         adamw.step(*operands, rate=torch.zeros(()), betas=(0.9, 0.95), eps=1e-8, decay=0.1, coefficient=torch.ones(()))
@@ -169,7 +176,7 @@ if __name__ == "__main__":
     major, minor = int(sys.argv[1]), int(sys.argv[2])
     triton.runtime.driver.set_active(Driver(major, minor))
     card = capability.of_capability((major, minor))
-    for module in (rounding, fp8_matmul, grouped_matmul):
+    for module in (rounding, fp8_matmul, grouped_matmul, newton_schulz):
         module.card = lambda _: card  # type: ignore[attr-defined]
     JITFunction.run = compile_only
     launch_products()

@@ -14,6 +14,7 @@ from kernel_checks import count_calls
 
 from moe_train.kernels import grouped_hopper, grouped_matmul
 from moe_train.kernels.capability import of_capability
+from moe_train.kernels.sums import sum_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -75,6 +76,40 @@ def test_rows_read_where_they_are_give_the_bits_of_copied_ones(
     assert torch.equal(both, product(rows, few[source.long()], ends_e, dtype))
 
 
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_weight_gradients_of_few_programs_are_summed_in_parts(
+    out: torch.dtype, indexed: bool, random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty group, one of fewer rows than there are parts, one that fills none of them and one that does."""
+    x, dy = random(2600, 75), random(2600, 40)
+    ends_e = torch.tensor([0, 3, 1000, 1000, 2600], dtype=torch.int32, device=x.device)
+    source = torch.randperm(2600, generator=torch.Generator().manual_seed(3)).to(x.device) if indexed else None
+    counted: list[int] = []
+    parts = grouped_matmul._parts
+    monkeypatch.setattr(grouped_matmul, "cores", lambda _: 64)
+    monkeypatch.setattr(grouped_matmul, "_parts", lambda *given: counted.append(parts(*given)) or counted[-1])
+    found = grouped_matmul.grouped_weight_product(dy, x, ends_e, out, right_source_n=source)
+    assert counted == [4]
+    rows = x if source is None else x[source]
+    start = 0
+    for group, end in enumerate(ends_e.tolist()):
+        expected = (dy[start:end].double().mT @ rows[start:end].double()).to(out)
+        torch.testing.assert_close(found[group], expected, rtol=torch.finfo(out).eps, atol=1e-4)
+        start = end
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 2, 700), (1024, 128), (1300, 9), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_summed_exactly_enough(
+    shape: tuple[int, ...], dtype: torch.dtype, random: Callable[..., Tensor]
+) -> None:
+    parts = random(*shape)
+    expected = parts.double().sum(0).to(dtype)
+    # A column's magnitudes come to about 1,000, of which FP32 has a unit of 6e-5.
+    torch.testing.assert_close(sum_of(parts, dtype), expected, rtol=torch.finfo(dtype).eps, atol=6e-5)
+
+
 def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> None:
     x, w = random(4, 8), random(1, 3, 8)
     ends_e = torch.tensor([4], dtype=torch.int32, device=x.device)
@@ -92,7 +127,8 @@ def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> Non
 
 @pytest.fixture
 def hopper(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Compute capability 9.0, or as if it were. Which of grouped_hopper.py's products were made."""
+    """Compute capability 9.0, or as if it were, and blocks enough. Which of grouped_hopper.py's products were made."""
+    monkeypatch.setattr(grouped_hopper, "fill", lambda blocks, device: True)
     if device.type == "cpu":
         monkeypatch.setattr(grouped_hopper, "card", lambda _: of_capability((9, 0)))
     elif torch.cuda.get_device_capability(device) != (9, 0):
@@ -217,11 +253,11 @@ def test_what_descriptors_cannot_have_is_made_elsewhere(hopper: list[str], rando
         held(y[: end[0]], some[: end[0]], weights[0].mT)
         held(y[end[0] :], some[end[0] :], weights[1].mT)
     dy, few = random(200, 48).bfloat16(), random(200, 100).bfloat16()
-    assert grouped_hopper.takes_weight_product(x, dy, source, None)
-    assert not grouped_hopper.takes_weight_product(dy, x, None, source)  # 128 columns are half a block
-    assert not grouped_hopper.takes_weight_product(x, few, source, None)
-    assert not grouped_hopper.takes_weight_product(x, x, source, source)
-    assert not grouped_hopper.takes_weight_product(x, x, None, None)
+    assert grouped_hopper.takes_weight_product(x, dy, source, None, 2)
+    assert not grouped_hopper.takes_weight_product(dy, x, None, source, 2)  # 128 columns are half a block
+    assert not grouped_hopper.takes_weight_product(x, few, source, None, 2)
+    assert not grouped_hopper.takes_weight_product(x, x, source, source, 2)
+    assert not grouped_hopper.takes_weight_product(x, x, None, None, 2)
     found = grouped_matmul.grouped_weight_product(dy, x, ends_e, right_source_n=source)
     held(found[1], dy[90:].mT, x[90:])
     assert hopper == []
@@ -231,10 +267,11 @@ def test_other_compute_capabilities_have_no_such_products(
     monkeypatch: pytest.MonkeyPatch, random: Callable[..., Tensor]
 ) -> None:
     x, w, source = random(300, 256).bfloat16(), random(2, 256, 256).bfloat16(), torch.arange(300)
+    monkeypatch.setattr(grouped_hopper, "fill", lambda blocks, device: True)
     for capability, taken in {(8, 0): False, (8, 9): False, (9, 0): True, (10, 0): False, (12, 0): False}.items():
         monkeypatch.setattr(grouped_hopper, "card", lambda _, c=capability: of_capability(c))
         assert grouped_hopper.takes_product(x, w) == taken
-        assert grouped_hopper.takes_weight_product(x, x, source, None) == taken
+        assert grouped_hopper.takes_weight_product(x, x, source, None, 2) == taken
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from moe_train.kernels import muon
+from moe_train.kernels import muon, newton_schulz
 from moe_train.training import muon as steps
 
 # Sizes of matrices that are stepped together: of more than a program, of less, of one number, off every boundary.
@@ -79,6 +79,33 @@ def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> Non
         matrices.direct(x.clone(), 0.9, True, random(2))
     with pytest.raises(ValueError, match="rate: one FP32 number"):
         matrices.update(x.clone(), random(2), 0.1, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 96, 128), (2, 128, 96), (1, 128, 128), (4, 20, 7), (2, 1, 5), (0, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_matrices_stay_on_a_core(
+    shape: tuple[int, int, int], dtype: torch.dtype, random: Callable[..., Tensor]
+) -> None:
+    """As near to FP32 as the products of torch, which round at the same places."""
+    matrices = (random(*shape) * 3e-3).to(dtype)
+    exact = steps.orthogonalized(matrices.float().cpu(), 5).double()
+    plain = steps.orthogonalized(matrices.cpu(), 5).double()
+    assert newton_schulz.takes(matrices)
+    newton_schulz.orthogonalize_(matrices, 5, (3.4445, -4.7750, 2.0315), 1e-7)
+    assert (matrices.double().cpu() - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_a_matrix_of_zeros_stays_so_and_others_are_left_alone(random: Callable[..., Tensor]) -> None:
+    matrices = torch.stack([random(16, 24).bfloat16(), torch.zeros(16, 24, device=random(1).device).bfloat16()])
+    alone = matrices[:1].clone()
+    for stack in (matrices, alone):
+        newton_schulz.orthogonalize_(stack, 5, (3.4445, -4.7750, 2.0315), 1e-7)
+    assert torch.equal(matrices[0], alone[0])
+    assert (matrices[1] == 0).all()
+    for other in (random(2, 129, 8).bfloat16(), random(2, 8, 8), random(2, 8, 16).bfloat16()[..., ::2]):
+        assert not newton_schulz.takes(other)
+        with pytest.raises(ValueError, match="of 1 to 128 rows"):
+            newton_schulz.orthogonalize_(other, 5, (3.4445, -4.7750, 2.0315), 1e-7)
 
 
 def test_muons_step_by_kernels_is_its_step(random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
