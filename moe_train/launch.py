@@ -51,7 +51,7 @@ def start_job(
     the devices the job may see. output: a file for what it says; None: it is said here.
     """
     launcher = _accelerate(processes) if accelerate or processes > 1 else []
-    command, variables = [sys.executable, *launcher, str(TRAIN), *overrides], {**_environment(), **environment}
+    command, variables = [sys.executable, *launcher, str(TRAIN), *overrides], {**job_environment(), **environment}
     return subprocess.Popen(command, env=variables, stdout=output, stderr=output, text=True, start_new_session=True)
 
 
@@ -86,7 +86,8 @@ def _accelerate(processes: int) -> list[str]:
     return command if processes == 1 else [*command, "--multi_gpu", "--main_process_port", "0"]
 
 
-def _environment() -> dict[str, str]:
+def job_environment() -> dict[str, str]:
+    """Of a job, beside what is set for it alone."""
     # accelerate would set one thread a process; the training runtime shares the cores out itself.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     # Its launcher of one process sets ACCELERATE_USE_CPU anew, to False: a job shall be on the device that we are on.

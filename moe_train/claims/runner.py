@@ -14,7 +14,6 @@ from moe_train.claims.results import Folder
 from moe_train.compose import quoted
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
-from moe_train.launch import start_job
 from moe_train.sweeps.board import Board
 from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, once
@@ -62,7 +61,7 @@ class Runner:
     devices: Devices
     settings: Sequence[str] = ()
     config_dir: Path | None = None
-    start: Start = start_job
+    start: Start | None = None
     console: Console | None = None
 
     def make(self, runs: Sequence[PlannedRun], claim: str, arms_of: Mapping[str, Sequence[str]]) -> list[str]:

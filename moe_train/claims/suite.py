@@ -31,7 +31,6 @@ from moe_train.config.data import TextFilesConfig
 from moe_train.cost.budget import Budget
 from moe_train.data.corpora import documents, source_files
 from moe_train.errors import UserError
-from moe_train.launch import start_job
 from moe_train.sweeps.devices import Devices, devices_here, threads_of_a_job
 from moe_train.sweeps.running import Start
 from moe_train.sweeps.runs import RunsByHash
@@ -120,7 +119,7 @@ def _estimates(
 
 def reproduce(
     asked: Asked,
-    start: Start = start_job,
+    start: Start | None = None,
     device: Device | None = None,
     probe: estimates.Probe = estimates.DEFAULT_PROBE,
     console: Console | None = None,

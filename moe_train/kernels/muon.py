@@ -6,8 +6,8 @@
     parameter ← (1 - η·decay) parameter - η·scale·update
 
 In FP32, one visit each: 14 and 10 bytes a number, where torch's operations took about 60 (docs/log.md), and one launch
-each for all parameters whose matrices have one shape: of a small model a launch is all that a parameter takes. The
-learning rate η and the coefficient are read from the device, so that a CUDA graph can be replayed with others.
+each for many parameters, of whatever shapes: of a small model a launch is all that a parameter takes. The learning rate
+η and the coefficient are read from the device, so that a CUDA graph can be replayed with others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -28,9 +29,10 @@ from moe_train.kernels.tables import are_aligned, find_tensor, last_programs, po
 BLOCK = 2048
 BLOCKS = 4  # of a program, which finds its tensor once for all of them
 
-# Rows of the table: three addresses, how many numbers come before, how many there are, the first program behind.
+# Rows of the table: three addresses, how many numbers come before, how many there are, the first program behind, and
+# the bits of the scale in FP32.
 _GRADIENT, _MOMENTUM, _FIRST = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-_SIZE, _END = tl.constexpr(4), tl.constexpr(5)
+_SIZE, _END, _SCALE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _move(parameter_ptr, update_ptr, inside, kept, step):
 
 @triton.jit(do_not_specialize=["tensors"])
 def _update_kernel(
-    table_ptr, update_ptr, rate_ptr, tensors, decay, scale,
+    table_ptr, update_ptr, rate_ptr, tensors, decay,
     ALIGNED: tl.constexpr, T: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     nth, start = find_tensor(table_ptr + _END * tensors, tensors, T, BLOCKS * N)
@@ -95,6 +97,7 @@ def _update_kernel(
     parameter = pointer(table_ptr + nth, tl.float32, ALIGNED)
     update = _beside(update_ptr, table_ptr + _FIRST * tensors + nth, ALIGNED)
     rate = tl.load(rate_ptr)
+    scale = tl.load(table_ptr + _SCALE * tensors + nth).to(tl.int32).to(tl.float32, bitcast=True)
     kept, step = 1.0 - rate * decay, rate * scale
     for block in range(BLOCKS):
         first_number = start + block * N
@@ -115,7 +118,13 @@ class Matrices(NamedTuple):
     aligned: bool
 
     @classmethod
-    def of(cls, parameters: Sequence[Tensor], gradients: Sequence[Tensor], momenta: Sequence[Tensor]) -> Matrices:
+    def of(
+        cls,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        scales: Sequence[float],
+    ) -> Matrices:
         """In FP32 and contiguous, a parameter's gradient and momentum as large as it is. Raises ValueError."""
         addresses = []
         for tensors in (parameters, gradients, momenta):
@@ -130,7 +139,8 @@ class Matrices(NamedTuple):
         aligned = are_aligned([address for row in addresses for address in row]) and all(
             f % 8 == 0 for f in firsts[:-1]
         )
-        table = table_of((*addresses, firsts[:-1], sizes, ends), parameters[0].device)
+        bits = np.asarray(scales, np.float32).view(np.int32).tolist()
+        table = table_of((*addresses, firsts[:-1], sizes, ends, bits), parameters[0].device)
         return cls(table, len(parameters), firsts[-1], ends[-1], aligned)
 
     def _sizes(self, beside: Tensor) -> dict[str, int | bool]:
@@ -153,9 +163,9 @@ class Matrices(NamedTuple):
             arguments = (self.table, out, coefficient, self.tensors, beta)
             _direction_kernel[(self.programs,)](*arguments, NESTEROV=nesterov, enable_fp_fusion=False, **sizes)
 
-    def update(self, moved: Tensor, rate: Tensor, decay: float, scale: float) -> None:
+    def update(self, moved: Tensor, rate: Tensor, decay: float) -> None:
         """Parameters as above, in place, by `moved`, one after the other; `rate` η, one FP32 number on the device."""
         check(rate.dtype == torch.float32 and rate.numel() == 1, "rate: one FP32 number")
         sizes = self._sizes(moved)
         if self.programs:
-            _update_kernel[(self.programs,)](self.table, moved, rate, self.tensors, decay, scale, **sizes)
+            _update_kernel[(self.programs,)](self.table, moved, rate, self.tensors, decay, **sizes)

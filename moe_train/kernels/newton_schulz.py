@@ -4,10 +4,16 @@
 
 Of torch's operations a batch of matrices takes five launches a step, most of which move and copy what fits into
 registers: 136 matrices of 96 × 128, four layers' experts, took 0.152 ms in 34 launches on an H200, here 0.055 in one.
-Numbers are rounded where those operations round them.
+Numbers are rounded where those operations round them. Matrices of several shapes share a launch, in which there are
+then more for each core.
 """
 
 from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,15 +27,36 @@ LARGEST = 128  # of either side
 _SHARED_BYTES = 98 * 1024  # two operands of 128 x 128 and what changes hands between threads
 
 
+class Stack(NamedTuple):
+    """Matrices one after the other, from number `first` of a flat tensor on."""
+
+    first: int
+    matrices: int
+    rows: int
+    columns: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.matrices * self.rows * self.columns
+
+
+@triton.jit
+def _places(numbers, row_of_table, S: tl.constexpr, L: tl.constexpr):
+    """Where a matrix lies, its shorter side first, and what of S x L it has."""
+    short, long = tl.load(row_of_table + 1), tl.load(row_of_table + 2)
+    row, column = tl.arange(0, S), tl.arange(0, L)
+    at = numbers + tl.load(row_of_table)
+    at += row[:, None] * tl.load(row_of_table + 3) + column[None, :] * tl.load(row_of_table + 4)
+    return at, (row < short)[:, None] & (column < long)[None, :]
+
+
 @triton.jit
 def _orthogonalize_kernel(
-    matrices, short, long, short_stride, long_stride, a, b, c, smallest,
-    STEPS: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    row, column = tl.arange(0, S), tl.arange(0, L)
-    at = matrices + tl.program_id(0).to(tl.int64) * short * long
-    at += row[:, None] * short_stride + column[None, :] * long_stride
-    inside = (row < short)[:, None] & (column < long)[None, :]
+    numbers, table_ptr, a, b, c, smallest, STEPS: tl.constexpr, S: tl.constexpr, L: tl.constexpr
+):
+    """Of the table a row a program: where its matrix begins, the lengths of its sides and their strides."""
+    row_of_table = table_ptr + tl.program_id(0) * 5
+    at, inside = _places(numbers, row_of_table, S, L)
     x = tl.load(at, mask=inside, other=0.0)
     wide = widen(x)
     norm = tl.sqrt(tl.sum(tl.sum(wide * wide, 1), 0))
@@ -39,30 +66,50 @@ def _orthogonalize_kernel(
         gram = narrow(dot(x, tl.trans(x), tl.zeros((S, S), tl.float32)), x.dtype)
         factor = narrow(c * dot(gram, gram, widen(gram) * (b / c)), x.dtype)
         x = narrow(dot(factor, x, a * widen(x)), x.dtype)
+    tl.debug_barrier()  # so that addresses are made again: kept, they would take half of the registers
+    at, inside = _places(numbers, row_of_table, S, L)
     tl.store(at, x, mask=inside)
 
 
-def takes(matrices_noi: Tensor) -> bool:
-    """Whether they are small enough, and one after the other."""
+@functools.lru_cache(maxsize=64)
+def _table(stacks: tuple[Stack, ...], device: torch.device) -> Tensor:
+    """Made once: a copy to the device has no place in a CUDA graph, whose first call is none."""
+    found = []
+    for stack in stacks:
+        sides = [(stack.rows, stack.columns), (stack.columns, 1)]
+        (short, short_stride), (long, long_stride) = sorted(sides, key=lambda side: side[0])
+        found += [
+            (first, short, long, short_stride, long_stride)
+            for first in range(stack.first, stack.end, stack.rows * stack.columns)
+        ]
+    return torch.tensor(found, dtype=torch.int32, device=device)
+
+
+def takes(numbers: Tensor, rows: int, columns: int) -> bool:
+    """Whether matrices of so many rows and columns are small enough, among `numbers` of this format and device."""
     return (
-        matrices_noi.dtype in (torch.bfloat16, torch.float16)
-        and matrices_noi.is_contiguous()
-        and 0 < max(matrices_noi.shape[1:]) <= LARGEST
-        and card(matrices_noi.device).shared_bytes >= _SHARED_BYTES
+        numbers.dtype in (torch.bfloat16, torch.float16)
+        and 0 < min(rows, columns) <= max(rows, columns) <= LARGEST
+        and numbers.numel() < 2**31
+        and card(numbers.device).shared_bytes >= _SHARED_BYTES
     )
 
 
-def orthogonalize_(matrices_noi: Tensor, steps: int, coefficients: tuple[float, float, float], smallest: float) -> None:
-    """Each of n matrices (out, in) by the nearest semi-orthogonal one, in place, as training/muon.py's
-    `orthogonalized`.
+def orthogonalize_(
+    numbers: Tensor, stacks: Sequence[Stack], steps: int, coefficients: tuple[float, float, float], smallest: float
+) -> None:
+    """Each matrix of the stacks by the nearest semi-orthogonal one, in place, as training/muon.py's `orthogonalized`.
 
-    smallest: of a norm. What `takes` takes; raises ValueError.
+    numbers: flat and contiguous, BF16 or FP16. smallest: of a norm. What `takes` takes; raises ValueError.
     """
-    check(takes(matrices_noi), f"matrices: BF16 or FP16, contiguous, of 1 to {LARGEST} rows and columns")
-    count, rows, columns = matrices_noi.shape
-    sides = ((rows, columns), (columns, 1))
-    (short, short_stride), (long, long_stride) = sorted(zip(*sides), key=lambda side: (side[0], -side[1]))
-    if count:
-        sizes = {"S": max(16, triton.next_power_of_2(short)), "L": max(16, triton.next_power_of_2(long))}
-        arguments = (matrices_noi, short, long, short_stride, long_stride, *coefficients, smallest)
-        _orthogonalize_kernel[(count,)](*arguments, STEPS=steps, num_warps=8, **sizes)
+    check(numbers.dim() == 1 and numbers.is_contiguous(), "numbers: flat and contiguous")
+    alike: dict[tuple[int, int], list[Stack]] = defaultdict(list)
+    for stack in stacks:
+        fits = takes(numbers, stack.rows, stack.columns) and stack.end <= len(numbers)
+        check(fits, f"matrices: BF16 or FP16, of 1 to {LARGEST} rows and columns, among the numbers")
+        short, long = sorted((stack.rows, stack.columns))
+        alike[max(16, triton.next_power_of_2(short)), max(16, triton.next_power_of_2(long))].append(stack)
+    for (short, long), together in alike.items():
+        if count := sum(stack.matrices for stack in together):
+            arguments = (numbers, _table(tuple(together), numbers.device), *coefficients, smallest)
+            _orthogonalize_kernel[(count,)](*arguments, STEPS=steps, S=short, L=long, num_warps=8)

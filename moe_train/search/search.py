@@ -18,7 +18,6 @@ from moe_train.compose import compose_unchecked, quoted
 from moe_train.config.sweep import SweepConfig, Value
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
-from moe_train.launch import start_job
 from moe_train.search import space
 from moe_train.search.storage import Worker, open_storage, said
 from moe_train.search.study import Definition, Study, TrialJob
@@ -117,7 +116,7 @@ class Search:
         known = [attempt.usd for attempt in self._budget.attempts()]
         return None if any(usd is None for usd in known) else sum(usd or 0.0 for usd in known)
 
-    def make(self, devices: Devices, board: Board | None = None, start: Start = start_job) -> Made:
+    def make(self, devices: Devices, board: Board | None = None, start: Start | None = None) -> Made:
         """Make the trials that are left, within the budget. Raises UserError."""
         threads = self._composed.num_threads
         at_a_time = jobs_at_a_time(devices, self.asked.jobs, threads)

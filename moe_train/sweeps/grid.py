@@ -67,7 +67,7 @@ def make_grid(job_overrides: Sequence[Sequence[str]], grid: Grid, devices: Devic
         *(runs, Budget.of(sweep, grid.ledger, grid.usd), at_a_time, devices, grid.processes),
         settings=threads_of_a_job(devices, at_a_time, threads, grid.processes),
         config_dir=grid.config_dir,
-        start=functools.partial(start_job, processes=grid.processes),
+        start=functools.partial(start_job, processes=grid.processes) if grid.processes > 1 else None,
         board=Board(len(jobs)),
     )
     made = pool.make(_named(job, sweep) for job in jobs)

@@ -19,13 +19,13 @@ from pathlib import Path
 from moe_train.compose import quoted
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
-from moe_train.launch import start_job
 from moe_train.sweeps.board import Board
 from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, Outcome
 from moe_train.sweeps.metrics import MetricsTail, Row
 from moe_train.sweeps.running import Orphan, Running, Start
-from moe_train.sweeps.runs import RunsByHash
+from moe_train.sweeps.runs import RunsByHash, began
+from moe_train.sweeps.warm import WarmStarts
 from moe_train.training.keepers import held_by_this_process
 from moe_train.training.signals import Interruption
 
@@ -74,8 +74,9 @@ class Pool:
     processes: int = 1
     settings: Sequence[str] = ()
     config_dir: Path | None = None
-    start: Start = start_job
+    start: Start | None = None  # None: jobs of one process, from one that has imported what they import
     board: Board = field(default_factory=Board)
+    _start: Start = field(init=False)
     _running: list[Running] = field(default_factory=list)
     _waiting: list[Job] = field(default_factory=list)  # taken from the source and not begun
     _looked: float = -float("inf")
@@ -101,7 +102,8 @@ class Pool:
                 ended(outcome)
 
         try:
-            with self.board, interruption.noted():
+            with WarmStarts() as warm, self.board, interruption.noted():
+                self._start = self.start or warm
                 while True:
                     there = self._fill(source, made)
                     record(there)
@@ -175,7 +177,7 @@ class Pool:
         ]
         output = self.runs.log(job.hash).open("a")
         held = {} if self.budget.usd is None else held_by_this_process()
-        process = self.start(overrides, output, {**self._groups[device], **held})
+        process = self._start(overrides, output, {**self._groups[device], **held})
         neighbours = max(int(self.runs.noted(job.hash).get("neighbours", 0)), len(beside))
         started = Running(job, process, MetricsTail(folder / "metrics.jsonl"), device, output, neighbours)
         self._running.append(started)
@@ -189,7 +191,9 @@ class Pool:
             "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "device": running.device,
             "pid": running.process.pid,
+            "began": began(running.process.pid),
             "sweep": os.getpid(),
+            "sweep_began": began(os.getpid()),
         }
         self.runs.note(running.job.hash, content)
 

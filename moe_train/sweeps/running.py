@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Protocol
 
-import psutil
-
 from moe_train.sweeps.job import Job
 from moe_train.sweeps.metrics import MetricsTail, progress
 from moe_train.sweeps.runs import RunsByHash
@@ -36,18 +34,12 @@ class Orphan:
     def __init__(self, runs: RunsByHash, run_hash: str) -> None:
         self._runs, self._hash = runs, run_hash
         pid = runs.pid_at_work(run_hash)
-        # One whose sweep is alive is that sweep's to end.
-        self.pid = pid if pid is not None and not _has_parent(pid, runs.noted(run_hash).get("sweep")) else 0
+        self.pid = (
+            pid if pid is not None and not runs.has_living_sweep(run_hash) else 0
+        )  # else it is that sweep's to end
 
     def poll(self) -> int | None:
         return None if self._runs.is_at_work(self._hash) else 0
-
-
-def _has_parent(pid: int, parent: object) -> bool:
-    try:
-        return psutil.Process(pid).ppid() == parent
-    except psutil.Error:
-        return False
 
 
 @dataclass

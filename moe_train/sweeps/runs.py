@@ -22,6 +22,15 @@ def is_divergence(says: str) -> bool:
     return says.startswith("the loss is ")
 
 
+def began(pid: int) -> float | None:
+    """When the process did, which tells it from another of its number; None where it has ended, or is not there."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.Error, ValueError, OverflowError):
+        return None
+
+
 @dataclass(frozen=True)
 class RunsByHash:
     """`PATH/HASH` is a run's folder; `HASH.log`, beside it, what its processes said, `HASH.json` how it was started."""
@@ -101,11 +110,16 @@ class RunsByHash:
 
     def pid_at_work(self, run_hash: str) -> int | None:
         """The process that makes the run just now, as far as one was noted; it may outlive whoever started it."""
-        pid = self.noted(run_hash).get("pid")
-        try:
-            return pid if any(run_hash in word for word in psutil.Process(pid).cmdline()) else None
-        except (psutil.Error, ValueError, TypeError):
-            return None
+        return self._living(run_hash, "pid", "began")
+
+    def has_living_sweep(self, run_hash: str) -> bool:
+        """Whether the sweep that started that process is there too."""
+        return self._living(run_hash, "sweep", "sweep_began") is not None
+
+    def _living(self, run_hash: str, name: str, moment: str) -> int | None:
+        noted = self.noted(run_hash)
+        pid, then = noted.get(name), noted.get(moment)
+        return pid if isinstance(pid, int) and then is not None and began(pid) == then else None
 
     def is_at_work(self, run_hash: str) -> bool:
         """Whether some process makes the run just now: the one that was noted, or one that holds the folder."""

@@ -32,6 +32,7 @@ from moe_train.training.moments import NEAREST, Rounding, load_states, store
 # A quintic whose slope at 0 is as steep as it can be; singular values end within about 0.7 to 1.2, not at 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _EPS = 1e-7
+_TOGETHER = 2**22  # numbers of batches whose directions are there at once, 8 MB
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -110,10 +111,12 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if self.takes_coefficient:
+                for together in self._rounds(group["params"]):
+                    self._step_by_kernels(together, group, coefficient)
+                continue
             for batch in self._batches(group["params"]):
-                if self.takes_coefficient:
-                    self._step_by_kernels(batch, group, coefficient)
-                elif not self._step_compiled(batch, group):
+                if not self._step_compiled(batch, group):
                     self._step_batch(batch, group)
         return loss
 
@@ -158,25 +161,34 @@ class Muon(torch.optim.Optimizer):
         compiled.step(parameters, gradients, momenta, shape, how)
         return True
 
-    def _step_by_kernels(self, parameters: list[Tensor], group: dict[str, Any], coefficient: Tensor | None) -> None:
-        """The same on a GPU, where what is beside the products takes two kernels."""
+    def _step_by_kernels(self, batches: list[list[Tensor]], group: dict[str, Any], coefficient: Tensor | None) -> None:
+        """The same on a GPU, where what is beside the products takes two kernels, and small matrices one for all."""
         from moe_train.kernels import newton_schulz
         from moe_train.kernels.muon import Matrices
 
-        rows, columns = self.matrix_shape(parameters[0])
-        counts = [parameter.numel() // (rows * columns) for parameter in parameters]
-        device, rate = parameters[0].device, group["lr"]
+        parameters = [parameter for batch in batches for parameter in batch]
+        device, rate, steps = parameters[0].device, group["lr"], group["ns_steps"]
         if not isinstance(rate, Tensor):
             rate = torch.full((), rate, device=device)
-        directions = torch.empty(sum(counts), rows, columns, dtype=fast_dtype(device), device=device)
+        stacks, end = [], 0
+        for batch in batches:
+            rows, columns = self.matrix_shape(batch[0])
+            count = sum(parameter.numel() for parameter in batch) // (rows * columns)
+            stacks.append(newton_schulz.Stack(end, count, rows, columns))
+            end = stacks[-1].end
+        directions = torch.empty(end, dtype=fast_dtype(device), device=device)
         gradients = [parameter.grad.contiguous() for parameter in parameters if parameter.grad is not None]
-        matrices = Matrices.of(parameters, gradients, [self._momentum(parameter) for parameter in parameters])
+        momenta = [self._momentum(parameter) for parameter in parameters]
+        scales = [0.2 * math.sqrt(max(self.matrix_shape(parameter))) for parameter in parameters]
+        matrices = Matrices.of(parameters, gradients, momenta, scales)
         matrices.direct(directions, group["momentum"], group["nesterov"], coefficient)
-        if newton_schulz.takes(directions):
-            newton_schulz.orthogonalize_(directions, group["ns_steps"], (_A, _B, _C), _EPS)
-        else:
-            directions = orthogonalized(directions, group["ns_steps"]).contiguous()
-        matrices.update(directions, rate, group["weight_decay"], 0.2 * math.sqrt(max(rows, columns)))
+        small = [stack for stack in stacks if newton_schulz.takes(directions, stack.rows, stack.columns)]
+        newton_schulz.orthogonalize_(directions, small, steps, (_A, _B, _C), _EPS)
+        for first, count, rows, columns in stacks:
+            if not newton_schulz.takes(directions, rows, columns):
+                part = directions[first : first + count * rows * columns].view(count, rows, columns)
+                part.copy_(orthogonalized(part, steps))
+        matrices.update(directions, rate, group["weight_decay"])
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -231,6 +243,20 @@ class Muon(torch.optim.Optimizer):
     def _shape(self, parameter: Tensor) -> torch.Size:
         """Of all of it, where a process has rows."""
         return self.whole.shapes[parameter] if self.whole is not None and parameter in self.whole else parameter.shape
+
+    def _rounds(self, parameters: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+        """Batches that share launches: small ones."""
+        together: list[list[Tensor]] = []
+        numbers = 0
+        for batch in self._batches(parameters):
+            size = sum(parameter.numel() for parameter in batch)
+            if together and numbers + size > _TOGETHER:
+                yield together
+                together, numbers = [], 0
+            together.append(batch)
+            numbers += size
+        if together:
+            yield together
 
     def _batches(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         """Parameters with gradients, those of equal matrix shape together, up to `MUON_BATCH_ELEMENTS` a process.

@@ -122,9 +122,8 @@ def launch_products() -> None:
     gate, dh = torch.zeros(N, 1, dtype=torch.bfloat16), torch.zeros(N, K // 2, dtype=torch.bfloat16)
     swiglu.swiglu_quantize(x, gate, ends_e, tile)
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
-    for shape in ((4, 96, 128), (4, 128, 96)):
-        matrices = torch.zeros(shape, dtype=torch.bfloat16)
-        newton_schulz.orthogonalize_(matrices, 5, (3.4445, -4.7750, 2.0315), 1e-7)
+    stacks = (newton_schulz.Stack(0, 4, 96, 128),)
+    newton_schulz.orthogonalize_(torch.zeros(N * K).bfloat16(), stacks, 5, (3.4445, -4.7750, 2.0315), 1e-7)
 
 
 def launch_hopper_products() -> None:
@@ -161,9 +160,9 @@ def launch_rest() -> None:
     chosen = routing.Chosen(expert, torch.zeros(N, 6), None, logits[:2])
     routing.choice_gradient(logits, real, chosen, gating, torch.zeros(N, 6), torch.zeros(()))
     routing.sort_by_expert(expert, real.flatten(), 96)
-    matrices = muon.Matrices.of([wide], [wide], [wide])
+    matrices = muon.Matrices.of([wide], [wide], [wide], [1.0])
     matrices.direct(x, 0.9, True, torch.ones(()))
-    matrices.update(x, torch.zeros(1), 0.1, 1.0)
+    matrices.update(x, torch.zeros(1), 0.1)
     sums.sum_of(torch.zeros(8, N), torch.float32)
     sums.sum_of(torch.zeros(N, 128), torch.bfloat16)
     for moment in (wide, x):

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from moe_train.kernels import muon, newton_schulz
+from moe_train.kernels.newton_schulz import Stack
 from moe_train.training import muon as steps
 
 # Sizes of matrices that are stepped together: of more than a program, of less, of one number, off every boundary.
@@ -37,7 +38,7 @@ def test_momenta_and_directions(
     way = torch.lerp(together(gradients), expected, 0.95) if nesterov else expected
     out = torch.full_like(way, torch.nan, dtype=dtype)
     before = [parameter.clone() for parameter in parameters]
-    muon.Matrices.of(parameters, gradients, momenta).direct(out, 0.95, nesterov)
+    muon.Matrices.of(parameters, gradients, momenta, [1.0] * len(parameters)).direct(out, 0.95, nesterov)
     torch.testing.assert_close(together(momenta), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.double(), way, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert all(torch.equal(*pair) for pair in zip(parameters, before))
@@ -49,7 +50,7 @@ def test_gradients_are_multiplied_as_they_are_read(random: Callable[..., Tensor]
     found = []
     for given, factor in (([coefficient * g for g in gradients], None), (gradients, coefficient), (gradients, None)):
         own, out = [momentum.clone() for momentum in momenta], together(momenta, torch.float32)
-        muon.Matrices.of(parameters, given, own).direct(out, 0.95, True, factor)
+        muon.Matrices.of(parameters, given, own, [1.0] * len(parameters)).direct(out, 0.95, True, factor)
         found.append(torch.stack([together(own), out.double()]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
@@ -61,24 +62,35 @@ def test_update(dtype: torch.dtype, sizes: list[tuple[int, int]], random: Callab
     parameters, gradients, momenta = three_of_each(random, sizes)
     moved = together(gradients, dtype)
     rate = torch.tensor(0.02, device=moved.device)
-    expected = together(parameters) * (1 - 0.02 * 0.1) - 0.02 * 3.2 * moved.double()
-    muon.Matrices.of(parameters, gradients, momenta).update(moved, rate, 0.1, 3.2)
+    scales = [3.2 / (nth + 1) for nth in range(len(parameters))]
+    scaled = torch.cat([p.new_full((p.numel(),), scale) for p, scale in zip(parameters, scales)]).double()
+    expected = together(parameters) * (1 - 0.02 * 0.1) - 0.02 * scaled * moved.double()
+    muon.Matrices.of(parameters, gradients, momenta, scales).update(moved, rate, 0.1)
     torch.testing.assert_close(together(parameters), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_operands_that_do_not_fit_are_said(random: Callable[..., Tensor]) -> None:
     x = random(4, 6)
     with pytest.raises(ValueError, match="contiguous, of one size"):
-        muon.Matrices.of([x], [x.t()], [x.clone()])
+        muon.Matrices.of([x], [x.t()], [x.clone()], [1.0])
     with pytest.raises(ValueError, match="FP32"):
-        muon.Matrices.of([x], [x.bfloat16()], [x.clone()])
-    matrices = muon.Matrices.of([x], [x.clone()], [x.clone()])
+        muon.Matrices.of([x], [x.bfloat16()], [x.clone()], [1.0])
+    matrices = muon.Matrices.of([x], [x.clone()], [x.clone()], [1.0])
     with pytest.raises(ValueError, match="contiguous, of all"):
         matrices.direct(random(23), 0.9, True)
     with pytest.raises(ValueError, match="coefficient: one FP32 number"):
         matrices.direct(x.clone(), 0.9, True, random(2))
     with pytest.raises(ValueError, match="rate: one FP32 number"):
-        matrices.update(x.clone(), random(2), 0.1, 1.0)
+        matrices.update(x.clone(), random(2), 0.1)
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalized(numbers: Tensor, stacks: list[Stack]) -> Tensor:
+    found = numbers.clone()
+    newton_schulz.orthogonalize_(found, stacks, 5, COEFFICIENTS, 1e-7)
+    return found
 
 
 @pytest.mark.parametrize("shape", [(3, 96, 128), (2, 128, 96), (1, 128, 128), (4, 20, 7), (2, 1, 5), (0, 8, 8)])
@@ -90,26 +102,40 @@ def test_small_matrices_stay_on_a_core(
     matrices = (random(*shape) * 3e-3).to(dtype)
     exact = steps.orthogonalized(matrices.float().cpu(), 5).double()
     plain = steps.orthogonalized(matrices.cpu(), 5).double()
-    assert newton_schulz.takes(matrices)
-    newton_schulz.orthogonalize_(matrices, 5, (3.4445, -4.7750, 2.0315), 1e-7)
-    assert (matrices.double().cpu() - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
+    assert newton_schulz.takes(matrices, *shape[1:])
+    found = orthogonalized(matrices.flatten(), [Stack(0, *shape)]).view(shape)
+    assert (found.double().cpu() - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
 
 
-def test_a_matrix_of_zeros_stays_so_and_others_are_left_alone(random: Callable[..., Tensor]) -> None:
-    matrices = torch.stack([random(16, 24).bfloat16(), torch.zeros(16, 24, device=random(1).device).bfloat16()])
-    alone = matrices[:1].clone()
-    for stack in (matrices, alone):
-        newton_schulz.orthogonalize_(stack, 5, (3.4445, -4.7750, 2.0315), 1e-7)
-    assert torch.equal(matrices[0], alone[0])
-    assert (matrices[1] == 0).all()
-    for other in (random(2, 129, 8).bfloat16(), random(2, 8, 8), random(2, 8, 16).bfloat16()[..., ::2]):
-        assert not newton_schulz.takes(other)
+def test_stacks_of_several_shapes_are_what_each_is_alone_and_nothing_else_is_touched(
+    random: Callable[..., Tensor],
+) -> None:
+    numbers = random(3000).bfloat16()
+    stacks = [Stack(0, 2, 16, 24), Stack(800, 1, 30, 20), Stack(1500, 3, 20, 9), Stack(2100, 1, 1, 40)]
+    together = orthogonalized(numbers, stacks)
+    expected = numbers.clone()
+    for stack in stacks:
+        part = slice(stack.first, stack.end)
+        expected[part] = orthogonalized(numbers[part], [stack._replace(first=0)])
+        assert not torch.equal(together[part], numbers[part])
+    assert torch.equal(together, expected)
+
+
+def test_a_matrix_of_zeros_stays_so_and_others_are_said(random: Callable[..., Tensor]) -> None:
+    numbers = random(2 * 16 * 24).bfloat16()
+    numbers[16 * 24 :] = 0
+    assert (orthogonalized(numbers, [Stack(0, 2, 16, 24)])[16 * 24 :] == 0).all()
+    assert not newton_schulz.takes(random(8), 2, 4)
+    for stack in (Stack(0, 1, 1, 129), Stack(0, 3, 16, 24), Stack(0, 1, 0, 4)):
         with pytest.raises(ValueError, match="of 1 to 128 rows"):
-            newton_schulz.orthogonalize_(other, 5, (3.4445, -4.7750, 2.0315), 1e-7)
+            orthogonalized(numbers, [stack])
+    with pytest.raises(ValueError, match="flat and contiguous"):
+        newton_schulz.orthogonalize_(numbers[::2], [Stack(0, 1, 16, 24)], 5, COEFFICIENTS, 1e-7)
 
 
 def test_muons_step_by_kernels_is_its_step(random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    values, gradients = [random(6, 8), random(3, 4, 8)], [random(6, 8), random(3, 4, 8)]
+    shapes = [(6, 8), (3, 4, 8), (140, 9), (6, 8)]  # the third is too large for a core
+    values, gradients = ([random(*shape) for shape in shapes] for _ in range(2))
     found = []
     for kernels in (False, True):
         monkeypatch.setattr(steps, "kernels_take", lambda _, kernels=kernels: kernels)

@@ -20,6 +20,7 @@ from moe_train.cost.budget import Budget
 from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, Outcome, once
 from moe_train.sweeps.pool import Interrupted
+from moe_train.sweeps.runs import began
 from moe_train.training.keepers import HELD_BY, is_alive
 
 Make = Callable[[int], Job]
@@ -153,7 +154,7 @@ def test_a_job_that_outlived_its_sweep_is_waited_for_and_not_made_again(tmp_path
     folder = made.runs.of(job(0).hash)
     folder.mkdir(parents=True)
     orphan = sleeping([f"run_dir={folder}"])
-    made.runs.note(job(0).hash, {"pid": orphan.pid, "sweep": 1})
+    made.runs.note(job(0).hash, {"pid": orphan.pid, "began": began(orphan.pid), "sweep": 1})
 
     def finishes() -> None:
         write_summary(folder)
@@ -170,7 +171,7 @@ def test_a_job_that_outlived_its_sweep_is_ended_with_the_next_one(tmp_path: Path
     folder = made.runs.of(job(0).hash)
     folder.mkdir(parents=True)
     orphan = sleeping([f"run_dir={folder}"])
-    made.runs.note(job(0).hash, {"pid": orphan.pid, "sweep": 1})
+    made.runs.note(job(0).hash, {"pid": orphan.pid, "began": began(orphan.pid), "sweep": 1})
     after(0.6, lambda: os.kill(os.getpid(), signal.SIGINT))
     after(1.2, orphan.wait)
     assert statuses(made.make([job(0)]).outcomes) == ["ended"]
@@ -182,7 +183,10 @@ def test_a_job_of_another_sweep_is_not_waited_for_once_this_one_ends(tmp_path: P
     folder = made.runs.of(job(0).hash)
     folder.mkdir(parents=True)
     others = sleeping([f"run_dir={folder}"])
-    made.runs.note(job(0).hash, {"pid": others.pid, "sweep": os.getpid()})  # its sweep is alive
+    made.runs.note(
+        job(0).hash,
+        {"pid": others.pid, "began": began(others.pid), "sweep": os.getpid(), "sweep_began": began(os.getpid())},
+    )  # its sweep is alive
     after(0.6, lambda: os.kill(os.getpid(), signal.SIGINT))
     ended = made.make([job(0)])
     assert others.poll() is None
@@ -203,7 +207,7 @@ def test_of_two_sweeps_that_come_to_a_run_in_the_same_moment_one_makes_it(tmp_pa
     fcntl.flock(starting, fcntl.LOCK_EX)  # the other one has looked, and found nobody at work
 
     def notes() -> None:
-        made.runs.note(job(0).hash, {"pid": others.pid, "sweep": 1})
+        made.runs.note(job(0).hash, {"pid": others.pid, "began": began(others.pid), "sweep": 1})
         os.close(starting)
 
     def finishes() -> None:

@@ -1,0 +1,120 @@
+"""`python -m moe_train.sweeps.forking`: has imported what a run imports, and forks a process for each run.
+
+Asked in lines of JSON by sweeps/warm.py, which says what for. Nothing is done here but importing: no thread is started,
+no random number drawn and no device touched, so that a fork finds what a Python of its own would have found. It ends
+when nobody can ask any more; what it has forked goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_train.before_torch import settle_environment
+from moe_train.launch import TRAIN
+
+READY = "ready"
+_ALWAYS = ("hydra", "moe_train.cli", "moe_train.training.run", "wandb", "wandb.sdk.launch")  # which a wandb run loads
+_ON_A_GPU = (
+    "adamw",
+    "collect",
+    "experts",
+    "grouped_matmul",
+    "head",
+    "heads",
+    "muon",
+    "newton_schulz",
+    "norm",
+    "routing",
+)
+
+
+def import_all() -> None:
+    """What a run needs, as far as it can be told. Raises RuntimeError where the device was opened meanwhile."""
+    settle_environment()
+    for name in _ALWAYS:
+        importlib.import_module(name)
+    import torch
+
+    if torch.version.cuda is not None and Path("/dev/nvidiactl").exists() and importlib.util.find_spec("triton"):
+        for name in ("pynvml", *(f"moe_train.kernels.{name}" for name in _ON_A_GPU)):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    if _has_opened_a_gpu():
+        raise RuntimeError("a module that was imported has opened the GPU, which a fork could not use")
+    gc.freeze()  # what is there stays: it is not looked through, nor copied for it
+
+
+def _has_opened_a_gpu() -> bool:
+    for opened in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(opened).startswith("/dev/nvidia"):
+                return True
+    return False
+
+
+def serve(requests: Any, answers: Any) -> None:
+    for line in requests:
+        asked = json.loads(line)
+        said: int | None
+        if "poll" in asked:
+            pid, status = os.waitpid(asked["poll"], os.WNOHANG)
+            said = None if pid == 0 else os.waitstatus_to_exitcode(status)
+        else:
+            said = os.fork()
+            if said == 0:
+                _become(asked, (requests, answers))
+            with contextlib.suppress(OSError):  # whichever of the two comes first
+                os.setpgid(said, said)
+        answers.write(f"{json.dumps(said)}\n")
+        answers.flush()
+
+
+def _become(asked: dict[str, Any], pipes: tuple[Any, ...]) -> NoReturn:
+    """`python train.py overrides…` with its environment and output, in a process group of its own."""
+    status = 1
+    try:
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        output = os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+        for pipe in pipes:
+            os.close(pipe.fileno())
+        # As a Python that writes to a file begins.
+        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        sys.argv, sys.path[0] = [str(TRAIN), *asked["overrides"]], str(TRAIN.parent)
+        runpy.run_path(str(TRAIN), run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    asked_in, said_in = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a module prints while it is imported is no answer
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    import_all()
+    said_in.write(f"{READY}\n")
+    said_in.flush()
+    serve(asked_in, said_in)
+    os._exit(0)  # torch and Triton take a second to be dismantled, and complain

@@ -1,0 +1,133 @@
+"""Jobs that are forked from a process that has imported torch are what jobs with a Python of their own are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from moe_train.launch import TRAIN, start_job
+from moe_train.sweeps import warm
+from moe_train.sweeps.warm import WarmStarts
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every job starts a Python")
+
+LONG = ["stop.steps=100000", "model.num_hidden_layers=2", "eval.max_tokens=2000", "tracking=none"]
+
+
+@pytest.fixture(scope="module")
+def starts() -> Iterator[WarmStarts]:
+    with WarmStarts() as found:
+        yield found
+
+
+def ended(job: Any, seconds: float = 60) -> int:
+    deadline = time.monotonic() + seconds
+    while (status := job.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert job.poll() == status
+    return int(status)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def both(starts: WarmStarts, tmp_path: Path, overrides: list[str], **environment: str) -> list[tuple[int, str]]:
+    """Status and output, forked and not."""
+    found = []
+    for name, start in (("warm", starts), ("cold", start_job)):
+        log = tmp_path / f"{name}.log"
+        with log.open("a") as output:
+            found.append((ended(start(overrides, output, environment)), log.read_text()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status", "says"),
+    [(["--cfg", "job"], 0, "hidden_size"), (["nonsense=1"], 1, "nonsense"), (["model=nothing"], 1, "nothing")],
+)
+def test_a_fork_ends_and_says_what_a_python_of_its_own_does(
+    starts: WarmStarts, tmp_path: Path, overrides: list[str], status: int, says: str
+) -> None:
+    forked, own = both(starts, tmp_path, overrides)
+    assert forked == own
+    assert forked[0] == status
+    assert says in forked[1]
+
+
+def test_a_fork_has_its_own_environment(starts: WarmStarts, tmp_path: Path) -> None:
+    for cache in (tmp_path / "one", tmp_path / "other"):
+        settings = ["stop.steps=1", "eval.max_tokens=2000", "tracking=none", f"run_dir={cache}-run"]
+        with (tmp_path / "log").open("a") as output:
+            job = starts(settings, output, {"MOE_TRAIN_CACHE": str(cache)})
+        assert ended(job) == 0, (tmp_path / "log").read_text()
+        assert list(cache.iterdir())
+
+
+def test_a_fork_is_a_process_group_that_signals_reach(starts: WarmStarts, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("a") as output:
+        job = starts([*LONG, f"run_dir={tmp_path / 'run'}"], output, {})
+    assert os.getpgid(job.pid) == job.pid
+    assert os.getpid() in [above.pid for above in psutil.Process(job.pid).parents()]
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    assert job.poll() is None
+    os.killpg(job.pid, signal.SIGTERM)
+    assert ended(job) == 128 + signal.SIGTERM
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    with (tmp_path / "log").open("a") as output:
+        job = starts([*LONG, f"run_dir={tmp_path / 'other'}"], output, {})
+    os.killpg(job.pid, signal.SIGKILL)
+    assert ended(job) == -signal.SIGKILL
+
+
+def test_a_fork_outlives_who_asked_for_it_and_its_clock_is_its_own(tmp_path: Path) -> None:
+    with WarmStarts() as starts, (tmp_path / "log").open("a") as output:
+        job = starts([*LONG, f"run_dir={tmp_path / 'run'}"], output, {})
+        began = psutil.Process(job.pid).create_time()
+        assert began > psutil.Process(psutil.Process(job.pid).ppid()).create_time()
+    process = psutil.Process(job.pid)
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    assert process.create_time() == began
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(psutil.Error):
+        process.wait(60)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_where_the_server_is_gone_its_jobs_are_followed_and_others_start_by_themselves(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with WarmStarts() as starts, (tmp_path / "log").open("a") as output:
+        job = starts([*LONG, f"run_dir={tmp_path / 'run'}"], output, {})
+        psutil.Process(job.pid).parent().kill()  # type: ignore[union-attr]
+        wait_for(tmp_path / "run" / "metrics.jsonl")
+        assert job.poll() is None
+        other = starts(["--cfg", "job"], output, {})
+        assert ended(other) == 0
+        os.kill(job.pid, signal.SIGKILL)
+        assert ended(job) == 1
+    assert "they start one by one" in capfd.readouterr().err
+
+
+def test_where_there_is_no_server_jobs_start_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warm, "TRAIN", tmp_path / TRAIN.name)
+    (tmp_path / "torch.py").write_text("raise ImportError('broken')")
+    with WarmStarts() as starts, (tmp_path / "log").open("a") as output:
+        for _ in range(2):
+            assert ended(starts(["--cfg", "job"], output, {})) == 0
+    assert capfd.readouterr().err.count("note: jobs start one by one") == 1
