@@ -41,23 +41,35 @@ class Stack(NamedTuple):
 
 
 @triton.jit
-def _places(numbers, row_of_table, S: tl.constexpr, L: tl.constexpr):
-    """Where a matrix lies, its shorter side first, and what of S x L it has."""
-    short, long = tl.load(row_of_table + 1), tl.load(row_of_table + 2)
-    row, column = tl.arange(0, S), tl.arange(0, L)
-    at = numbers + tl.load(row_of_table)
-    at += row[:, None] * tl.load(row_of_table + 3) + column[None, :] * tl.load(row_of_table + 4)
-    return at, (row < short)[:, None] & (column < long)[None, :]
+def _as_it_lies(numbers, first, rows, columns, R: tl.constexpr, C: tl.constexpr):
+    row, column = tl.arange(0, R), tl.arange(0, C)
+    at = numbers + first + row[:, None] * columns + column[None, :]
+    return at, (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def _place(table_ptr, ALIGNED: tl.constexpr):
+    """Of this program's matrix: where it begins, its rows and its columns."""
+    row_of_table = table_ptr + tl.program_id(0) * 3
+    first, rows, columns = tl.load(row_of_table), tl.load(row_of_table + 1), tl.load(row_of_table + 2)
+    if ALIGNED:  # else numbers are read one by one: twice the time of all of it
+        first, columns = tl.multiple_of(first, 8), tl.multiple_of(columns, 8)
+    return first, rows, columns
 
 
 @triton.jit
 def _orthogonalize_kernel(
-    numbers, table_ptr, a, b, c, smallest, STEPS: tl.constexpr, S: tl.constexpr, L: tl.constexpr
-):
-    """Of the table a row a program: where its matrix begins, the lengths of its sides and their strides."""
-    row_of_table = table_ptr + tl.program_id(0) * 5
-    at, inside = _places(numbers, row_of_table, S, L)
-    x = tl.load(at, mask=inside, other=0.0)
+    numbers, table_ptr, a, b, c, smallest,
+    STEPS: tl.constexpr, ALIGNED: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """A matrix a program, of which rows are the shorter side (S, padded) while it is worked on."""
+    first, rows, columns = _place(table_ptr, ALIGNED)
+    if rows > columns:
+        at_tall, inside_tall = _as_it_lies(numbers, first, rows, columns, L, S)
+        x = tl.trans(tl.load(at_tall, mask=inside_tall, other=0.0))
+    else:
+        at_wide, inside_wide = _as_it_lies(numbers, first, rows, columns, S, L)
+        x = tl.load(at_wide, mask=inside_wide, other=0.0)
     wide = widen(x)
     norm = tl.sqrt(tl.sum(tl.sum(wide * wide, 1), 0))
     norm = widen(narrow(tl.maximum(norm, smallest), x.dtype))
@@ -67,21 +79,23 @@ def _orthogonalize_kernel(
         factor = narrow(c * dot(gram, gram, widen(gram) * (b / c)), x.dtype)
         x = narrow(dot(factor, x, a * widen(x)), x.dtype)
     tl.debug_barrier()  # so that addresses are made again: kept, they would take half of the registers
-    at, inside = _places(numbers, row_of_table, S, L)
-    tl.store(at, x, mask=inside)
+    first, rows, columns = _place(table_ptr, ALIGNED)
+    if rows > columns:
+        to_tall, inside_tall = _as_it_lies(numbers, first, rows, columns, L, S)
+        tl.store(to_tall, tl.trans(x), mask=inside_tall)
+    else:
+        to_wide, inside_wide = _as_it_lies(numbers, first, rows, columns, S, L)
+        tl.store(to_wide, x, mask=inside_wide)
 
 
 @functools.lru_cache(maxsize=64)
 def _table(stacks: tuple[Stack, ...], device: torch.device) -> Tensor:
     """Made once: a copy to the device has no place in a CUDA graph, whose first call is none."""
-    found = []
-    for stack in stacks:
-        sides = [(stack.rows, stack.columns), (stack.columns, 1)]
-        (short, short_stride), (long, long_stride) = sorted(sides, key=lambda side: side[0])
-        found += [
-            (first, short, long, short_stride, long_stride)
-            for first in range(stack.first, stack.end, stack.rows * stack.columns)
-        ]
+    found = [
+        (first, stack.rows, stack.columns)
+        for stack in stacks
+        for first in range(stack.first, stack.end, stack.rows * stack.columns)
+    ]
     return torch.tensor(found, dtype=torch.int32, device=device)
 
 
@@ -111,5 +125,7 @@ def orthogonalize_(
         alike[max(16, triton.next_power_of_2(short)), max(16, triton.next_power_of_2(long))].append(stack)
     for (short, long), together in alike.items():
         if count := sum(stack.matrices for stack in together):
+            aligned = numbers.data_ptr() % 16 == 0 and all(s.first % 8 == s.columns % 8 == 0 for s in together)
             arguments = (numbers, _table(tuple(together), numbers.device), *coefficients, smallest)
-            _orthogonalize_kernel[(count,)](*arguments, STEPS=steps, S=short, L=long, num_warps=8)
+            sizes = {"STEPS": steps, "ALIGNED": aligned, "S": short, "L": long, "num_warps": 8}
+            _orthogonalize_kernel[(count,)](*arguments, **sizes)

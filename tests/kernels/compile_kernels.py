@@ -122,8 +122,9 @@ def launch_products() -> None:
     gate, dh = torch.zeros(N, 1, dtype=torch.bfloat16), torch.zeros(N, K // 2, dtype=torch.bfloat16)
     swiglu.swiglu_quantize(x, gate, ends_e, tile)
     swiglu.swiglu_backward_quantize(dh, x, gate, ends_e, rows=tile, columns=tile)
-    stacks = (newton_schulz.Stack(0, 4, 96, 128),)
-    newton_schulz.orthogonalize_(torch.zeros(N * K).bfloat16(), stacks, 5, (3.4445, -4.7750, 2.0315), 1e-7)
+    for sides in ((96, 128), (64, 128)):
+        stacks = (newton_schulz.Stack(0, 4, *sides),)
+        newton_schulz.orthogonalize_(torch.zeros(N * K).bfloat16(), stacks, 5, (3.4445, -4.7750, 2.0315), 1e-7)
 
 
 def launch_hopper_products() -> None:

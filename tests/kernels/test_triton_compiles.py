@@ -38,7 +38,7 @@ def test_kernels_compile_and_fit_beside_a_core(major: int, minor: int, tmp_path:
     for kernel in kernels:
         assert kernel["shared"] <= card.shared_bytes, kernel
         whole = kernel["kernel"] == "_orthogonalize_kernel"  # matrices stay in registers: some do not find place
-        assert kernel["spilled"] <= (40 if whole else 16), kernel  # bytes a thread
+        assert kernel["spilled"] <= (64 if whole else 16), kernel  # bytes a thread
         multiplies = whole or kernel["kernel"].endswith(("_product_kernel", "_weight_kernel"))
         assert (product in kernel["instructions"]) == multiplies
         descriptors = kernel["kernel"].startswith("_descriptor_")

@@ -110,15 +110,17 @@ def test_small_matrices_stay_on_a_core(
 def test_stacks_of_several_shapes_are_what_each_is_alone_and_nothing_else_is_touched(
     random: Callable[..., Tensor],
 ) -> None:
+    """Together they may be read otherwise, and then a norm is summed in another order: a bit of BF16 in each number."""
     numbers = random(3000).bfloat16()
     stacks = [Stack(0, 2, 16, 24), Stack(800, 1, 30, 20), Stack(1500, 3, 20, 9), Stack(2100, 1, 1, 40)]
-    together = orthogonalized(numbers, stacks)
-    expected = numbers.clone()
+    together, untouched = orthogonalized(numbers, stacks), torch.ones_like(numbers, dtype=torch.bool)
     for stack in stacks:
         part = slice(stack.first, stack.end)
-        expected[part] = orthogonalized(numbers[part], [stack._replace(first=0)])
-        assert not torch.equal(together[part], numbers[part])
-    assert torch.equal(together, expected)
+        alone = orthogonalized(numbers[part], [stack._replace(first=0)]).double()
+        assert (together[part].double() - alone).norm() <= 0.02 * alone.norm()
+        assert (numbers[part].double() - alone).norm() > 0.5 * alone.norm()
+        untouched[part] = False
+    assert torch.equal(together[untouched], numbers[untouched])
 
 
 def test_a_matrix_of_zeros_stays_so_and_others_are_said(random: Callable[..., Tensor]) -> None:
