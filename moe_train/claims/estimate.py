@@ -26,14 +26,15 @@ from moe_train.forecast.interval import Interval
 
 OTHER_ARM = 1.5  # seconds a FLOP of an arm that was not probed, over those of one that was: a naive MoE's tax is 1.3
 # What a run on a GPU that nobody probed spends round its steps: eleven runs on an H200 were billed 5.6 to 7.1 s beside
-# them, thirty beside a slower processor 10 to 13, and 1.7 s of loading kernels were on their clock. About seven s of the
-# thirty's are no longer loaded, or by one process for all (sweeps/warm.py): what is left was not measured. Processors
-# and disks elsewhere may take three times as long: an assumption. Runs of claims are short, so that it is most of them.
+# them, thirty beside a slower processor 10 to 13, and 1.7 s of loading kernels were on their clock. About seven s of
+# these thirty are no longer loaded, or by one process for all (sweeps/warm.py): what is left was not measured.
+# Processors and disks elsewhere may take three times as long: an assumption. Runs of claims are short: it is most of
+# what they take.
 START_SECONDS = Interval(6.0, 3.0, 24.0)
 # FLOP/s of training on an H200 (989 TFLOP/s, 4.8 TB/s) by FLOPs a token, in BF16: of `base` 336 TFLOP/s at 721 MFLOPs
-# (docs/results/nvidia_h200.json). What this power makes of it is 58 for a claim's arm at 8.2 MFLOPs, as measured (16,384
-# tokens in 2.31 ms, docs/log.md), and 64 for `nano` at 10.6, 58 as measured with steps of 64K (nvidia_h200_nano.json),
-# before a small model's step was made faster.
+# (docs/results/nvidia_h200.json). What this power makes of it is 58 for a claim's arm at 8.2 MFLOPs, as measured
+# (16,384 tokens in 2.31 ms, docs/log.md), and 64 for `nano` at 10.6, 58 as measured with steps of 64K
+# (nvidia_h200_nano.json), before a small model's step was made faster.
 H200_FLOPS, H200_AT, H200_FALLS = 336e12, 721e6, 0.39
 H200_PEAK, H200_BANDWIDTH = 989.0, 4.8  # TFLOP/s, TB/s
 

@@ -221,15 +221,21 @@ def choose_experts(logits_te: Tensor, bias_e: Tensor, real_bt: Tensor, gating: G
 
 
 def choice_gradient(
-    logits_te: Tensor, real_bt: Tensor, chosen: Chosen, gating: Gating, grad_tk: Tensor | None, grad_loss: Tensor | None
+    logits_te: Tensor,
+    real_bt: Tensor,
+    expert_tk: Tensor,
+    slope_be: Tensor | None,
+    gating: Gating,
+    grad_tk: Tensor | None,
+    grad_loss: Tensor | None,
 ) -> Tensor:
-    """Of the logits, from those of the gates (t, k) and of the loss ()."""
+    """Of the logits, from those of the gates (t, k) and of the loss (); experts and slope as chosen."""
     (t, e), k, length = logits_te.shape, gating.k, real_bt.shape[1]
     rows, lanes = _rows(e)
     out = torch.empty_like(logits_te, memory_format=torch.contiguous_format)
     of_gates = None if grad_tk is None else grad_tk.contiguous()
-    of_loss = (None, None) if grad_loss is None else (chosen.slope_be, grad_loss)
-    tensors = (logits_te.contiguous(), _bytes(real_bt), chosen.expert_tk.contiguous(), of_gates, *of_loss, out)
+    of_loss = (None, None) if grad_loss is None else (slope_be, grad_loss)
+    tensors = (logits_te.contiguous(), _bytes(real_bt), expert_tk.contiguous(), of_gates, *of_loss, out)
     sizes = {"ROWS": rows, "E": lanes, "NORM": gating.normalised}
     if t:
         _choice_gradient_kernel[(triton.cdiv(t, rows),)](*tensors, gating.scaled, t, length, e, k, **sizes)
@@ -257,8 +263,8 @@ class Choosing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits_te, real_bt, expert_tk, slope_be = ctx.saved_tensors
-        chosen = Chosen(expert_tk, expert_tk, None, slope_be)  # the gates are made again
-        return choice_gradient(logits_te, real_bt, chosen, ctx.gating, grads[1], grads[2]), None, None, None
+        grad_te = choice_gradient(logits_te, real_bt, expert_tk, slope_be, ctx.gating, grads[1], grads[2])
+        return grad_te, None, None, None
 
 
 def takes_pairs(expert_tk: Tensor, num_experts: int) -> bool:

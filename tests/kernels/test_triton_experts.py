@@ -92,7 +92,7 @@ def test_products_by_descriptors_give_what_the_others_give(
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("for compute capability 9.0")
     kernels(True)
-    t, e, k, d, f = (120, 3, 2, 256, 64) if device.type == "cpu" else (5000, 16, 3, 512, 320)
+    t, e, k, d, f = (120, 3, 2, 256, 144) if device.type == "cpu" else (5000, 16, 3, 512, 320)
     plan = dispatch.plan(random(t, e).topk(k).indices, torch.ones(t, dtype=torch.bool, device=device), e)
     inputs = [random(t, d, dtype=dtype), random(e, 2 * f, d) * d**-0.5, random(e, d, f) * f**-0.5]
     inputs += [random(t * k, 1).sigmoid(), random(t, d, dtype=dtype)]
