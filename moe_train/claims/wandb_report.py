@@ -13,6 +13,7 @@ from moe_train.claims.results import Folder
 from moe_train.tracking.tracker import Tracker
 
 _FIGURES = ("claim", "scale", "verdict", "effect", "unit", "p_supported", "runs", "planned_runs", "usd", "statement")
+_OF_EACH = ("verdict", "effect", "unit", "p_supported", "decides")
 
 
 def write(plan: Plan, entry: dict[str, Any], folder: Folder) -> None:
@@ -28,6 +29,20 @@ def write(plan: Plan, entry: dict[str, Any], folder: Folder) -> None:
     run_id = re.sub(r"[^\w-]", "_", f"{name}-{plan.scale_name}-{entry['registered'] or ''}")[:64]
     tracking = dataclasses.replace(config, group=plan.claim.name, tags=tags)
     tracker = Tracker(place, tracking, protocol(plan), name, run_id, resume_step=None)
-    low, high = entry["interval"] or (None, None)
-    figures = {key: entry[key] for key in _FIGURES} | {"interval_low": low, "interval_high": high}
-    tracker.finish(figures)
+    tracker.finish(figures(entry))
+
+
+def figures(entry: dict[str, Any]) -> dict[str, Any]:
+    """Of the claim, and of each of its comparisons: those that do not decide as well."""
+    found = {key: entry[key] for key in _FIGURES} | _bounds(entry)
+    for each in entry["comparisons"]:
+        of = {key: each[key] for key in _OF_EACH} | _bounds(each)
+        found |= {
+            f"{each['measure']}/{each['arm']}_against_{each['against']}/{key}": value for key, value in of.items()
+        }
+    return found
+
+
+def _bounds(judged: dict[str, Any]) -> dict[str, float | None]:
+    low, high = judged["interval"] or (None, None)
+    return {"interval_low": low, "interval_high": high}
