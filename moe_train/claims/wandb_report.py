@@ -35,11 +35,10 @@ def write(plan: Plan, entry: dict[str, Any], folder: Folder) -> None:
 def figures(entry: dict[str, Any]) -> dict[str, Any]:
     """Of the claim, and of each of its comparisons: those that do not decide as well."""
     found = {key: entry[key] for key in _FIGURES} | _bounds(entry)
-    for each in entry["comparisons"]:
+    for nth, each in enumerate(entry["comparisons"], start=1):  # two may differ in their test alone
+        name = f"{nth}_{each['measure']}/{each['arm']}_against_{each['against']}"
         of = {key: each[key] for key in _OF_EACH} | _bounds(each)
-        found |= {
-            f"{each['measure']}/{each['arm']}_against_{each['against']}/{key}": value for key, value in of.items()
-        }
+        found |= {f"{name}/{key}": value for key, value in of.items()}
     return found
 
 

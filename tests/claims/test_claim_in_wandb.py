@@ -17,9 +17,7 @@ def test_every_comparison_of_a_claim_is_told(report: Path) -> None:
     for entry in json.loads(report.read_text())["claims"]:
         told = figures(entry)
         assert told["verdict"] == entry["verdict"]
-        for each in entry["comparisons"]:
-            of = f"{each['measure']}/{each['arm']}_against_{each['against']}"
+        for nth, each in enumerate(entry["comparisons"], start=1):
+            of = f"{nth}_{each['measure']}/{each['arm']}_against_{each['against']}"
             assert told[f"{of}/effect"] == each["effect"]
             assert [told[f"{of}/interval_low"], told[f"{of}/interval_high"]] == (each["interval"] or [None, None])
-        names = {f"{each['measure']}/{each['arm']}_against_{each['against']}" for each in entry["comparisons"]}
-        assert len(names) == len(entry["comparisons"])
