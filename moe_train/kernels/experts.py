@@ -64,7 +64,7 @@ class RoutedExperts(torch.autograd.Function):
         from moe_train.kernels.collect import collect  # Triton is not everywhere
 
         ctx.weight_dtypes = first.dtype, second.dtype
-        first, second = narrowed(first, x_td.dtype), narrowed(second, x_td.dtype)
+        first, second = narrowed(x_td.dtype, first), narrowed(x_td.dtype, second)
         y_nd, gate_up = torch.ops.moe_train.routed_forward(x_td, first, second, gate_n1, ends_e, token_n)
         ctx.save_for_backward(x_td, first, second, gate_n1, ends_e, token_n, place_tk, gate_up)
         out: Tensor = collect(y_nd, place_tk, added_td)

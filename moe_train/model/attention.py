@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_train.config import GQAConfig, MLAConfig, ModelConfig
 from moe_train.kernels.cpu import attention as compiled
 from moe_train.model.cpu_attention import CausalAttention
-from moe_train.model.layers import Linear
+from moe_train.model.layers import Linear, of_one_input
 from moe_train.model.norm import RMSNorm, normed
 from moe_train.model.rope import Rotary, rotate, softmax_scale
 from moe_train.precision.remade import in_compute_format, made_again, remade
@@ -201,12 +201,12 @@ class GQA(nn.Module):
             x_bhtc: Tensor = x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             return x_bhtc
 
-        q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)
+        q, k, v = of_one_input(x_btd, self.q_proj, self.k_proj, self.v_proj)
         sizes = self.config.num_attention_heads, self.config.num_key_value_heads
         if cache is None and self.config.qk_norm is None and compiled.takes(q, v, k, rotary, *sizes):
             mixed: Tensor = self.o_proj(compiled.CausalAttention.apply(q, v, k, *rotary, *sizes, self.scale))  # type: ignore[no-untyped-call]
             return mixed
-        v = heads(v)
+        v = heads(v.contiguous())  # it is kept: of a joint product it would keep queries and keys as well
         if cache is None and _in_one_visit(rotary, q, k, v):
             q, k = self._turned(q, k, rotary, v.dtype)
         else:

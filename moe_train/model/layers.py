@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.precision.fp8 import Fp8Layer
-from moe_train.precision.matmul import linear, swiglu_linear
+from moe_train.precision.matmul import linear, linears, swiglu_linear
 
 
 class Linear(nn.Module):
@@ -30,6 +30,13 @@ class Linear(nn.Module):
     def products(self) -> Fp8Layer | None:
         """Of FP8, where it multiplies in FP8 now."""
         return self.fp8 if self.training or self.evaluates_in_fp8 else None
+
+
+def of_one_input(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """What each makes of x; together, where none multiplies in FP8."""
+    if any(layer.products is not None for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    return linears(x, *(layer.weight for layer in layers))
 
 
 class SwiGLU(nn.Module):

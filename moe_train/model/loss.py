@@ -36,7 +36,7 @@ class _HeadLoss(torch.autograd.Function):
             function = head.head_loss_and_gradients if needs_grad else head.head_loss
             objective, nll, *gradients = function(hidden, weight_vd, target_t, z_loss_weight)
         else:
-            weight = narrowed(weight_vd, dtype)
+            weight = narrowed(dtype, weight_vd)
             objective, nll, *gradients = _by_chunks(hidden, weight, target_t, z_loss_weight, needs_grad)
         if gradients:
             ctx.save_for_backward(gradients[0].to(hidden_td.dtype), gradients[1].to(weight_vd.dtype))

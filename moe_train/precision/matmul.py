@@ -32,11 +32,19 @@ def linear(x: Tensor, weight: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
         if dtype is torch.bfloat16 and compiled.takes(x, weight):
             out: Tensor = compiled.LinearOfRows.apply(x.flatten(0, -2).bfloat16(), weight)  # type: ignore[no-untyped-call]
             return out.view(*x.shape[:-1], -1)
-        if gpu_linear.takes(x, weight, dtype):
-            out = gpu_linear.LinearOfRows.apply(x.flatten(0, -2).to(dtype), weight)  # type: ignore[no-untyped-call]
-            return out.view(*x.shape[:-1], -1)
+        if gpu_linear.takes(x, dtype, weight):
+            return linears(x, weight)[0]
         return F.linear(x, weight)
     return fp8_linear(x.flatten(0, -2), weight, None, fp8).view(*x.shape[:-1], -1)
+
+
+def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """`linear` of one x and several weights: on a GPU one product, of which each result is a part."""
+    dtype = compute_dtype(x)
+    if not gpu_linear.takes(x, dtype, *weights):
+        return tuple(linear(x, weight) for weight in weights)
+    found: tuple[Tensor, ...] = gpu_linear.LinearsOfRows.apply(x.flatten(0, -2).to(dtype), *weights)  # type: ignore[no-untyped-call]
+    return tuple(out.unflatten(0, x.shape[:-1]) for out in found)
 
 
 def grouped_linear(x_ni: Tensor, weight_eoi: Tensor, ends_e: Tensor, fp8: Fp8Layer | None = None) -> Tensor:

@@ -19,12 +19,15 @@ _MOST = 2**24  # numbers of all weights that are held, 32 MB
 _held: Narrowed | None = None  # those of the step in progress
 
 
+_Key = tuple[tuple[int, ...], torch.dtype]
+
+
 class Narrowed:
     """The weights of one model, which nothing changes within `held`."""
 
     def __init__(self) -> None:
-        self._wanted: dict[tuple[int, torch.dtype], Tensor] = {}  # which also keeps the ids those of these weights
-        self._made: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._wanted: dict[_Key, tuple[Tensor, ...]] = {}  # which also keeps the ids those of these weights
+        self._made: dict[_Key, Tensor] = {}
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -39,28 +42,40 @@ class Narrowed:
 
     @torch.no_grad()
     def _make_all(self) -> None:
-        by_dtype: dict[torch.dtype, list[tuple[int, torch.dtype]]] = defaultdict(list)
-        for key in self._wanted:
-            by_dtype[key[1]].append(key)
-        for dtype, keys in by_dtype.items():
-            weights = [self._wanted[key] for key in keys]
-            made = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-            torch._foreach_copy_(made, weights)
-            self._made.update(zip(keys, made, strict=True))
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for key, weights in self._wanted.items():
+            made, parts = _room(weights, key[1])
+            self._made[key] = made
+            by_dtype[key[1]][0].extend(parts)
+            by_dtype[key[1]][1].extend(weights)
+        for parts, of in by_dtype.values():
+            torch._foreach_copy_(parts, of)
 
-    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def of(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """As `narrowed`, made if it is not there yet, and known from then on."""
-        key = (id(weight), dtype)
+        key = tuple(map(id, weights)), dtype
         if key not in self._made:
-            made = weight.to(dtype)
-            if sum(map(torch.numel, self._wanted.values())) + weight.numel() > _MOST:
+            made = _alone(weights, dtype)
+            known = sum(weight.numel() for wanted in self._wanted.values() for weight in wanted)
+            if known + made.numel() > _MOST:
                 return made
-            self._wanted[key], self._made[key] = weight, made
+            self._wanted[key], self._made[key] = weights, made
         return self._made[key]
 
 
-def narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`, for an autograd function that gives its gradient itself."""
-    if weight.dtype == dtype or _held is None or torch.compiler.is_compiling():
-        return weight.to(dtype)
-    return _held.of(weight, dtype)
+def _room(weights: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """For all of them, one below the other, and of it each one's part."""
+    rows = [len(weight) for weight in weights]
+    made = torch.empty((sum(rows), *weights[0].shape[1:]), dtype=dtype, device=weights[0].device)
+    return made, list(made.split(rows))
+
+
+def _alone(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    return weights[0].to(dtype) if len(weights) == 1 else torch.cat([weight.to(dtype) for weight in weights])
+
+
+def narrowed(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    """The weight in `dtype`, or several one below the other, for an autograd function that gives gradients itself."""
+    if _held is None or torch.compiler.is_compiling() or all(weight.dtype == dtype for weight in weights):
+        return _alone(weights, dtype)
+    return _held.of(weights, dtype)

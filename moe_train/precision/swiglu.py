@@ -110,7 +110,7 @@ class SwiGLUProducts(torch.autograd.Function):
         ctx: Any, x: Tensor, first: Tensor, second: Tensor, weight_n1: Tensor | None, ends_e: Tensor | None
     ) -> Tensor:
         ctx.weight_dtypes = first.dtype, second.dtype
-        first, second = narrowed(first, x.dtype), narrowed(second, x.dtype)
+        first, second = narrowed(x.dtype, first), narrowed(x.dtype, second)
         gate_up = grouped.product(x, first, ends_e)
         ctx.save_for_backward(x, first, second, weight_n1, ends_e, gate_up)
         return grouped.product(swiglu(gate_up, weight_n1), second, ends_e)

@@ -12,7 +12,7 @@ from moe_train.benchmark.arms import TrainingArm
 from moe_train.compose import compose_run
 from moe_train.cost.kernels import Kernels
 from moe_train.precision import gpu_linear, grouped, narrowed
-from moe_train.precision.matmul import linear
+from moe_train.precision.matmul import linear, linears
 from moe_train.precision.narrowed import Narrowed
 from moe_train.training.runtime import start_runtime
 
@@ -31,10 +31,14 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def _takes(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
+    return dtype == torch.bfloat16 and all(weight.dtype == torch.float32 for weight in weights)
+
+
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU takes the layer that is a GPU's."""
-    monkeypatch.setattr(gpu_linear, "takes", lambda x, w, dtype: dtype == torch.bfloat16 and w.dtype == torch.float32)
+    """A CPU takes the layers that are a GPU's."""
+    monkeypatch.setattr(gpu_linear, "takes", _takes)
 
 
 def gradients(x: Tensor, *weights: Tensor) -> list[Tensor]:
@@ -55,6 +59,36 @@ def test_a_layers_results_and_gradients_are_those_of_autocast(on_cpu: None, monk
     theirs = gradients(*leaves)
     assert [each.dtype for each in ours] == [torch.bfloat16] + [torch.float32] * 3
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def test_layers_of_one_input_are_those_layers(on_cpu: None, casts: list[int]) -> None:
+    torch.manual_seed(0)
+    x, *weights = (torch.randn(*shape, requires_grad=True) for shape in ((3, 5, 16), (24, 16), (8, 16), (40, 16)))
+    grads = [torch.randn(3, 5, len(weight)).bfloat16() for weight in weights]
+
+    def found(together: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = linears(x, *weights) if together else [linear(x, weight) for weight in weights]
+        return [*(out.detach() for out in outs), *torch.autograd.grad(outs, [x, *weights], grads)]
+
+    narrow = Narrowed()
+    for _ in range(2):
+        with narrow.held():
+            joined = found(together=True)
+        for one, other in zip(joined, found(together=False), strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert (one - other).norm() <= 2**-7 * other.norm()  # of BF16, which x's gradient is summed in or not
+    assert casts == [3]
+
+
+def test_layers_of_one_input_some_of_which_learn(on_cpu: None) -> None:
+    x, *weights = torch.randn(4, 16), torch.randn(8, 16), torch.randn(6, 16)
+    weights[1].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = linears(x, *weights)
+    outs[1].sum().backward()
+    assert [leaf.grad is not None for leaf in (x, *weights)] == [False, False, True]
+    torch.testing.assert_close(weights[1].grad, x.sum(0).expand(6, 16), rtol=2**-6, atol=2**-5)
 
 
 def test_what_needs_no_gradient_gets_none(on_cpu: None) -> None:
@@ -125,7 +159,7 @@ def test_on_a_gpu_a_weights_gradient_is_not_rounded(dtype: torch.dtype) -> None:
     x, weight = torch.randn(3000, 136, device="cuda"), torch.randn(72, 136, device="cuda")
     grad = torch.randn(3000, 72, device="cuda", dtype=dtype)
     weight.requires_grad_()
-    assert gpu_linear.takes(x, weight, dtype)
+    assert gpu_linear.takes(x, dtype, weight)
     with torch.autocast("cuda", dtype):
         y = linear(x, weight)
     (found,) = torch.autograd.grad(y, weight, grad)
