@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moe_train.errors import UserError
 from moe_train.launch import launch_job
+from moe_train.sweeps.runs import last_words
 from moe_train.training.run_folder import SUMMARY
 
 
@@ -23,9 +24,7 @@ def finished_job(overrides: Sequence[str], folder: Path, device: str) -> Path:
     with said.open("w") as output:
         status = launch_job([*overrides, *own], output)
     if status:
-        lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()]
-        last = lines[-1].removeprefix("error: ") if lines else "it said nothing"
-        raise UserError(f"train.py ended with exit status {status}: {last}")
+        raise UserError(f"train.py ended with exit status {status}: {last_words(said)}")
     made_on = json.loads((run / SUMMARY).read_text())["device_name"]
     if made_on != device:
         raise UserError(

@@ -178,4 +178,4 @@ def _sum(one: Interval, other: Interval) -> Interval:
     return Interval(one.value + other.value, one.low + other.low, one.high + other.high)
 
 
-DEFAULT_PROBE: Probe = probes.probe
+DEFAULT_PROBE: Probe = probes.probe_of_job

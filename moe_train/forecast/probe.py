@@ -7,8 +7,12 @@ it may do tonight. `compare` says how near a forecast came once the run is made.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +23,9 @@ import yaml
 from moe_train.errors import UserError
 from moe_train.forecast.interval import Interval
 from moe_train.launch import launch_job
+from moe_train.sweeps.running import Process
+from moe_train.sweeps.runs import last_words
+from moe_train.sweeps.warm import WarmStarts
 
 STEPS, WARM_UP, STRETCH = 20, 8, 3  # nano's steps still fall from 0.32 to 0.24 s over the first eight
 # What makes a run a probe, whatever else it is told.
@@ -40,9 +47,44 @@ def probe(overrides: Sequence[str], tokens: int) -> dict[str, Any]:
         status = launch_job([*overrides, *_SETTINGS, f"run_dir={run}"])
         if status:
             raise UserError(f"the probe ended with exit status {status}: correct what it says above")
-        summary = json.loads((run / "summary.json").read_text())
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        return _of_run(run, tokens)
+
+
+def probe_of_job(overrides: Sequence[str], tokens: int) -> dict[str, Any]:
+    """The same of one of many runs that a pool makes: from a fork, once all is there that is made only once.
+
+    Text is prepared and kernels are compiled by a step before it: 8 of 12 s to a first step were, and counted for every
+    run of a claim, some seconds long, they made five times its cost.
+    """
+    with tempfile.TemporaryDirectory() as folder, WarmStarts() as start:
+        for run in (Path(folder) / "once", Path(folder) / "probe"):
+            log = run.with_suffix(".log")
+            steps = ["stop.steps=1", "eval.max_tokens=1"] if run.name == "once" else []
+            with log.open("a") as output:
+                status = _end_of(start([*overrides, *_SETTINGS, *steps, f"run_dir={run}"], output, {}))
+            if status:
+                raise UserError(f"the probe ended with exit status {status}: {last_words(log)}")
+        return _of_run(run, tokens)
+
+
+def _end_of(job: Process) -> int:
+    """Its exit status. What ends the caller meanwhile, a signal above all, ends the job first."""
+    try:
+        while (status := job.poll()) is None:
+            time.sleep(0.05)
+        return status
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        while job.poll() is None:
+            time.sleep(0.05)
+        raise
+
+
+def _of_run(run: Path, tokens: int) -> dict[str, Any]:
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    config = yaml.safe_load((run / "config.yaml").read_text())
     return extrapolated(summary, rows, config, tokens)
 
 

@@ -22,6 +22,16 @@ def is_divergence(says: str) -> bool:
     return says.startswith("the loss is ")
 
 
+def last_words(log: Path) -> str:
+    """The last line of what a job said."""
+    try:
+        said = log.read_text(errors="replace")
+    except OSError:
+        said = ""
+    lines = [line for line in said.splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+
+
 def began(pid: int) -> float | None:
     """When the process did, which tells it from another of its number; None where it has ended, or is not there."""
     try:
@@ -48,12 +58,7 @@ class RunsByHash:
 
     def last_words(self, run_hash: str) -> str:
         """The last line of its log."""
-        try:
-            said = self.log(run_hash).read_text(errors="replace")
-        except OSError:
-            said = ""
-        lines = [line for line in said.splitlines() if line.strip()]
-        return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+        return last_words(self.log(run_hash))
 
     def diverged(self, run_hash: str) -> str | None:
         """What the run said when its loss was no longer finite, if that is how it ended: made again it would again."""

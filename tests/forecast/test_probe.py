@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 
 from moe_train.errors import UserError
+from moe_train.forecast import probe
 from moe_train.forecast.probe import compare, extrapolated
 
 SUMMARY: dict[str, Any] = {
@@ -58,6 +62,49 @@ def test_a_run_is_start_up_its_tokens_at_the_warm_rate_its_evaluations_and_the_r
 def test_a_run_too_short_to_measure_is_refused() -> None:
     with pytest.raises(UserError, match="too few to measure"):
         extrapolated(SUMMARY, STEADY[:10], CONFIG, tokens=1000)
+
+
+class Made:
+    """Starts of jobs that end at once; each takes a second less to start than the one before."""
+
+    def __init__(self, failing: int | None = None) -> None:
+        self.failing = failing
+        self.steps: list[int] = []
+
+    def __enter__(self) -> Made:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, overrides: Sequence[str], output: IO[str], environment: Mapping[str, str]) -> Any:
+        assert output.name.startswith(tempfile.gettempdir())
+        steps = [o for o in overrides if o.startswith(("stop=", "stop.steps="))]
+        self.steps.append(int(steps[-1].removeprefix("stop.steps=")) if len(steps) > 1 else probe.STEPS)
+        if len(self.steps) - 1 == self.failing:
+            output.write("error: it went wrong\n")
+            return SimpleNamespace(pid=2**30, poll=lambda: 1)
+        (folder,) = (Path(o.removeprefix("run_dir=")) for o in overrides if o.startswith("run_dir="))
+        folder.mkdir()
+        summary = SUMMARY | {"startup_seconds": 4.0 - len(self.steps)}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "config.yaml").write_text(json.dumps(CONFIG))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in STEADY))
+        return SimpleNamespace(pid=2**30, poll=lambda: 0)
+
+
+def test_of_a_pools_job_what_is_made_once_is_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made()
+    monkeypatch.setattr(probe, "WarmStarts", lambda: made)
+    assert probe.probe_of_job([], 150_000)["startup_seconds"] == 2.0  # the second's
+    assert made.steps == [1, probe.STEPS]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_job_that_fails_is_said_with_its_last_words(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "WarmStarts", lambda: Made(failing))
+    with pytest.raises(UserError, match="exit status 1: it went wrong"):
+        probe.probe_of_job([], 150_000)
 
 
 def finished(folder: Path, **changes: Any) -> Path:
