@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -69,30 +70,34 @@ def serve(requests: Any, answers: Any) -> None:
             pid, status = os.waitpid(asked["poll"], os.WNOHANG)
             said = None if pid == 0 else os.waitstatus_to_exitcode(status)
         else:
+            begun, begins = os.pipe()
             said = os.fork()
             if said == 0:
-                _become(asked, (requests, answers))
-            with contextlib.suppress(OSError):  # whichever of the two comes first
-                os.setpgid(said, said)
+                os.setsid()  # signals reach it from here on, and none comes from the end of another session
+                os.close(begins)
+                _become(asked, (begun, requests.fileno(), answers.fileno()))
+            os.close(begins)
+            os.read(begun, 1)
+            os.close(begun)
         answers.write(f"{json.dumps(said)}\n")
         answers.flush()
 
 
-def _become(asked: dict[str, Any], pipes: tuple[Any, ...]) -> NoReturn:
-    """`python train.py overrides…` with its environment and output, in a process group of its own."""
+def _become(asked: dict[str, Any], pipes: tuple[int, ...]) -> NoReturn:
+    """`python train.py overrides…` with its environment and output."""
     status = 1
     try:
-        with contextlib.suppress(OSError):
-            os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         output = os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
         for pipe in pipes:
-            os.close(pipe.fileno())
+            os.close(pipe)
         # As a Python that writes to a file begins.
-        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+        encoding = None if sys.__stdout__ is None else sys.__stdout__.encoding
+        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", encoding=encoding, closefd=False)
+        sys.stderr = os.fdopen(2, "w", 1, encoding, errors="backslashreplace", closefd=False)
         os.environ.clear()
         os.environ.update(asked["environment"])
         sys.argv, sys.path[0] = [str(TRAIN), *asked["overrides"]], str(TRAIN.parent)
@@ -109,6 +114,9 @@ def _become(asked: dict[str, Any], pipes: tuple[Any, ...]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks says when it is over
+    while os.open(os.devnull, os.O_RDWR) < 3:  # the place of what a shell has closed
+        pass
     asked_in, said_in = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a module prints while it is imported is no answer
     nowhere = os.open(os.devnull, os.O_RDONLY)

@@ -107,7 +107,7 @@ def plan(job_overrides: Sequence[Sequence[str]], config_dir: Path | None) -> lis
     found = []
     for overrides in job_overrides:
         own = overrides if len(job_overrides) == 1 else [o for o in overrides if o not in common]
-        label = " ".join(own) or "defaults"
+        label = " ".join(own or overrides) or "defaults"  # none of its own: it is there twice
         try:
             job = Job(label, tuple(overrides), compose_run(list(overrides), "grid", config_dir))
         except UserError as error:

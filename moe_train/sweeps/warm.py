@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
 
-import psutil
-
 from moe_train.launch import TRAIN, job_environment, start_job
 from moe_train.sweeps.forking import READY
+from moe_train.sweeps.runs import began
+
+_IMPORTS_WITHIN, _ANSWERS_WITHIN = 300.0, 10.0  # seconds; as a rule 5 and 0.001
 
 
 class _Forked:
@@ -28,11 +30,12 @@ class _Forked:
     def __init__(self, server: _Server, pid: int) -> None:
         self.pid = pid
         self._server = server
+        self._began = began(pid)
         self._status: int | None = None
 
     def poll(self) -> int | None:
         if self._status is None:
-            self._status = self._server.status(self.pid)
+            self._status = self._server.status(self.pid, self._began)
         return self._status
 
 
@@ -42,28 +45,28 @@ class _Server:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "moe_train.sweeps.forking"]
         environment = job_environment()
-        # Found as train.py finds it, whether it is installed or not.
+        # Found as train.py finds it, installed or not, and nothing in the folder that one happens to be in.
         path = [str(TRAIN.parent), *filter(None, [environment.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             command,
-            env=environment | {"PYTHONPATH": os.pathsep.join(path)},
+            env=environment | {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
-        self.is_ready = self._answer() == READY
+        self.is_ready = self._answer(_IMPORTS_WITHIN) == READY
 
     def fork(self, overrides: Sequence[str], output: IO[str], environment: Mapping[str, str]) -> _Forked:
         asked = {"overrides": list(overrides), "environment": {**job_environment(), **environment}}
         return _Forked(self, self._ask(asked | {"output": output.name}))
 
-    def status(self, pid: int) -> int | None:
+    def status(self, pid: int, moment: float | None) -> int | None:
         """Of a job that has ended. One whose parent is gone leaves none: what it wrote says whether it finished."""
         try:
             found: int | None = self._ask({"poll": pid})
         except (OSError, ValueError):
-            return None if psutil.pid_exists(pid) else 1
+            return None if moment is not None and began(pid) == moment else 1
         return found
 
     def close(self) -> None:
@@ -71,16 +74,23 @@ class _Server:
             assert pipe is not None
             with contextlib.suppress(OSError):  # nobody reads what was asked last
                 pipe.close()
-        self._process.wait()
+        try:
+            self._process.wait(_ANSWERS_WITHIN)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _ask(self, asked: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._answer())
+        return json.loads(self._answer(_ANSWERS_WITHIN))
 
-    def _answer(self) -> str:
+    def _answer(self, seconds: float) -> str:
+        """A line; none where it is gone. One that does not answer in time, as it was stopped, is ended."""
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            self._process.kill()
         return self._process.stdout.readline().strip()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # grids note signals too, and have no use for torch
     import torch.distributed as dist
 
 
+PASSED_ON_WITHIN = 2.0  # seconds
 _BEFORE_THE_END = (signal.SIGUSR1, signal.SIGUSR2)  # what submitit has SLURM send when time is nearly up
 
 
@@ -28,6 +30,7 @@ class Interruption:
         self.signal: int | None = None  # that all processes know of
         self._alone = alone
         self._here: int | None = None
+        self._since = 0.0  # when it came
         self._previous: dict[int, Any] = {}
 
     def agree(self, group: dist.ProcessGroup | None) -> None:
@@ -43,9 +46,10 @@ class Interruption:
     def listen(self) -> None:
         """From now on a signal is noted instead of followed. Raises BeforeFirstStep where one came before.
 
-        A second one is followed at once by a process that is alone. Others get several, from the terminal and from
-        their launcher, one more when the first of them has ended: they go on noting them, to have their say, until the
-        launcher's patience ends.
+        A second one is followed at once by a process that is alone, but for a SIGTERM that comes with the first: a
+        scheduler tells all processes of a job, and a sweep among them passes it on. Others get several, from the
+        terminal and from their launcher, one more when the first of them has ended: they go on noting them, to have
+        their say, until the launcher's patience ends.
         """
         listened_to = [number for number in _BEFORE_THE_END if callable(signal.getsignal(number))]
         numbers = (signal.SIGINT, signal.SIGTERM, *listened_to)
@@ -74,7 +78,9 @@ class Interruption:
 
     def _note(self, number: int, _frame: object) -> None:
         if self._alone:
-            if self.signal is not None:
+            now = time.monotonic()
+            if self.signal is None:
+                self.signal, self._since = number, now
+            elif number != signal.SIGTERM or self.signal != number or now - self._since > PASSED_ON_WITHIN:
                 raise KeyboardInterrupt
-            self.signal = number
         self._here = number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -131,3 +132,56 @@ def test_where_there_is_no_server_jobs_start_by_themselves(
         for _ in range(2):
             assert ended(starts(["--cfg", "job"], output, {})) == 0
     assert capfd.readouterr().err.count("note: jobs start one by one") == 1
+
+
+def test_a_server_that_was_stopped_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warm, "_ANSWERS_WITHIN", 0.5)
+    with WarmStarts() as starts, (tmp_path / "log").open("a") as output:
+        job = starts([*LONG, f"run_dir={tmp_path / 'run'}"], output, {})
+        server = psutil.Process(job.pid).parent()
+        assert server is not None
+        server.suspend()
+        assert job.poll() is None
+        assert ended(starts(["--cfg", "job"], output, {})) == 0
+        assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+        os.killpg(job.pid, signal.SIGKILL)
+        assert ended(job) == 1
+    assert "they start one by one" in capfd.readouterr().err
+
+
+def test_a_process_that_has_another_ones_number_is_not_waited_for(starts: WarmStarts) -> None:
+    forked = warm._Forked(starts._server, os.getpid())  # type: ignore[arg-type]
+    assert forked._began == psutil.Process().create_time()
+    lost = warm._Server.__new__(warm._Server)
+    lost._ask = lambda asked: (_ for _ in ()).throw(BrokenPipeError)  # type: ignore[method-assign]
+    assert lost.status(os.getpid(), forked._began) is None
+    assert lost.status(os.getpid(), 0.0) == 1
+    assert lost.status(2**22 + 1, None) == 1
+
+
+DRIVER = """
+import pathlib, sys, time
+from moe_train.sweeps.warm import WarmStarts
+folder = pathlib.Path(sys.argv[1])
+with WarmStarts() as starts, (folder / "log").open("a") as output:
+    job = starts(["--cfg", "job"], output, {})
+    while (status := job.poll()) is None:
+        time.sleep(0.02)
+    (folder / "status").write_text(f"{status} {starts._forks}")
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "<&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_shell_that_closed_streams_and_a_folder_of_modules_change_nothing(closed: str, tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(DRIVER)
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("torch", "json", "yaml", "textwrap", "moe_train"):
+        (here / f"{name}.py").write_text("raise ImportError('of the folder that one happens to be in')")
+    command = f"exec {sys.executable} {tmp_path / 'driver.py'} {tmp_path} {closed}"
+    environment = os.environ | {"PYTHONPATH": str(TRAIN.parent)}
+    assert subprocess.run(["sh", "-c", command], cwd=here, env=environment, check=False).returncode == 0
+    assert (tmp_path / "status").read_text() == "0 True"
+    assert "hidden_size" in (tmp_path / "log").read_text()
