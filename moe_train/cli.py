@@ -138,7 +138,7 @@ def parse_arguments(schema: type[T], arguments: list[str], usage: str, settings:
         given[key] = value
     for name, field in fields.items():
         if name not in given and field.default is dataclasses.MISSING:
-            raise UsageError(f"{name}= is missing: {usage}")
+            raise UsageError(f"{name}= is missing: {_command(usage, name)} (--help says more)")
     try:
         return TypeAdapter(schema).validate_python(given)
     except ValidationError as error:
@@ -147,6 +147,12 @@ def parse_arguments(schema: type[T], arguments: list[str], usage: str, settings:
         # Where a value may be of several kinds, there is a mistake for each.
         remedies = dict.fromkeys(_remedy(mistake) for mistake in mistakes if mistake["loc"][0] == argument)
         raise UsageError(f"{argument}={mistakes[0]['input']}: {', or '.join(remedies)}") from None
+
+
+def _command(usage: str, name: str) -> str:
+    """How it is called with that argument, of a script's description."""
+    commands = [part for part in usage.split("\n\n") if part.startswith("python ") and f"{name}=" in part]
+    return commands[0].split("\npython ")[0] if commands else usage
 
 
 def _remedy(mistake: ErrorDetails) -> str:

@@ -97,7 +97,7 @@ def test_what_a_budget_has_paid_for_is_written_and_going_on_wants_other_files(ow
     ("arguments", "says", "status"),
     [
         (["sweep=expert"], "there is no sweep=expert: did you mean experts?", 1),
-        ([], "sweep= is missing", 2),
+        ([], "sweep= is missing: python scripts/sweep.py sweep=NAME [budget.usd=N]", 2),
         (["sweep=experts", "trails=3"], "unknown key trails", 1),
         (["sweep=experts", "trials=0"], "trials=0: give a number of at least 1", 2),
         (["sweep=fp8_recipes", "trials=3"], "is a grid and makes all of it", 2),
