@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moe_train.before_torch import settle_environment
+from moe_train.errors import one_line
 from moe_train.launch import TRAIN
 
 READY = "ready"
@@ -121,7 +122,12 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # what a module prints while it is imported is no answer
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)
-    import_all()
+    try:
+        import_all()
+    except Exception as error:
+        sys.stderr.write(f"note: {one_line(error)}\n")
+        sys.stderr.flush()
+        os._exit(1)
     said_in.write(f"{READY}\n")
     said_in.flush()
     serve(asked_in, said_in)

@@ -131,7 +131,10 @@ def test_where_there_is_no_server_jobs_start_by_themselves(
     with WarmStarts() as starts, (tmp_path / "log").open("a") as output:
         for _ in range(2):
             assert ended(starts(["--cfg", "job"], output, {})) == 0
-    assert capfd.readouterr().err.count("note: jobs start one by one") == 1
+    said = capfd.readouterr().err
+    assert said.splitlines()[0] == "note: broken"
+    assert said.count("note: jobs start one by one") == 1
+    assert "Traceback" not in said
 
 
 def test_a_server_that_was_stopped_is_ended(
