@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,3 +80,13 @@ def small_model(model_config: Callable[..., ModelConfig]) -> Callable[..., Trans
 def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of made-up but regular text, 400 documents, big enough for both splits."""
     return write_corpus(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """For a test that starts a runtime: what another one left would have its precision, and so would this one's."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)

@@ -104,7 +104,8 @@ def _remove_abandoned(cache: Path) -> None:
     """Delete what killed jobs left half made: folders nobody holds the lock of."""
     for partial in cache.glob("*.partial"):
         with contextlib.suppress(filelock.Timeout), filelock.FileLock(_lock_of(partial.with_suffix("")), timeout=0):
-            shutil.rmtree(partial)
+            if partial.exists():  # else whoever had the lock has finished it meanwhile
+                shutil.rmtree(partial)
 
 
 # -------------------------------------------------------------------------------------------------------- writing

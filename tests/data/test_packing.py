@@ -231,6 +231,25 @@ def test_jobs_at_the_same_time_prepare_once(tmp_path: Path, written: list[Path])
     assert len(results) == 4
 
 
+def test_what_another_job_finishes_meanwhile_is_not_cleared_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was half made when it was listed, and whole when its lock was free."""
+    config = config_for(tmp_path)
+    cache = Path(str(config.cache_dir))
+    cache.mkdir()
+    other = cache / "text_files-other.partial"
+    other.mkdir()
+    lock = packing.filelock.FileLock
+
+    def finished_meanwhile(path: Path, **settings: Any) -> Any:
+        if "other" in str(path):
+            other.rename(other.with_suffix(""))
+        return lock(path, **settings)
+
+    monkeypatch.setattr(packing.filelock, "FileLock", finished_meanwhile)
+    prepare(config, progress=False)
+    assert other.with_suffix("").is_dir()
+
+
 def test_the_cache_folder_is_the_settings_then_the_environments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

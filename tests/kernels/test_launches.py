@@ -80,6 +80,7 @@ def launches_of_a_step(monkeypatch: pytest.MonkeyPatch, *settings: str) -> int:
     return counter.count
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_a_mixture_adds_few_kernels_to_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     mixture = launches_of_a_step(monkeypatch)
     dense = launches_of_a_step(monkeypatch, "model.dense_twin_of_moe=equal_flops")

@@ -127,6 +127,7 @@ def test_weights_of_a_large_model_are_not_held(on_cpu: None, casts: list[int], m
     assert casts == [1]
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("attention", ["mla", "gqa_4x32"])
 def test_a_model_that_holds_them_has_the_same_gradients(
     attention: str, on_cpu: None, casts: list[int], monkeypatch: pytest.MonkeyPatch
