@@ -37,7 +37,8 @@ def _cross_entropy_kernel(
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     picked = tl.zeros((BLOCK,), tl.float32)
-    x = widen(tl.load(at + column, mask=column < v, other=float("-inf")))
+    if ONCE:
+        x = widen(tl.load(at + column, mask=column < v, other=float("-inf")))
     for start in range(0, v, BLOCK):
         place = start + column
         if not ONCE:

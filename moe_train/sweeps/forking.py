@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import sys
@@ -21,22 +22,11 @@ from typing import Any, NoReturn
 
 from moe_train.before_torch import settle_environment
 from moe_train.errors import one_line
+from moe_train.kernels import __path__ as KERNELS
 from moe_train.launch import TRAIN
 
 READY = "ready"
 _ALWAYS = ("hydra", "moe_train.cli", "moe_train.training.run", "wandb", "wandb.sdk.launch")  # which a wandb run loads
-_ON_A_GPU = (
-    "adamw",
-    "collect",
-    "experts",
-    "grouped_matmul",
-    "head",
-    "heads",
-    "muon",
-    "newton_schulz",
-    "norm",
-    "routing",
-)
 
 
 def import_all() -> None:
@@ -47,7 +37,7 @@ def import_all() -> None:
     import torch
 
     if torch.version.cuda is not None and Path("/dev/nvidiactl").exists() and importlib.util.find_spec("triton"):
-        for name in ("pynvml", *(f"moe_train.kernels.{name}" for name in _ON_A_GPU)):
+        for name in ("pynvml", *(kernels.name for kernels in pkgutil.iter_modules(KERNELS, "moe_train.kernels."))):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
     if _has_opened_a_gpu():

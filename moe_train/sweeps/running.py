@@ -34,9 +34,8 @@ class Orphan:
     def __init__(self, runs: RunsByHash, run_hash: str) -> None:
         self._runs, self._hash = runs, run_hash
         pid = runs.pid_at_work(run_hash)
-        self.pid = (
-            pid if pid is not None and not runs.has_living_sweep(run_hash) else 0
-        )  # else it is that sweep's to end
+        # One whose sweep is alive is that sweep's to end.
+        self.pid = 0 if pid is None or runs.has_living_sweep(run_hash) else pid
 
     def poll(self) -> int | None:
         return None if self._runs.is_at_work(self._hash) else 0

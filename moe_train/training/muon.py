@@ -184,9 +184,9 @@ class Muon(torch.optim.Optimizer):
         matrices.direct(directions, group["momentum"], group["nesterov"], coefficient)
         small = [stack for stack in stacks if newton_schulz.takes(directions, stack.rows, stack.columns)]
         newton_schulz.orthogonalize_(directions, small, steps, (_A, _B, _C), _EPS)
-        for first, count, rows, columns in stacks:
-            if not newton_schulz.takes(directions, rows, columns):
-                part = directions[first : first + count * rows * columns].view(count, rows, columns)
+        for stack in stacks:
+            if stack not in small:
+                part = directions[stack.first : stack.end].view(-1, stack.rows, stack.columns)
                 part.copy_(orthogonalized(part, steps))
         matrices.update(directions, rate, group["weight_decay"])
 
