@@ -25,17 +25,16 @@ from moe_train.forecast import probe as probes
 from moe_train.forecast.interval import Interval
 
 OTHER_ARM = 1.5  # seconds a FLOP of an arm that was not probed, over those of one that was: a naive MoE's tax is 1.3
-# What a run on a GPU that nobody probed spends round its steps: eleven runs on an H200 were billed 5.6 to 7.1 s beside
-# them, thirty beside a slower processor 10 to 13, and 1.7 s of loading kernels were on their clock. About seven s of
-# these thirty are no longer loaded, or by one process for all (sweeps/warm.py): what is left was not measured.
-# Processors and disks elsewhere may take three times as long: an assumption. Runs of claims are short: it is most of
-# what they take.
-START_SECONDS = Interval(6.0, 3.0, 24.0)
+# What a run on a GPU that nobody probed spends beside steps at their pace: 56 runs on an H200 were billed 2.8 to 5.0 s,
+# half of them 3.7 (docs/results/claims/dollars_again_gpu.json; 1.3 s are kernels being loaded, most of the rest the
+# device being opened and validation), forked of one process (sweeps/warm.py). Processors and disks elsewhere may take
+# three times as long: an assumption. Runs of claims are short: it is most of what they take.
+START_SECONDS = Interval(4.0, 3.0, 12.0)
 # FLOP/s of training on an H200 (989 TFLOP/s, 4.8 TB/s) by FLOPs a token, in BF16: of `base` 336 TFLOP/s at 721 MFLOPs
-# (docs/results/nvidia_h200.json). What this power makes of it is 58 for a claim's arm at 8.2 MFLOPs, as measured
-# (16,384 tokens in 2.31 ms, docs/log.md), and 64 for `nano` at 10.6, 58 as measured with steps of 64K
-# (nvidia_h200_nano.json), before a small model's step was made faster.
-H200_FLOPS, H200_AT, H200_FALLS = 336e12, 721e6, 0.39
+# (docs/results/nvidia_h200.json). What this power makes of it is 67 for a claim's arms at 8.2 MFLOPs, where a mixture
+# reached 63 and its twin 77 (16,384 tokens in 2.12 and 1.74 ms, docs/log.md), and 74 for `nano` at 10.6, where 83 were
+# measured with steps of 64K (nvidia_h200_nano.json).
+H200_FLOPS, H200_AT, H200_FALLS = 336e12, 721e6, 0.36
 H200_PEAK, H200_BANDWIDTH = 989.0, 4.8  # TFLOP/s, TB/s
 
 Probe = Callable[[Sequence[str], int], dict[str, Any]]

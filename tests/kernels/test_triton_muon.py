@@ -135,12 +135,14 @@ def test_a_matrix_of_zeros_stays_so_and_others_are_said(random: Callable[..., Te
         newton_schulz.orthogonalize_(numbers[::2], [Stack(0, 1, 16, 24)], 5, COEFFICIENTS, 1e-7)
 
 
-def test_muons_step_by_kernels_is_its_step(random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muons_step_by_kernels_is_within_bf16_of_fp32s(
+    random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes = [(6, 8), (3, 4, 8), (140, 9), (6, 8)]  # the third is too large for a core
     values, gradients = ([random(*shape) for shape in shapes] for _ in range(2))
-    found = []
-    for kernels in (False, True):
-        monkeypatch.setattr(steps, "kernels_take", lambda _, kernels=kernels: kernels)
+
+    def stepped(kernels: bool) -> list[Tensor]:
+        monkeypatch.setattr(steps, "kernels_take", lambda _: kernels)
         parameters = [torch.nn.Parameter(value.clone()) for value in values]
         optimizer = steps.Muon(
             parameters, lr=0.02, momentum=0.9, nesterov=True, ns_steps=5, weight_decay=0.1, joined=[parameters[0]]
@@ -150,8 +152,10 @@ def test_muons_step_by_kernels_is_its_step(random: Callable[..., Tensor], monkey
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient.clone()
             optimizer.step()
-        found.append([parameter.detach() for parameter in parameters])
-    for one, other, value in zip(*found, values):
-        # The iteration is in BF16 where that is fast: a direction's last bit moves an update of about 0.02 by 1/256.
-        torch.testing.assert_close(one, other, rtol=0, atol=4e-4)
-        assert not torch.equal(one, value)
+        return [parameter.detach() for parameter in parameters]
+
+    in_bf16, by_kernels = stepped(False), stepped(True)
+    monkeypatch.setattr(steps, "fast_dtype", lambda _: torch.float32)
+    for exact, *found, value in zip(stepped(False), in_bf16, by_kernels, values):
+        # In BF16 a step of these sizes is off by 0.4 to 1.5% over eight seeds, by its luck with the order of its sums.
+        assert all((one - exact).norm() <= 0.02 * (exact - value).norm() for one in found)
