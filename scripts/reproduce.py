@@ -112,10 +112,10 @@ def _self_check(arguments: Arguments) -> dict[str, Any]:
 
 
 def _readme(arguments: Arguments, readme: Path) -> dict[str, Any]:
-    from moe_train.claims import markdown, report
+    from moe_train.claims import markdown, record
 
-    sources = [Path(name) for name in (arguments.report or str(arguments.out / report.JSON)).split(",")]
-    contents = {os.path.relpath(file.absolute(), readme.absolute().parent): report.read(file) for file in sources}
+    sources = [Path(name) for name in (arguments.report or str(arguments.out / record.JSON)).split(",")]
+    contents = {os.path.relpath(file.absolute(), readme.absolute().parent): record.read(file) for file in sources}
     markdown.write_readme(readme, contents)
     return {"claims": [claim for content in contents.values() for claim in content["claims"]]}
 

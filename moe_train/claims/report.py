@@ -1,42 +1,30 @@
 """`report.json`, `REPORT.md` and `report.html` of a suite: the same content, every figure with the runs it is from.
 
-The JSON is the record, the other two are made from it alone. A claim that is put to the test again replaces its entry.
-A report may be far from its runs when it is read again, for a README say. So every entry has a `digest` of itself, by
-which a figure or curve that was changed is noticed, and its verdict must follow from its p values, the digest left out
-or not. Both are against mistakes: who forges all of it is found out by making the runs again.
+The JSON is the record (record.py reads it again), the other two are made from it alone. A claim that is put to the test
+again replaces its entry.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from moe_train.claims import html, markdown
 from moe_train.claims.axes import fits
 from moe_train.claims.loss_curves import curves_of
 from moe_train.claims.plan import Plan
+from moe_train.claims.record import JSON, Content, all_runs, digest, read
 from moe_train.claims.registered import file_of
 from moe_train.claims.results import Folder, Result
 from moe_train.claims.statistics import holm
-from moe_train.claims.verdict import Judged, Verdict, verdict_by, verdict_of
+from moe_train.claims.verdict import Judged
 from moe_train.cli import write_json, write_whole
-from moe_train.errors import UserError
 
-Content = dict[str, Any]
-
-JSON, MARKDOWN, HTML = "report.json", "REPORT.md", "report.html"
+MARKDOWN, HTML = "REPORT.md", "report.html"
 _OF_DEVICE = ("device_name", "hardware", "num_devices", "num_threads", "compute_dtype", "price_usd_per_hour")
-# What is read of an entry again: by the README's table, and where claims are judged together.
-_READ = {
-    *("claim", "scale", "number", "verdict", "comparisons", "published", "seeds", "runs", "planned_runs", "usd"),
-    *("device", "notes", "reasons", "run_list", "p_supported"),
-}
 _OF_DATA = ("price_source", "price_date", "corpus", "corpus_fingerprint", "versions")
 
 
@@ -61,55 +49,6 @@ def write_page(folder: Folder) -> None:
         write_whole(folder.path / HTML, html.report(read(folder.path / JSON)))
 
 
-def read(path: Path, other: str = "report=") -> Content:
-    """Raises UserError where it is no report, or not a whole one. `other`: the setting that would name another."""
-    try:
-        content: Content = json.loads(path.read_text())
-        odd = "what is said of all claims together" if content["date"] and not _adds_up(content) else None
-        for claim in content["claims"]:
-            if missing := _READ.difference(claim):
-                raise KeyError(*missing)
-            if claim["verdict"] not in get_args(Verdict):
-                raise ValueError(claim["verdict"])
-            if odd is None and not _is_as_written(claim):
-                odd = f"claim={claim['claim']} scale={claim['scale']}"
-    except FileNotFoundError:
-        raise UserError(f"there is no report {path}: run scripts/reproduce.py claim=NAME first") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is no report of claims: move it away, or give another {other}") from None
-    if odd is not None:
-        raise UserError(
-            f"{path}: {odd} is not as it was written: put the file back, or move it away and judge its claims again "
-            f"where their runs are, or give another {other}"
-        )
-    return content
-
-
-def _adds_up(content: Content) -> bool:
-    runs, usd = _all_runs(content["claims"])
-    said = content["usd_of_distinct_runs"]
-    same = usd == said or (usd is not None and said is not None and math.isclose(usd, said))
-    return same and runs == content["distinct_runs"]
-
-
-def _digest(claim: dict[str, Any]) -> str:
-    """Of an entry, but for what the other claims of its report decide."""
-    own = {key: value for key, value in claim.items() if key not in ("digest", "p_supported_over_all_claims")}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_as_written(claim: dict[str, Any]) -> bool:
-    """An earlier version wrote no digest; that verdicts follow from p values holds of all."""
-    comparisons = claim["comparisons"]
-    for each in comparisons:
-        alpha = 0.0 if each["level"] is None else round((1 - each["level"]) / 2, 12)
-        if each["verdict"] != verdict_by(each["p_supported"], each["p_refuted"], alpha):
-            return False
-    deciding = [each["verdict"] for each in comparisons if each["decides"]]
-    follows: bool = claim["verdict"] == verdict_of(claim["scale"], deciding)
-    return follows and claim.get("digest", _digest(claim)) == _digest(claim)
-
-
 def merged(earlier: Content | None, entries: Sequence[dict[str, Any]]) -> Content:
     """Earlier claims that are not among the new ones stay. Holm's adjustment over a scale's claims is made anew."""
     new = {(each["claim"], each["scale"]) for each in entries}
@@ -120,20 +59,14 @@ def merged(earlier: Content | None, entries: Sequence[dict[str, Any]]) -> Conten
         adjusted = holm([1.0 if each["p_supported"] is None else each["p_supported"] for each in family])
         for each, p in zip(family, adjusted):
             each["p_supported_over_all_claims"] = None if each["p_supported"] is None else float(p)
-    runs, usd = _all_runs(claims)
+    runs, usd = all_runs(claims)
     return {"date": date.today().isoformat(), "claims": claims, "distinct_runs": runs, "usd_of_distinct_runs": usd}
-
-
-def _all_runs(claims: Sequence[dict[str, Any]]) -> tuple[int, float | None]:
-    """How many there are, each once, and what they cost."""
-    runs = {run["hash"]: run["usd"] for each in claims for run in each["run_list"]}
-    return len(runs), None if any(value is None for value in runs.values()) else sum(runs.values())
 
 
 def entry(judged: Judged, folder: Folder) -> dict[str, Any]:
     """A claim as it stands in the JSON."""
     content = _content(judged, folder)
-    return {**content, "digest": _digest(content)}
+    return {**content, "digest": digest(content)}
 
 
 def _content(judged: Judged, folder: Folder) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_train.claims import report
+from moe_train.claims import record
 from moe_train.claims.curves import saving
 from moe_train.claims.library import load_claims
 from moe_train.claims.made_up import PRICE, write_run
@@ -202,8 +202,8 @@ def _price_is_caught(plan: Plan, folder: Folder) -> bool:
 
 def real_seeds(out: Path) -> list[Check]:
     """Of every scale at which the claim identical_arms was made here."""
-    path = out / report.JSON
-    entries = report.read(path)["claims"] if path.exists() else []
+    path = out / record.JSON
+    entries = record.read(path)["claims"] if path.exists() else []
     made = [entry for entry in entries if entry["claim"] == IDENTICAL and entry["comparisons"][0]["values"]]
     if not made:
         note = f"make it with claim={IDENTICAL}"

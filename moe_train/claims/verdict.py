@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -19,13 +18,11 @@ from moe_train.claims.curves import saving
 from moe_train.claims.notes import notes_on
 from moe_train.claims.plan import Plan, PlannedRun
 from moe_train.claims.results import Folder, Result
+from moe_train.claims.rules import Verdict, verdict_by, verdict_of
 from moe_train.claims.statements import power_statement, statement
 from moe_train.claims.statistics import Array, Mean, holm, p_values
 from moe_train.config.claim import TIMED, TO_TARGET, ComparisonConfig
 from moe_train.errors import UserError
-
-Verdict = Literal["supported", "refuted", "inconclusive"]
-SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
 
 
 @dataclass
@@ -133,22 +130,6 @@ def judge(
         usd_tuning=_dollars(folder, tuning),
         p_supported=max(known) if len(known) == len(deciding) else None,
     )
-
-
-def verdict_of(scale: str, deciding: Sequence[Verdict]) -> Verdict:
-    """Of a claim, from those of the comparisons that decide; at scale=smoke none, whatever they say."""
-    if scale == "smoke":
-        return "inconclusive"
-    if all(each == SUPPORTED for each in deciding):
-        return "supported"
-    return "refuted" if REFUTED in deciding else "inconclusive"
-
-
-def verdict_by(p_supported: float | None, p_refuted: float | None, alpha: float) -> Verdict:
-    """Of a comparison, from its adjusted p values; None: it was not computed."""
-    if p_supported is not None and p_supported <= alpha:
-        return "supported"
-    return "refuted" if p_refuted is not None and p_refuted <= alpha else "inconclusive"
 
 
 def _blank(plan: Plan, config: ComparisonConfig) -> Compared:

@@ -15,7 +15,7 @@ from command_line import ROOT
 from made_up_claims import HERE, PRICE, TWO_ARMS, MadeUpRuns
 from rich.console import Console
 
-from moe_train.claims import html, markdown, report, suite
+from moe_train.claims import html, markdown, record, report, suite
 from moe_train.claims.plan import PlannedRun
 from moe_train.claims.suite import Asked
 from moe_train.claims.verdict import Judged
@@ -195,7 +195,7 @@ def test_a_kill_while_the_report_is_written_leaves_the_one_before(
     finished: tuple[Asked, MadeUpRuns], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, made = finished
-    before = {name: (asked.out / name).read_text() for name in (report.JSON, report.MARKDOWN, report.HTML)}
+    before = {name: (asked.out / name).read_text() for name in (record.JSON, report.MARKDOWN, report.HTML)}
 
     def killed(self: Path, target: Path) -> None:
         raise KeyboardInterrupt
@@ -222,7 +222,7 @@ def test_runs_older_than_the_protocol_are_said(finished: tuple[Asked, MadeUpRuns
     (asked.out / "registered/mine-cpu.json").unlink()  # and a margin chosen by what came out
     moment = read_account(asked.out / "runs" / made.started[0].hash / "ledger.json")[0].started_at
     found = judged(asked, made)
-    registered = report.read(asked.out / report.JSON)["claims"][0]["registered"]
+    registered = record.read(asked.out / record.JSON)["claims"][0]["registered"]
     assert datetime.fromisoformat(moment) < datetime.fromisoformat(registered)
     assert any("6 of the runs are older than the protocol" in note for note in found.notes)
 
@@ -231,7 +231,7 @@ def test_runs_older_than_the_protocol_are_said(finished: tuple[Asked, MadeUpRuns
 def test_a_report_that_was_damaged_is_no_report(
     finished: tuple[Asked, MadeUpRuns], damage: dict[str, str | None]
 ) -> None:
-    file = finished[0].out / report.JSON
+    file = finished[0].out / record.JSON
     content = json.loads(file.read_text())
     for key, value in damage.items():
         if value is None:
@@ -240,7 +240,7 @@ def test_a_report_that_was_damaged_is_no_report(
             content["claims"][0][key] = value
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"report\.json is no report of claims: move it away, or give another report="):
-        report.read(file)
+        record.read(file)
 
 
 def edited(file: Path, change: Callable[[dict[str, Any]], None], digest: bool = True) -> None:
@@ -253,10 +253,10 @@ def edited(file: Path, change: Callable[[dict[str, Any]], None], digest: bool = 
 
 def test_a_report_that_was_edited_is_not_taken(finished: tuple[Asked, MadeUpRuns], tmp_path: Path) -> None:
     """Far from its runs, nothing else tells."""
-    written = (finished[0].out / report.JSON).read_text()
+    written = (finished[0].out / record.JSON).read_text()
     file = tmp_path / "copy.json"
     file.write_text(json.dumps(json.loads(written)))  # indented in another way
-    assert report.read(file)["claims"][0]["verdict"] == "supported"
+    assert record.read(file)["claims"][0]["verdict"] == "supported"
 
     def curve(content: dict[str, Any]) -> None:
         content["claims"][0]["curves"]["two"]["loss"]["mean"][3] -= 0.1
@@ -275,23 +275,23 @@ def test_a_report_that_was_edited_is_not_taken(finished: tuple[Asked, MadeUpRuns
         file.write_text(written)
         edited(file, change, digest)
         with pytest.raises(UserError, match=r"copy\.json: claim=mine scale=cpu is not as it was written: put the file"):
-            report.read(file)
+            record.read(file)
     for total in ("distinct_runs", "usd_of_distinct_runs"):
         file.write_text(written)
         edited(file, lambda content, total=total: content.update({total: 1}))
         with pytest.raises(UserError, match=r"what is said of all claims together is not as it was written"):
-            report.read(file)
+            record.read(file)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs/results/claims").glob("*.json")), ids=lambda file: file.stem)
 def test_what_was_published_follows_from_its_figures(file: Path) -> None:
-    assert report.read(file)["claims"]
+    assert record.read(file)["claims"]
 
 
 def test_a_readme_keeps_the_ends_of_its_lines_and_has_one_place_for_the_tables(
     finished: tuple[Asked, MadeUpRuns], tmp_path: Path
 ) -> None:
-    contents = {"report.json": report.read(finished[0].out / report.JSON)}
+    contents = {"report.json": record.read(finished[0].out / record.JSON)}
     readme = tmp_path / "README.md"
     readme.write_bytes(f"Before.\r\n{markdown.BEGIN}\r\n{markdown.END}\r\nAfter.\r\n".encode())
     markdown.write_readme(readme, contents)
@@ -333,7 +333,7 @@ def test_markup_in_a_claim_stays_text(asked: Make, claim_dir: Make) -> None:
 
 def test_a_report_of_an_earlier_version_is_shown_with_what_it_has(finished: tuple[Asked, MadeUpRuns]) -> None:
     asked, _ = finished
-    content = report.read(asked.out / report.JSON)
+    content = record.read(asked.out / record.JSON)
     for claim in content["claims"]:
         del claim["fits"], claim["common"], claim["tuning"]
         for arm in claim["arms"].values():

@@ -12,7 +12,7 @@ import pytest
 from made_up_claims import HERE, MadeUpRuns
 from rich.console import Console
 
-from moe_train.claims import report, suite
+from moe_train.claims import record, suite
 from moe_train.claims.plan import PlannedRun
 from moe_train.claims.suite import Asked
 from moe_train.claims.verdict import Judged
@@ -105,7 +105,7 @@ def test_what_the_start_cost_is_counted(asked: Make, claim_dir: Make) -> None:
     assert axes["flops"].ratio == pytest.approx(1.0, rel=0.05)  # whole steps
     assert axes["tokens"] is not None
     assert axes["tokens"].ratio == pytest.approx(scratch.tokens / (dense.tokens + mixture.tokens), rel=0.05)
-    (entry,) = report.read(asked().out / report.JSON)["claims"]
+    (entry,) = record.read(asked().out / record.JSON)["claims"]
     curves = entry["curves"]
     assert curves["upcycled"]["tokens"][0] > curves["dense"]["tokens"][-1]
     assert entry["arms"]["upcycled"]["starts_from"] == "dense"

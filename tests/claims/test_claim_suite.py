@@ -15,7 +15,7 @@ from command_line import ROOT
 from made_up_claims import HERE, TWO_ARMS, MadeUpRuns
 from rich.console import Console
 
-from moe_train.claims import estimate, markdown, registered, report, suite
+from moe_train.claims import estimate, markdown, record, registered, report, suite
 from moe_train.claims.library import load_claims
 from moe_train.claims.made_up import PRICE
 from moe_train.claims.plan import Plan, PlannedRun, make_plan
@@ -91,7 +91,7 @@ def test_what_is_there_is_not_made_again_and_shared_arms_are_made_once(asked: Ma
     assert (first.verdict, second.verdict) == ("supported", "supported")
     judged(both, made)
     assert len(made.started) == 6
-    content = report.read(both.out / "report.json")
+    content = record.read(both.out / "report.json")
     assert content["distinct_runs"] == 6
     assert content["usd_of_distinct_runs"] == pytest.approx(content["claims"][0]["usd"])
 
@@ -483,7 +483,7 @@ def test_the_report_says_why_and_what_it_rests_on(asked: Make, claim_dir: Make) 
     made = MadeUpRuns([plan], lambda run: learns(2.0)(run) + abs(run.rate / plan.arms[run.arm].rate - 1))
     (found,) = judged(asked(), made)
     assert found.verdict == "refuted"
-    (claim,) = report.read(asked().out / "report.json")["claims"]
+    (claim,) = record.read(asked().out / "report.json")["claims"]
     text = (asked().out / "REPORT.md").read_text()
     assert "Verdict: refuted, since of 2 comparisons that decide `val_loss of two is lower by more than 9" in text
     assert "of every arm's rate ×0.5, ×1 the best after 1,280 tokens with another seed" in text
@@ -504,7 +504,7 @@ def test_an_early_look_computes_nothing(asked: Make, claim_dir: Make) -> None:
     claim_dir()
     made = MadeUpRuns(plans(asked()), lambda run: None if (run.arm, run.seed) == ("two", 2) else better(0.05)(run))
     (early,) = judged(asked(), made)
-    (entry,) = report.read(asked().out / "report.json")["claims"]
+    (entry,) = record.read(asked().out / "report.json")["claims"]
     assert all(each["p_supported"] is None and not each["values"] for each in entry["comparisons"])
     assert not early.axes
     assert entry["p_supported_over_all_claims"] is None
@@ -528,7 +528,7 @@ def test_the_readmes_section_is_the_reports_and_replaces_the_one_before(
 ) -> None:
     claim_dir()
     judged(asked(), MadeUpRuns(plans(asked()), better(0.05)))
-    content = report.read(asked().out / "report.json")
+    content = record.read(asked().out / "report.json")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
     for _ in range(2):
@@ -550,7 +550,7 @@ def test_claims_that_were_reported_before_stay_in_the_report(asked: Make, claim_
     for name in ("mine", "other"):
         claim_dir(name)
         judged(asked(name), MadeUpRuns(plans(asked(name)), better(0.05)))
-    claims = report.read(asked().out / "report.json")["claims"]
+    claims = record.read(asked().out / "report.json")["claims"]
     assert [claim["claim"] for claim in claims] == ["mine", "other"]
     for claim in claims:
         assert claim["p_supported_over_all_claims"] == pytest.approx(2 * claim["p_supported"])
@@ -567,10 +567,10 @@ def test_an_out_folder_in_use_is_refused(asked: Make, claim_dir: Make) -> None:
 
 def test_a_folder_that_holds_no_report_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no report"):
-        report.read(tmp_path / "report.json")
+        record.read(tmp_path / "report.json")
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(UserError, match="is no report of claims"):
-        report.read(tmp_path / "report.json")
+        record.read(tmp_path / "report.json")
 
 
 def test_a_finished_run_is_known_by_its_folder(tmp_path: Path, plan_of: Make) -> None:

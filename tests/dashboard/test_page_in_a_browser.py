@@ -17,10 +17,12 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
+from moe_train.claims.record import digest
 from moe_train.dashboard.content import Source
 from moe_train.dashboard.page import write_page
 from moe_train.dashboard.serve import DashboardServer
 
+ROOT = Path(__file__).parents[2]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
@@ -76,15 +78,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
         )
     (folder / "runs/broken").mkdir()
     (folder / "runs/broken/metrics.jsonl").write_text("")
-    claim = {
-        "claim": NASTY,
-        "scale": "cpu",
-        "verdict": "supported",
-        "effect": -0.1,
-        "interval": [-0.2, None],
-        "runs": 4,
-    }
-    (folder / "report.json").write_text(json.dumps({"claims": [claim]}))
+    report = json.loads((ROOT / "docs/results/claims/dollars_gpu.json").read_text())
+    claim = report["claims"][0]
+    claim["claim"] = NASTY
+    claim["digest"] = digest(claim)
+    (folder / "report.json").write_text(json.dumps(report))
     return Source(f"{folder}/runs/**", folder / "ledger.jsonl", folder / "report.json")
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from made_up_runs import write_run
 
+from moe_train.claims.record import digest
 from moe_train.cost.bill import make_bill
 from moe_train.cost.shared_ledger import read_ledger
 from moe_train.dashboard.content import Source
 from moe_train.dashboard.spending import MAX_SWEEPS
 from moe_train.dashboard.verdicts import verdicts
+
+ROOT = Path(__file__).parents[2]
 
 
 def spending_of(folder: Path) -> dict:
@@ -65,32 +69,42 @@ def test_more_sweeps_than_can_be_told_apart_become_one_line(tmp_path: Path) -> N
     assert lines[-1]["sweep"] == "5 more sweeps"
 
 
-def test_verdicts_are_taken_from_the_report_as_they_stand(tmp_path: Path) -> None:
-    claim = {
-        "claim": "fp8",
-        "scale": "cpu",
-        "verdict": "refuted",
-        "effect": 0.1,
-        "interval": [0, None],
-        "runs": 6,
-        "usd": 1,
-    }
-    (tmp_path / "report.json").write_text(json.dumps({"claims": [claim, {"claim": "mtp", "verdict": None}]}))
+PUBLISHED = sorted((ROOT / "docs/results/claims").glob("*_gpu.json"))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_verdicts_are_taken_from_the_report_as_they_stand(file: Path) -> None:
+    content = json.loads(file.read_text())
+    found = verdicts(file)
+    assert found["note"] is None
+    for shown, claim in zip(found["claims"], content["claims"], strict=True):
+        assert shown == {key: claim[key] for key in shown}
+        assert {"claim", "scale", "verdict", "effect", "interval", "runs", "usd"} <= set(shown)
+
+
+def test_a_report_that_was_edited_gives_no_verdict(tmp_path: Path) -> None:
+    content = json.loads(PUBLISHED[0].read_text())
+    content["claims"][0]["effect"] *= 2
+    (tmp_path / "report.json").write_text(json.dumps(content))
     found = verdicts(tmp_path / "report.json")
-    assert found["claims"] == [{**claim, "unit": None, "statement": None}]
-    assert found["note"] == "1 claims have no verdict yet"
+    assert found["claims"] == []
+    assert "is not as it was written" in found["note"]
 
 
 def test_a_figure_that_is_no_number_to_json_is_not_known(tmp_path: Path) -> None:
-    claim = '{"claim": "fp8", "verdict": "supported", "effect": NaN, "interval": [-Infinity, 1e999], "usd": 1e999}'
-    (tmp_path / "report.json").write_text(f'{{"claims": [{claim}]}}')
+    content = json.loads(PUBLISHED[0].read_text())
+    claim = content["claims"][0]
+    claim |= {"effect": math.nan, "interval": [-math.inf, math.inf]}
+    claim["digest"] = digest(claim)
+    (tmp_path / "report.json").write_text(json.dumps(content))
     (found,) = verdicts(tmp_path / "report.json")["claims"]
-    assert (found["effect"], found["interval"], found["usd"]) == (None, [None, None], None)
+    assert (found["effect"], found["interval"]) == (None, [None, None])
 
 
-@pytest.mark.parametrize(
-    "text", [None, "", "[]", '{"claims": 3}', '{"claims": [3]}', '{"claims": [{"claim": 1}]}'], ids=str
-)
+NO_REPORTS = [None, "", "[]", '{"claims": 3}', '{"claims": [3]}', '{"claims": [{"claim": 1}]}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", NO_REPORTS, ids=lambda text: text and text[:30])
 def test_a_report_that_is_missing_or_none_leaves_a_note(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "report.json").write_text(text)
