@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder
+from moe_train.claims.tuning import planned
 from moe_train.compose import CONFIGS
 from moe_train.config.claim import TIMED
 from moe_train.cost.hardware import detect
@@ -43,7 +44,7 @@ def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:
     timed = [c.name for c in plan.claim.config.at(plan.scale_name) if c.measure in TIMED]
     if not timed:
         return
-    there, _ = folder.results([*plan.tuning_runs(), *plan.runs(plan.untuned())])
+    there, _ = folder.results(planned(plan, folder))
     for result in there:
         summary = result.summary
         cores = 1 if device.on_gpu else summary["num_threads"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_train.claims.plan import Arm, Plan, PlannedRun
 from moe_train.claims.results import Folder
-from moe_train.claims.tuning import best_rates
+from moe_train.claims.tuning import planned
 from moe_train.cli import write_json
 from moe_train.config import HardwareConfig
 from moe_train.errors import UserError
@@ -71,17 +71,6 @@ class Speed:
         return Interval(*(run.flops * each + self.around for each in (rate.value, rate.low, rate.high)))
 
 
-def planned(plan: Plan, folder: Folder | None = None) -> list[PlannedRun]:
-    """All runs of a claim, each once, at the rates that runs in the folder have chosen.
-
-    As long as none are chosen, at the arms' own: rates do not change what runs cost.
-    """
-    tuning = plan.tuning_runs()
-    rates = None if folder is None else best_rates(plan, tuning, folder)
-    runs = [*tuning, *plan.runs(rates or plan.untuned())]
-    return list({run.hash: run for run in runs}.values())
-
-
 def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings: Sequence[str]) -> Estimate:
     """On the device at hand. `taken`: hashes other claims pay for, to which this one's are added."""
     runs = [run for run in planned(plan, folder) if run.hash not in taken]
@@ -104,7 +93,7 @@ def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings
 
 def estimate_elsewhere(plan: Plan, hardware: HardwareConfig, taken: set[str]) -> Estimate:
     """On a GPU by what an H200 reached. Raises UserError where its peak is not known."""
-    runs = [run for run in planned(plan) if run.hash not in taken]
+    runs = [run for run in planned(plan, None) if run.hash not in taken]
     taken |= {run.hash for run in runs}
     slower = _slower_than_h200(hardware)
     seconds = Interval(0.0, 0.0, 0.0)

@@ -8,18 +8,19 @@ from moe_train.claims import measures, registered
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder, Result
 from moe_train.claims.statistics import binomial_interval
+from moe_train.claims.tuning import grid
 
 
 def notes_on(plan: Plan, results: Sequence[Result], rates: dict[str, float], folder: Folder) -> list[str]:
     """Of a claim whose runs are all there."""
     notes = []
-    tuning = plan.scale.tuning
+    tuning, factors = plan.scale.tuning, grid(plan, folder)
     if tuning is None:
         notes.append("learning rates are those of the configuration: not tuned at this scale")
     else:
         for name, rate in rates.items():
             factor = rate / plan.arms[name].rate
-            if min(abs(factor / edge - 1) for edge in (min(tuning.factors), max(tuning.factors))) < 1e-3:
+            if min(abs(factor / edge - 1) for edge in (factors[0], factors[-1])) < 1e-3:
                 whose = "all arms" if tuning.together else f"arm {name}"
                 notes.append(f"the best learning rate of {whose} is the {rate:.4g} at the edge of its grid")
         notes = list(dict.fromkeys(notes))

@@ -98,10 +98,11 @@ class Plan:
     def scale(self) -> ScaleConfig:
         return self.claim.config.scales[self.scale_name]
 
-    def tuning_runs(self) -> list[PlannedRun]:
+    def tuning_runs(self, grid: Sequence[float] = ()) -> list[PlannedRun]:
         """Every arm at every multiple of its rate: an equal allowance. Arms take turns.
 
-        An arm that starts from another has that one's tuning run at the multiple nearest to 1 to begin with.
+        grid: the multiples, where they are no longer the claim's own (tuning.py). An arm that starts from another has
+        that one's tuning run at the multiple nearest to 1 to begin with.
         """
         tuning = self.scale.tuning
         if tuning is None:
@@ -111,7 +112,7 @@ class Plan:
         return [
             self._run(arm, TUNING_SEED + seed, tuning.tokens, rates | {arm.name: arm.rate * factor}, "tuning", -1)
             for seed in range(tuning.seeds)
-            for factor in tuning.factors
+            for factor in grid or tuning.factors
             for arm in self.arms.values()
         ]
 
@@ -123,11 +124,6 @@ class Plan:
             for budget, tokens in enumerate(self.scale.tokens)
             for arm in self.arms.values()
         ]
-
-    def factor(self, run: PlannedRun) -> float:
-        """Which of the tuning's multiples of its arm's rate a run has."""
-        assert self.scale.tuning is not None
-        return min(self.scale.tuning.factors, key=lambda each: abs(math.log(run.rate / self.arms[run.arm].rate / each)))
 
     def untuned(self) -> dict[str, float]:
         return {name: arm.rate for name, arm in self.arms.items()}

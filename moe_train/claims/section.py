@@ -61,7 +61,9 @@ def _protocol(claim: dict[str, Any]) -> str:
         factors = ", ".join(f"×{factor:g}" for factor in tuning["factors"])
         seeds = f"{tuning['seeds']} other seeds" if tuning["seeds"] > 1 else "another seed"
         whose = "the arms' common" if tuning.get("together") else "every arm's"
-        said.append(f"of {whose} rate {factors} the best after {tuning['tokens']:,} tokens with {seeds}")
+        most = tuning.get("widenings")
+        wider = f", and at most {most} rates more beyond an edge at which one is best" if most else ""
+        said.append(f"of {whose} rate {factors} the best after {tuning['tokens']:,} tokens with {seeds}{wider}")
     return "; ".join(said)
 
 

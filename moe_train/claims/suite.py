@@ -23,7 +23,7 @@ from moe_train.claims.library import load_claims
 from moe_train.claims.plan import RUNS, Plan, PlannedRun, make_plan
 from moe_train.claims.results import Folder
 from moe_train.claims.runner import Runner
-from moe_train.claims.tuning import best_rates
+from moe_train.claims.tuning import Grid, best_rates, grid, planned
 from moe_train.claims.verdict import Judged, judge
 from moe_train.config import HardwareConfig
 from moe_train.config.claim import ScaleName
@@ -98,8 +98,8 @@ def _check_out(out: Path) -> None:
 
 def _say_what_is_damaged(plans: Sequence[Plan], folder: Folder) -> None:
     """Before hours of other runs: their claims wait for these, the others do not."""
-    planned = [run for plan in plans for run in estimates.planned(plan, folder)]
-    for line in folder.results(planned)[1]:
+    runs = [run for plan in plans for run in planned(plan, folder)]
+    for line in folder.results(runs)[1]:
         sys.stderr.write(f"note: {line}\n")
 
 
@@ -164,10 +164,12 @@ def reproduce(
 
 def _one(plan: Plan, folder: Folder, runner: Runner) -> Judged:
     """Tune, train and judge one claim."""
-    tuning = plan.tuning_runs()
-    tags = _tags(tuning)
-    failed = runner.make(tuning, plan.claim.name, tags) if tuning else []
-    rates = best_rates(plan, tuning, folder)
+    tried: Grid = ()
+    tuning, failed = list[PlannedRun](), list[str]()
+    while (factors := grid(plan, folder)) != tried:
+        tuning, tried = plan.tuning_runs(factors), factors
+        failed = runner.make(tuning, plan.claim.name, _tags(tuning))
+    rates = best_rates(plan, folder)
     if rates is None:
         return judge(plan, folder, tuning, [], plan.untuned(), failed)
     runs = plan.runs(rates)

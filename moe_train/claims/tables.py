@@ -43,6 +43,10 @@ def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
     for source in dict.fromkeys(row.source for _, row in rows):
         console.print(Text(f"reckoned from {source}"), soft_wrap=True)
     for plan, _ in rows:
+        if (tuning := plan.scale.tuning) is not None and tuning.widenings:
+            more = 2 * tuning.widenings * tuning.seeds * len(plan.arms)
+            said = f"{plan.claim.name}: at most {more} runs more for learning rates, where the best are at an edge"
+            console.print(Text(said), soft_wrap=True)
         for statement, sees in power_statements(plan):
             console.print(Text(f"{plan.claim.name}: {statement}: {sees}"), soft_wrap=True)
 

@@ -122,12 +122,18 @@ class TuningConfig:
 
     `together`: one multiple for all arms, the best for their losses taken together. For arms that differ in rounding
     alone, where a rate chosen for each on a short run is a larger difference than the one that is looked for.
+    `widenings`: how often, where an arm's best is at an edge of the grid, all arms get a further multiple beyond it.
     """
 
     factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
     tokens: Positive
     seeds: Positive = 1
     together: bool = False
+    widenings: Annotated[Count, Field(le=8)] = 0
+
+    def __post_init__(self) -> None:
+        factors = list(self.factors)
+        require(factors == sorted(set(factors)), f"tuning.factors={factors}: they ascend, each once")
 
 
 @dataclass(frozen=True, config=STRICT)

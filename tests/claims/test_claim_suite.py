@@ -148,6 +148,52 @@ def test_rates_are_tuned_alike_on_other_seeds_and_paid_for(asked: Make, claim_di
     assert found.made == found.planned == 12
 
 
+@pytest.mark.parametrize(("best", "tried"), [(8.0, [0.5, 1, 2, 4, 8, 16]), (0.25, [0.125, 0.25, 0.5, 1, 2])])
+def test_a_grid_whose_edge_is_best_is_widened_for_all_arms_alike(
+    best: float, tried: list[float], asked: Make, claim_dir: Make
+) -> None:
+    tuning = {"factors": [0.5, 1.0, 2.0], "tokens": 1280, "widenings": 3}
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
+    (plan,) = plans(asked())
+
+    def loss(run: PlannedRun) -> float | None:
+        of_arm = {"one": 1.0, "two": best}[run.arm]
+        return better(0.05)(run) + abs(math.log(run.rate / plan.arms[run.arm].rate / of_arm))
+
+    made = MadeUpRuns([plan], loss)
+    made.know(plan, plan.tuning_runs([2.0**power for power in range(-6, 7)]))
+    made.know(plan, plan.runs({"one": plan.arms["one"].rate, "two": plan.arms["two"].rate * best}))
+    (found,) = judged(asked(), made)
+    assert found.rates == {
+        "one": pytest.approx(plan.arms["one"].rate),
+        "two": pytest.approx(best * plan.arms["two"].rate),
+    }
+    for name, arm in plan.arms.items():
+        rates = {run.rate for run in made.started if run.purpose == "tuning" and run.arm == name}
+        assert sorted(rates) == pytest.approx([factor * arm.rate for factor in tried])
+    assert found.made == found.planned == len(made.started) == 2 * len(tried) + 6
+    assert not any("edge of its grid" in note for note in found.notes)
+    judged(asked(), made)
+    assert len(made.started) == found.made  # nothing is made twice
+    assert "×0.5, ×1, ×2 the best after 1,280 tokens with another seed, and at most 3 rates more beyond an edge" in (
+        (asked().out / report.MARKDOWN).read_text()
+    )
+
+
+def test_a_grid_is_not_widened_for_ever(asked: Make, claim_dir: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    tuning = {"factors": [1.0, 2.0], "tokens": 1280, "widenings": 2}
+    claim_dir(scales={"cpu": TWO_ARMS["scales"]["cpu"] | {"tuning": tuning}})
+    (plan,) = plans(asked())
+    made = MadeUpRuns([plan], lambda run: better(0.05)(run) - math.log(run.rate))
+    made.know(plan, plan.tuning_runs([1.0, 2.0, 4.0, 8.0]))
+    made.know(plan, plan.runs({name: 8 * arm.rate for name, arm in plan.arms.items()}))
+    suite.foretell(asked(), None, probe)
+    assert "mine: at most 8 runs more for learning rates, where the best are at an edge" in capsys.readouterr().out
+    (found,) = judged(asked(), made)
+    assert found.rates == {name: pytest.approx(8 * arm.rate) for name, arm in plan.arms.items()}
+    assert any("at the edge of its grid" in note for note in found.notes)
+
+
 def test_arms_tuned_together_take_the_rate_that_is_best_for_all(asked: Make, claim_dir: Make) -> None:
     """One arm alone would take twice its rate, the other half of it, where the first is much worse off."""
     tuning = {"factors": [0.5, 1.0, 2.0, 4.0], "tokens": 1280, "together": True}
