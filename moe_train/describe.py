@@ -178,8 +178,9 @@ def _formats(built: Transformer, precision: PrecisionConfig, compute_dtype: str)
 
     from moe_train.precision import recipes
 
-    recipes.apply(built, precision, torch.device("cuda" if takes_gpu() else "cpu"))
-    return recipes.table(built, precision, compute_dtype)
+    device = torch.device("cuda" if takes_gpu() else "cpu")
+    recipes.apply(built, precision, device)
+    return recipes.table(built, torch.float32 if compute_dtype == "float32" else torch.bfloat16, device)
 
 
 def _layers(built: Transformer) -> list[LayerRow]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -57,12 +58,15 @@ def main() -> None:
     own, others = divide_arguments(Arguments, words)
     overrides, config_dir, unknown = split_overrides(others, ALLOWED)
     try:
-        arguments = parse_arguments(Arguments, [*own, *unknown], usage=USAGE)
+        arguments = parse_arguments(Arguments, [*own, *unknown], usage=USAGE, settings=ALLOWED)
     except UsageError as error:
         raise UsageError(str(error).replace("budget_usd", "budget.usd")) from None
     if importlib.util.find_spec("scipy") is None:
         raise UserError('the statistics are those of scipy, which is not installed: pip install -e ".[claims]"')
-    check_json_target(arguments.json, arguments.out)
+    if not _is_ours(arguments.json):
+        check_json_target(arguments.json, arguments.out)
+    if arguments.readme is not None and (arguments.claim or arguments.scale or arguments.dry_run):
+        raise UsageError("readme= writes the table of reports that are there: leave claim=, scale= and dry_run= out")
     content: dict[str, Any]
     if arguments.self_check:
         content = _self_check(arguments)
@@ -74,6 +78,14 @@ def main() -> None:
         write_json(arguments.json, content)
     if not content.pop("complete", True):
         sys.exit(1)
+
+
+def _is_ours(target: Path | None) -> bool:
+    """Whether json= names what an earlier run of the same command wrote, which goes on where that was."""
+    try:
+        return target is not None and "claims" in json.loads(target.read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _suite(arguments: Arguments, overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
@@ -90,6 +102,10 @@ def _suite(arguments: Arguments, overrides: list[str], config_dir: Path | None) 
         arguments.claim, arguments.scale, arguments.out, tuple(given), config_dir, arguments.budget_usd, arguments.jobs
     )
     if arguments.dry_run:
+        of_hardware = [each for each in overrides if each.startswith("hardware.")]
+        for override in [] if arguments.hardware is None else of_hardware:
+            if not override.startswith("hardware.price_usd_per_hour="):
+                raise UserError(f"{override}: of a GPU one does not have only the price can be set: leave it out")
         elsewhere = None if arguments.hardware is None else named_hardware(arguments.hardware, None, config_dir)
         return {"claims": suite.foretell(asked, elsewhere, estimate.DEFAULT_PROBE)}
     judged = suite.reproduce(asked)

@@ -82,7 +82,7 @@ def _compared(bench: Bench, settings: tuple[str, ...], name: str | None) -> list
 
 def _how(arm: TrainingArm) -> str:
     """Which backends the recipe's products went through, from the table that a run keeps."""
-    rows: list[dict[str, Any]] = recipes.table(arm.model, arm.config.precision, "")
+    rows: list[dict[str, Any]] = recipes.table(arm.model, torch.bfloat16, torch.device("cpu"))
     backends = sorted({row["backend"] for row in rows if "backend" in row})
     said = f"backend {', '.join(backends)}"
     if backends == ["emulated"]:

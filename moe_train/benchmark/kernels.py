@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from moe_train.benchmark.bench import Bench, experts_of
 from moe_train.benchmark.ceilings import copying, square_matmul_tflops
 from moe_train.benchmark.figures import Figure, estimate, measured, not_measured, paired
 from moe_train.benchmark.timing import Call, interleaved
-from moe_train.config import Fp8Config, OperandConfig, PrecisionConfig, RunConfig
+from moe_train.config import OperandConfig, PrecisionConfig, RunConfig
+from moe_train.kernels.layouts import Rows, Weights
 from moe_train.precision.choice import Device, choose
 from moe_train.precision.fp8 import Fp8Layer
 from moe_train.precision.matmul import grouped_linear
-from moe_train.precision.quantize import quantize
 
 Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (n, in), weight (e, out, in), ends (e) int32 → (n, out)
 
@@ -74,15 +75,13 @@ def run(bench: Bench, *usually: str) -> list[Figure]:
     precision = config.precision
     if precision.fp8 is None:
         precision = bench.config("precision=fp8_deepseek", without=["precision"]).precision
-    recipe = precision.fp8
-    assert recipe is not None
     figures = []
     for shape in shapes(config, bench.on_gpu):
         try:
             figures += _grouped(bench, shape, precision)
         except torch.OutOfMemoryError:
             figures.append(not_measured(bench.suite, "grouped", "share", "out of memory", shape.said))
-    return figures + _rounding(bench, shapes(config, bench.on_gpu)[-2], recipe)
+    return figures + _rounding(bench, shapes(config, bench.on_gpu)[-2], precision)
 
 
 def shapes(config: RunConfig, on_gpu: bool) -> list[Shape]:
@@ -157,25 +156,31 @@ def _grouped(bench: Bench, shape: Shape, precision: PrecisionConfig) -> list[Fig
     return figures
 
 
-def _rounding(bench: Bench, shape: Shape, recipe: Fp8Config) -> list[Figure]:
-    """Each way of rounding that the recipe has, on what enters the experts, as a share of the copy bandwidth."""
+def _rounding(bench: Bench, shape: Shape, precision: PrecisionConfig) -> list[Figure]:
+    """What enters the experts and their weights, rounded by a step's own backend, beside the bandwidth of a copy."""
+    assert precision.fp8 is not None
     device, dtype = bench.runtime.device, bench.runtime.dtype
+    choice, operands = choose(precision, Device.of(device), {shape.inputs, shape.outputs}), precision.fp8.forward
     x = torch.randn(shape.rows, shape.inputs, device=device).to(dtype)
-    weight = torch.randn(shape.experts, shape.outputs, shape.inputs, device=device)
+    weight, ends = torch.randn(shape.experts, shape.outputs, shape.inputs, device=device), ragged_ends(shape, device)
+    cases: dict[str, tuple[Tensor, OperandConfig, Callable[[], tuple[Rows | Weights | None, Any]]]] = {
+        "activation": (
+            *(x, operands.activation),
+            lambda: choice.backend.quantize(x, ends, rows=operands.activation, columns=None),
+        ),
+        "weight": (*(weight, operands.weight), lambda: choice.backend.round_weights(weight, operands.weight, None)),
+    }
     copy, copied = copying(device)
-    cases = {"activation": (x, recipe.forward.activation), "weight": (weight, recipe.forward.weight)}
     figures = []
-    for name, (tensor, operand) in cases.items():
-        moved = tensor.nbytes + quantize(tensor, operand).nbytes
-        seconds = _times(bench, {"round": _rounded(tensor, operand), "copy": copy})
+    for name, (tensor, operand, rounded) in cases.items():
+        made, _ = rounded()
+        assert made is not None
+        moved = tensor.nbytes + made.values.nbytes + made.scales.nbytes
+        seconds = _times(bench, {"round": rounded, "copy": copy})
         share = paired(seconds["copy"], seconds["round"], moved / copied)
-        of = f"{operand.format} a {operand.scale_of}, {' × '.join(map(str, tensor.shape))}"
+        of = f"{operand.format} a {operand.scale_of}, {' × '.join(map(str, tensor.shape))}, {choice.backend.name}"
         figures.append(measured(bench.suite, f"quantize_{name}_share_of_copy", share, "share", of))
     return figures
-
-
-def _rounded(tensor: Tensor, operand: OperandConfig) -> Call:
-    return lambda: quantize(tensor, operand)
 
 
 def _times(bench: Bench, arms: dict[str, Call]) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ evaluating and saving cost is a matter of the length of runs, not of the techniq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,7 @@ def cost(axis: str, result: Result) -> float:
         "tokens": float(summary["tokens"]),
         "flops": summary["tokens"] * float(summary["flops_per_token"]),
         "seconds": seconds * warm,
-        "usd": float(summary["usd_train"] or 0.0) * warm,  # without a price the axis is not asked for
+        "usd": float(summary["usd_train"] or 0.0) * warm,  # integrity.py lets no price of 0 through
     }[axis]
     return own + (0.0 if result.start is None else cost(axis, result.start))
 
@@ -74,15 +74,15 @@ def price_ratio(
     return logs(against) - logs(arm)
 
 
-def saved_on_axes(plan: Plan, results: Sequence[Result], with_costs: bool) -> list[SavedOnAxes]:
-    """Of every pair of arms that is compared. `with_costs`: whether seconds and dollars may be."""
+def saved_on_axes(plan: Plan, results: Sequence[Result], without: Collection[str]) -> list[SavedOnAxes]:
+    """Of every pair of arms that is compared. `without`: axes that may not be."""
     found = []
     for arm, against in plan.claim.config.pairs_at(plan.scale_name):
         curves = len(plan.scale.tokens) >= MIN_BUDGETS
         ours, theirs = (losses_by_budget(plan, results, name) for name in (arm, against))
         axes: dict[str, Saved | None] = {}
         for axis in AXES:
-            if axis in ("seconds", "usd") and not with_costs:
+            if axis in without:
                 axes[axis] = None
                 continue
             prices = price_ratio(axis, plan, results, arm, against, per_token=curves)

@@ -72,8 +72,8 @@ class Saving:
     def p_values(self, margin: float) -> tuple[float, float]:
         """(for, against) a true ratio above `margin`; never less than one draw in all."""
         least = 1 / len(self.low)
-        not_above = float((self.low <= np.log(margin)).mean())
-        not_below = float((self.high >= np.log(margin)).mean())
+        not_above = 1 - float((self.low > np.log(margin)).mean())  # what is no number shows nothing
+        not_below = 1 - float((self.high < np.log(margin)).mean())
         return max(not_above, least), max(not_below, least)
 
     def interval(self, level: float) -> tuple[float, float | None]:

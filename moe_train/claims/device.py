@@ -39,6 +39,16 @@ def device_here(plan: Plan) -> Device:
     return Device(name, devices.count, on_gpu, hardware.name, hardware.price_usd_per_hour)
 
 
+def check_hardware(plan: Plan, device: Device) -> None:
+    """Refuse to bill a CPU as a GPU: UserError. What a GPU is called may be corrected (hardware=h200)."""
+    hardware = next(iter(plan.arms.values())).config.hardware
+    if hardware.match and not device.on_gpu:
+        raise UserError(
+            f"hardware={hardware.name} is a GPU, and there is none: leave it out to make the runs on {device.name}, or "
+            "add dry_run=true to reckon for that GPU"
+        )
+
+
 def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:
     """Refuse, for a claim about seconds or dollars, runs that are there of another device or price: UserError."""
     timed = [c.name for c in plan.claim.config.at(plan.scale_name) if c.measure in TIMED]
@@ -47,7 +57,7 @@ def check_same_device(plan: Plan, folder: Folder, device: Device) -> None:
     there, _ = folder.results(planned(plan, folder))
     for result in there:
         summary = result.summary
-        cores = 1 if device.on_gpu else summary["num_threads"]
+        cores = (summary["num_threads"] or 1) if summary["hardware"] == "cpu" else 1
         price = None if summary["price_usd_per_hour"] is None else summary["price_usd_per_hour"] / cores
         same_price = price == device.price_usd_per_hour or (
             price is not None

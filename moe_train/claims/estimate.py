@@ -1,30 +1,32 @@
 """What a suite will take, before it begins: runs, FLOPs, hours, dollars.
 
-On the device at hand from runs that are there already, else from a probe (forecast/probe.py: twenty steps of one arm)
-of each kind of arm, the others reckoned by their FLOPs. For a GPU one does not have (hardware=NAME) from what models of
-claims' sizes reached on an H200, carried over by the data sheets: such models wait for memory and kernels, and are far
-from the share of the peak that published runs a hundred times larger are known by.
+On the device at hand from a probe (forecast/probe.py: twenty steps of one arm) of each kind of arm, the others reckoned
+by their FLOPs. Runs that are there already are not counted. For a GPU one does not have (hardware=NAME) from what
+models of claims' sizes reached on an H200, carried over by the data sheets: such models wait for memory and kernels,
+and are far from the share of the peak that published runs a hundred times larger are known by.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from moe_train.claims.device import device_here
 from moe_train.claims.plan import Arm, Plan, PlannedRun
 from moe_train.claims.results import Folder
 from moe_train.claims.tuning import planned
 from moe_train.cli import write_json
-from moe_train.config import HardwareConfig
+from moe_train.config import HardwareConfig, to_dict
 from moe_train.errors import UserError
 from moe_train.forecast import probe as probes
 from moe_train.forecast.interval import Interval
 
 OTHER_ARM = 1.5  # seconds a FLOP of an arm that was not probed, over those of one that was: a naive MoE's tax is 1.3
+OTHER_RUN = 1.5  # seconds round the steps of a run, over those of the one that was probed: start-up hangs on neighbours
 # What a run on a GPU that nobody probed spends beside steps at their pace: 56 runs on an H200 were billed 2.8 to 5.0 s,
 # half of them 3.7 (docs/results/claims/dollars_again_gpu.json; 1.3 s are kernels being loaded, most of the rest the
 # device being opened and validation), forked of one process (sweeps/warm.py). Processors and disks elsewhere may take
@@ -68,7 +70,8 @@ class Speed:
             if exact
             else Interval(self.per_flop.value, self.per_flop.low / OTHER_ARM, self.per_flop.high * OTHER_ARM)
         )
-        return Interval(*(run.flops * each + self.around for each in (rate.value, rate.low, rate.high)))
+        around = Interval(self.around, self.around / OTHER_RUN, self.around * OTHER_RUN)
+        return _sum(rate * run.flops, around)
 
 
 def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings: Sequence[str]) -> Estimate:
@@ -85,7 +88,7 @@ def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings
         priced = priced and speed.usd_per_second is not None
         usd = _sum(usd, took * (speed.usd_per_second or 0.0))
         sources.append(speed.source)
-    source = ", ".join(dict.fromkeys(sources)) or "nothing is left to do"
+    source = f"reckoned from {', '.join(dict.fromkeys(sources))}" if sources else "nothing is left to do"
     return Estimate(
         len(runs), len(runs) - len(left), sum(r.flops for r in left), seconds, usd if priced else None, source
     )
@@ -105,7 +108,7 @@ def estimate_elsewhere(plan: Plan, hardware: HardwareConfig, taken: set[str]) ->
     there = "" if hardware.name == "h200" else f", carried to {hardware.name} by peak and bandwidth, not measured there"
     around = f"{START_SECONDS.value:g} s ({START_SECONDS.low:g} to {START_SECONDS.high:g}) a run round its steps"
     paid = "" if price is None else f"; ${price:g} an hour ({hardware.price_source}, {hardware.price_date})"
-    source = f"steps of such models as measured on an H200{there}; {around}{paid}"
+    source = f"reckoned from steps of such models as measured on an H200{there}; {around}{paid}"
     return Estimate(len(runs), 0, sum(run.flops for run in runs), seconds, usd, source)
 
 
@@ -135,31 +138,34 @@ def _probed_as(arm: Arm) -> str:
 
 
 def _speed(plan: Plan, arm: Arm, folder: Folder, probe: Probe, settings: Sequence[str]) -> Speed:
-    """Probed once for each kind, and kept."""
-    file = folder.path / "probes" / f"{_kind(arm)}.json"
-    content = _kept(file)
-    if content is None:
-        longest = max(plan.scale.tokens)
-        folders = [] if plan.config_dir is None else ["--config-dir", str(plan.config_dir.absolute())]
-        sys.stderr.write(f"probing arm {arm.name} of {plan.claim.name}: twenty steps\n")
-        content = {**probe([*folders, *arm.overrides, *settings], longest), "arm": arm.name, "hash": _probed_as(arm)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, content)
+    """Probed once for each kind, and kept: another device, price or number of threads is probed anew."""
+    here = device_here(plan)
+    around = (here.name, here.hardware, here.price_usd_per_hour, arm.config.num_threads, to_dict(arm.config.cost))
+    digest = hashlib.sha256(json.dumps(around, sort_keys=True).encode()).hexdigest()[:8]
+    file = folder.path / "probes" / f"{_kind(arm)}-{digest}.json"
+    try:
+        return _as_speed(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or damaged
+        pass
+    longest = max(plan.scale.tokens)
+    folders = [] if plan.config_dir is None else ["--config-dir", str(plan.config_dir.absolute())]
+    sys.stderr.write(f"probing arm {arm.name} of {plan.claim.name}: twenty steps\n")
+    content = {**probe([*folders, *arm.overrides, *settings], longest), "arm": arm.name, "hash": _probed_as(arm)} | {
+        "claim": plan.claim.name
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, content)
+    return _as_speed(content)
+
+
+def _as_speed(content: dict[str, Any]) -> Speed:
     flops = content["flops_per_token"]
     rate = content["tokens_per_second"]
     per_flop = Interval(*(1 / rate[key] / flops for key in ("value", "high", "low")))
     wall, train = content["wall_seconds"]["value"], content["train_seconds"]["value"]
     usd = None if content["usd_total"] is None else content["usd_total"]["value"] / wall
-    source = f"a probe of arm {content['arm']} on {content['device']}"
+    source = f"a probe of arm {content['arm']} of {content['claim']} on {content['device']}"
     return Speed(content["hash"], per_flop, wall - train, usd, source)
-
-
-def _kept(file: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-        return content
-    except (OSError, ValueError):
-        return None
 
 
 def _sum(one: Interval, other: Interval) -> Interval:

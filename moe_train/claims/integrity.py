@@ -14,6 +14,7 @@ from typing import Any
 from moe_train.claims import starts
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Result
+from moe_train.cost.ledger import read_account
 from moe_train.errors import UserError
 
 _ALIKE = {
@@ -41,25 +42,44 @@ def problems(plan: Plan, results: Sequence[Result], tuning: Sequence[Result] = (
         found += _odd_ones_out(results, [result.summary.get(key) for result in results], what)
     versions = [{name: result.summary["versions"].get(name) for name in _VERSIONS} for result in results]
     found += _odd_ones_out(results, versions, "made with another version")
-    return found + _other_order(plan, results)
+    return found + _other_tokens(results)
 
 
-def timing_problems(results: Sequence[Result]) -> list[str]:
-    """Why seconds and dollars of the runs cannot be compared, a line each."""
+def not_comparable(results: Sequence[Result]) -> dict[str, str]:
+    """Why seconds, or dollars, of the runs cannot be compared: by axis, where it is so."""
+    timed = _timing_problems(results)
+    if timed:
+        return {"seconds": timed[0], "usd": timed[0]}
+    if any(not result.summary["usd_train"] for result in results):  # of a price of 0 there is no ratio
+        return {"usd": "no price above 0 is known for the device: give hardware.price_usd_per_hour=…"}
+    return {}
+
+
+def _timing_problems(results: Sequence[Result]) -> list[str]:
     found = []
     for key, what in _TIMED_ALIKE.items():
         found += _odd_ones_out(results, [result.summary.get(key) for result in results], what)
     for result in results:
-        if result.summary.get("earlier_hardware"):  # older runs' have none
-            others = ", ".join(result.summary["earlier_hardware"])
-            found.append(f"{result.place}: made in part on {others}: remove the folder, and the run is made again")
+        if others := _earlier_terms(result):
+            found.append(f"{result.place}: made in part {others}: remove the folder, and the run is made again")
         if result.neighbours:
             found.append(
                 f"{result.place}: timed beside {result.neighbours} other jobs on its device: make it with jobs=1"
             )
-    if any(result.summary["usd_train"] is None for result in results):
-        found.append("no price is known for the device: give hardware.price_usd_per_hour=…")
     return found
+
+
+def _earlier_terms(result: Result) -> str | None:
+    """Under which other terms a part of a run's steps was made that went on, by what each attempt was billed."""
+    if result.summary.get("earlier_hardware"):  # older runs' have none
+        return f"on {', '.join(result.summary['earlier_hardware'])}"
+    attempts = [each for each in read_account(result.folder / "ledger.json") if each.train_seconds]
+    for each in attempts[:-1]:
+        for key, what in (("num_threads", "with {} threads"), ("price_usd_per_hour", "at ${:g} an hour")):
+            before, last = getattr(each, key), getattr(attempts[-1], key)
+            if before is not None and last is not None and before != last:
+                return what.format(before)
+    return None
 
 
 def _as_planned(result: Result) -> list[str]:
@@ -108,8 +128,8 @@ def _odd_ones_out(results: Sequence[Result], values: Sequence[Any], what: str) -
     ]
 
 
-def _other_order(plan: Plan, results: Sequence[Result]) -> list[str]:
-    """Runs of one seed see the same tokens in the same steps, whatever their arm."""
+def _other_tokens(results: Sequence[Result]) -> list[str]:
+    """Runs of one seed have seen as many tokens by the same step, whatever their arm; which, follows from both."""
     found = []
     seen: dict[tuple[int, int], tuple[float, Result]] = {}
     for result in results:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,17 +59,16 @@ def readme_section(contents: Mapping[str, Content]) -> str:
     spent = [content["usd_of_distinct_runs"] for content in contents.values()]
     usd = None if None in spent else sum(spent)
     made = [(claim, content["date"], link) for link, content in contents.items() for claim in content["claims"]]
-    made.sort(key=lambda each: (each[0]["number"] or float("inf"), each[0]["claim"], each[1], _first_seed(each[0])))
+    made.sort(key=_in_the_table)
     lines = [
-        f"**Claims put to the test**: {runs:,} runs, {dollars(usd)}.",
+        f"**Claims put to the test**: {runs:,} runs that finished, {dollars(usd)}.",
         "",
         *_table([*_HEAD, "made"], [[*_row(claim), _made(claim, *when)] for claim, *when in made]),
     ]
     latest = {(claim["claim"], claim["scale"]): claim for claim, *_ in made if claim["scale"] != "smoke"}
     adjusted = holm([1.0 if claim["p_supported"] is None else claim["p_supported"] for claim in latest.values()])
-    still = [
-        claim["claim"] for claim, p in zip(latest.values(), adjusted) if claim["verdict"] == "supported" and p <= 0.05
-    ]
+    supported = [claim for claim, p in zip(latest.values(), adjusted) if claim["verdict"] == "supported" and p <= 0.05]
+    still = [f"{claim['claim']} ({claim['scale']})" for claim in supported]
     lines += [
         "",
         f"Intervals are of 90%; of each claim's verdicts at most 5% are wrong. Adjusted over the latest suites of all "
@@ -78,9 +79,11 @@ def readme_section(contents: Mapping[str, Content]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _first_seed(claim: dict[str, Any]) -> int:
-    first: int = claim.get("first_seed", 0)
-    return first
+def _in_the_table(made: tuple[dict[str, Any], str, str]) -> tuple[Any, ...]:
+    """Its place: by claim, then by date, whatever the order that reports are named in."""
+    claim, date, link = made
+    number = claim["number"] or float("inf")
+    return number, claim["claim"], date, claim.get("first_seed", 0), claim["scale"], link
 
 
 def _made(claim: dict[str, Any], date: str, link: str) -> str:
@@ -93,7 +96,7 @@ def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
         with readme.open(newline="") as file:  # as its lines end
             text = file.read()
         before, rest = text.split(BEGIN)
-        _, after = rest.split(END)
+        earlier, after = rest.split(END)
     except OSError as error:
         raise UserError(f"readme={readme} cannot be read ({error.strerror}): give the path of one") from None
     except ValueError:
@@ -105,6 +108,9 @@ def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
         made = made.replace("\n", "\r\n")
     with readme.open("w", newline="") as file:
         file.write(f"{before}{made}{after}")
+    gone = [link for link in dict.fromkeys(re.findall(r"\]\(([^)]+\.json)\)", earlier)) if link not in contents]
+    if gone:
+        sys.stderr.write(f"note: no longer in {readme}, as report= did not name them: {', '.join(gone)}\n")
 
 
 def table(claims: Sequence[dict[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from moe_train.cli import write_json
 from moe_train.compose import CONFIGS
 from moe_train.config.claim import Measure
 from moe_train.config.model import ModelConfig
+from moe_train.cost.ledger import read_account
 from moe_train.errors import UserError, one_line
 from moe_train.forecast import probe as probes
 
@@ -59,11 +61,8 @@ def _max_violation(result: Result, _: Folder) -> float:
 
 def _optimizer_bytes(result: Result, folder: Folder) -> float:
     """Kept beside the run, whose checkpoint may be removed then."""
-    target = folder.runs.beside(result.run.hash, ".optimizers.json")
-    kept = _kept(target)
-    if kept is None:
-        kept = {"bytes": _weighed(result)}
-        write_json(target, kept)
+    beside = Beside(result, folder, "optimizers")
+    kept = beside.kept() or beside.keep({"bytes": _weighed(result)})
     return float(kept["bytes"]) / float(result.summary["total_params"])
 
 
@@ -110,18 +109,18 @@ def _speed_up(result: Result, folder: Folder) -> float:
 
 def _forecast_error(result: Result, folder: Folder, config_dir: Path | None) -> float:
     """Of twenty steps made for it alone, which are no part of the run: |forecast / took − 1| of training seconds."""
-    file = folder.runs.beside(result.run.hash, ".forecast.json")
-    forecast = _kept(file)
+    beside = Beside(result, folder, "forecast")
+    forecast = beside.kept()
     if forecast is None:
         folders = [] if config_dir is None else ["--config-dir", str(config_dir.absolute())]
         threads = [f"num_threads={result.summary['num_threads']}"]
         sys.stderr.write(f"forecasting {result.place}, arm {result.run.arm}, from twenty steps\n")
-        forecast = probes.probe([*folders, *result.run.overrides, *threads], result.summary["tokens"])
-        write_json(file, forecast)
+        made = probes.probe([*folders, *result.run.overrides, *threads], result.summary["tokens"])
+        forecast = beside.keep(made)
     if forecast["device"] != result.summary["device_name"]:
         raise UserError(
             f"{result.place} was made on {result.summary['device_name']} and forecast on {forecast['device']}: remove "
-            f"{file.name}, and judge it where it was made"
+            f"{beside.file.name}, and judge it where it was made"
         )
     return abs(float(forecast["train_seconds"]["value"]) / float(result.summary["train_seconds"]) - 1)
 
@@ -137,29 +136,44 @@ _OF: dict[Measure, Callable[[Result, Folder], float]] = {
 
 def generation(result: Result, folder: Folder, speculative: bool) -> dict[str, Any]:
     """What scripts/generate.py measured with the run, kept beside it."""
-    target = folder.runs.beside(result.run.hash, ".generation.json")
-    kept = _kept(target)
-    if kept is None:
-        extra = ["speculative=true", "compare=true"] if speculative else []
+    beside = Beside(result, folder, "generation")
+    return beside.kept() or beside.keep(_generate(result, speculative))
+
+
+def _generate(result: Result, speculative: bool) -> dict[str, Any]:
+    extra = ["speculative=true", "compare=true"] if speculative else []
+    with tempfile.TemporaryDirectory() as place:
+        figures = Path(place) / "figures.json"
         command: Sequence[str] = [
             *(sys.executable, str(GENERATE), f"run={result.folder}", "prompt=def ", "temperature=0"),
-            *(f"max_new_tokens={GENERATED_TOKENS}", *extra, f"json={target}"),
+            *(f"max_new_tokens={GENERATED_TOKENS}", *extra, f"json={figures}"),
         ]
         made = subprocess.run(command, capture_output=True, text=True, check=False)
-        kept = _kept(target)
-        if made.returncode or kept is None:
+        if made.returncode:
             last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
             raise UserError(f"{result.place}: generating with arm {result.run.arm} failed: {last}")
-    return kept
+        content: dict[str, Any] = json.loads(figures.read_text())
+        return content
 
 
-def _kept(file: Path) -> dict[str, Any] | None:
-    """None where it was not measured yet, or what is there is damaged, which is put away to be measured again."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        file.unlink()
-        return None
-    return content
+class Beside:
+    """`runs/HASH.NAME.json`: what was measured of a run, for as long as it is that run.
+
+    One that was made again, after its folder was removed say, is measured again: its last attempt has another id.
+    """
+
+    def __init__(self, result: Result, folder: Folder, name: str) -> None:
+        self.file = folder.runs.beside(result.run.hash, f".{name}.json")
+        self._attempt = [attempt.id for attempt in read_account(result.folder / "ledger.json")][-1:]
+
+    def kept(self) -> dict[str, Any] | None:
+        """None where it was not measured of this run, or what is there is damaged."""
+        try:
+            content: dict[str, Any] = json.loads(self.file.read_text())
+            return content["measured"] if content["of_attempt"] == self._attempt else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, measured: dict[str, Any]) -> dict[str, Any]:
+        write_json(self.file, {"of_attempt": self._attempt, "measured": measured})
+        return measured

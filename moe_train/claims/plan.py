@@ -9,11 +9,13 @@ of the same seed and budget to begin with (starts.py).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from moe_train.claims.library import Claim
 from moe_train.compose import compose_run, quoted
@@ -205,6 +207,8 @@ def make_plan(
     plan = Plan(claim, scale_name, arms, tuple(given), config_dir, out)
     for first, second in claim.config.pairs_at(scale_name):
         _check_pair(plan, arms[first], arms[second], where)
+    _check_measures(plan, where)
+    _check_names(plan, where)
     rates = {name: arm.rate for name, arm in arms.items()}
     if scale.tuning is not None and scale.tuning.together and len(set(rates.values())) > 1:
         said = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
@@ -223,6 +227,34 @@ def make_plan(
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
+
+
+def _check_measures(plan: Plan, where: str) -> None:
+    """That arms have what is measured of them, before they are trained."""
+    for comparison in plan.claim.config.at(plan.scale_name):
+        for name in comparison.arms:
+            arm = plan.arms[name]
+            if comparison.measure == "max_violation" and arm.is_dense:
+                raise UserError(f"{where}: max_violation of arm {name}, which has no experts: measure something else")
+            if comparison.measure == "generation_speed_up" and arm.config.model.mtp is None:
+                raise UserError(f"{where}: generation_speed_up of arm {name}, which has no MTP module to draft with")
+
+
+def _check_names(plan: Plan, where: str) -> None:
+    """That what may vary is a setting of an arm, or a group of them."""
+    known = {key for arm in plan.arms.values() for key in _keys(to_dict(arm.config))}
+    for name in plan.claim.config.varies:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "leave it out"
+            raise UserError(f"{where}: varies names {name}, which no arm has: {hint}")
+
+
+def _keys(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Of settings and of groups of them, with dots."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")
 
 
 _OF_THE_SAME_TEXT = ("data.sequence_length", "data.cache_dir")  # settings of data that leave the text as it is

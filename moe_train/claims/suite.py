@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moe_train.claims import estimate as estimates
 from moe_train.claims import registered, report, starts, tables, wandb_report
-from moe_train.claims.device import Device, check_same_device, device_here
+from moe_train.claims.device import Device, check_hardware, check_same_device, device_here
 from moe_train.claims.library import load_claims
 from moe_train.claims.plan import RUNS, Plan, PlannedRun, make_plan
 from moe_train.claims.results import Folder
@@ -31,6 +31,7 @@ from moe_train.config.data import TextFilesConfig
 from moe_train.cost.budget import Budget
 from moe_train.data.corpora import documents, source_files
 from moe_train.errors import UserError
+from moe_train.forecast.commands import at_price
 from moe_train.sweeps.devices import Devices, devices_here, threads_of_a_job
 from moe_train.sweeps.running import Start
 from moe_train.sweeps.runs import RunsByHash
@@ -73,6 +74,9 @@ def foretell(asked: Asked, hardware: HardwareConfig | None, probe: estimates.Pro
     _check_text(plans)
     _check_out(asked.out)
     _say_what_is_damaged(plans, folder)
+    own = next(iter(plans[0].arms.values())).config.hardware.price_usd_per_hour
+    if hardware is not None and own is not None:
+        hardware = at_price(hardware, own)
     rows = _estimates(plans, folder, hardware, probe)
     tables.show_estimates(rows, asked.scale)
     return [tables.as_dict(plan, row) for plan, row in rows]
@@ -128,6 +132,9 @@ def reproduce(
     plans, folder = asked.plans(), Folder(asked.out.absolute())
     _check_text(plans)
     device = device or device_here(plans[0])
+    check_hardware(plans[0], device)
+    if asked.scale == "gpu" and not device.on_gpu:
+        sys.stderr.write(f"note: scale=gpu is made for a GPU, and there is none: runs are made on {device.name}\n")
     for plan in plans:
         check_same_device(plan, folder, device)
     budget = asked.budget(plans)

@@ -41,7 +41,7 @@ def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
     console = Console()
     console.print(table)
     for source in dict.fromkeys(row.source for _, row in rows):
-        console.print(Text(f"reckoned from {source}"), soft_wrap=True)
+        console.print(Text(source), soft_wrap=True)
     for plan, _ in rows:
         if (tuning := plan.scale.tuning) is not None and tuning.widenings:
             more = 2 * tuning.widenings * tuning.seeds * len(plan.arms)

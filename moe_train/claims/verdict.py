@@ -95,22 +95,24 @@ def judge(
     if incomplete:
         reasons.insert(0, f"{made} of {planned} planned runs are there: nothing is computed before all are")
     reasons += integrity.problems(plan, results, tuned)
-    timing = integrity.timing_problems(results)
-    notes = list(timing[:1] and [f"seconds and dollars are not compared: {timing[0]}"])
+    left_out = integrity.not_comparable(results)
+    which = "seconds and dollars" if "seconds" in left_out else "dollars"
+    notes = [f"{which} are not compared: {left_out['usd']}"] if left_out else []
     notes += [f"{run.label} diverged, and so that rate has lost" for run in diverged]
     comparisons = [_blank(plan, config) for config in plan.claim.config.at(plan.scale_name)]
     axes: list[SavedOnAxes] = []
     if not reasons:
         for compared, config in zip(comparisons, plan.claim.config.at(plan.scale_name)):
-            if config.measure in TIMED and timing:
-                compared.reason = timing[0]
+            why_not = left_out.get("usd" if config.measure == "usd_to_target" else "seconds")
+            if config.measure in TIMED and why_not is not None:
+                compared.reason = why_not
                 continue
             try:
                 _compute(compared, config, plan, results, folder)
             except UserError as error:
                 compared.reason = str(error)
         _decide(comparisons, plan)
-        axes = saved_on_axes(plan, results, with_costs=not timing)
+        axes = saved_on_axes(plan, results, without=left_out)
         notes += notes_on(plan, results, rates, folder)
     deciding = [compared for compared in comparisons if compared.decides]
     known = [compared.p_supported for compared in deciding if compared.p_supported is not None]
@@ -155,7 +157,7 @@ def _blank(plan: Plan, config: ComparisonConfig) -> Compared:
 # ------------------------------------------------------------------------------------------------- one comparison
 
 
-def _of_arm(results: Sequence[Result], plan: Plan, arm: str, budget: int) -> list[Result]:
+def _of_arm(results: Sequence[Result], arm: str, budget: int) -> list[Result]:
     """One a seed, in the order of seeds."""
     found = [r for r in results if r.run.arm == arm and r.run.budget == budget]
     return sorted(found, key=lambda result: result.run.seed)
@@ -179,8 +181,7 @@ def _compute(
         return
     for arm in config.arms:
         compared.values[arm] = [
-            measures.value(config.measure, result, folder, plan.config_dir)
-            for result in _of_arm(results, plan, arm, last)
+            measures.value(config.measure, result, folder, plan.config_dir) for result in _of_arm(results, arm, last)
         ]
     own = np.array(compared.values[config.arm])
     logs = test.relative or test.kind == "ratio_above"

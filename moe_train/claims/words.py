@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 DIFFERENCE, RELATIVE = "nats a token", "log ratio"
@@ -23,10 +24,12 @@ def interval(figure: dict[str, Any]) -> str:
 
 
 def number(value: float, unit: str) -> str:
-    """Differences of losses with their sign, relative ones in percent."""
+    """Differences of losses with their sign; those of their logarithms as a share of the loss, in percent."""
     if unit == RELATIVE:
-        return f"{100 * value:+.3g}%"
-    return f"{value:+.3g}" if unit == DIFFERENCE else f"{value:.3g}"
+        return f"{100 * math.expm1(value):+.3g}%"
+    if unit == DIFFERENCE:
+        return f"{value:+.3g}"
+    return f"{value:.4f}" if 0 < abs(value - 1) < 0.005 else f"{value:.3g}"  # on which side of 1 it is
 
 
 def deciding(claim: dict[str, Any]) -> list[dict[str, Any]]:

@@ -59,7 +59,8 @@ class TestConfig:
         )
         require(
             self.margin >= 0 or self.kind in ("below", "above"),
-            f"margin={self.margin:g} of kind={self.kind} must not be below 0: swap arm and against",
+            f"margin={self.margin:g} of kind={self.kind} must not be below 0: kind=non_inferiority allows the "
+            "arm to be higher by a margin",
         )
 
 

@@ -49,6 +49,7 @@ class Attempt:
     # What it is charged by.
     hardware: str | None = None
     num_devices: int = 1
+    num_threads: int | None = None
     basis: str = "rental"
     price_usd_per_hour: NonNegative | None = None  # of one device
     price_source: str | None = None

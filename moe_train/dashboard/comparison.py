@@ -1,8 +1,9 @@
 """Two runs side by side: settings that differ, what each came to, and what each spent to get as far as the worse one.
 
-The last is the fair figure: of two runs of different length the final losses say little, but where the better one
-passed the worse one's final loss, tokens, FLOPs, seconds and dollars can be read off both curves. They are read off the
-decreasing curve that fits the points best (isotonic regression): on a noisy one the first lucky point would count.
+The last is the fair figure: of two runs of different length the final losses say little, but where each of them reached
+the loss at which the worse one ended, tokens, FLOPs, seconds and dollars can be read off both curves. These are the
+decreasing ones that fit the points best (isotonic regression): on a noisy one the first lucky point would count, and an
+unlucky last one of the other.
 """
 
 from __future__ import annotations
@@ -125,24 +126,23 @@ def _corpora(a: Run, b: Run) -> str | None:
 
 # ----------------------------------------------------------------------------------------- cost of getting equally far
 def _reached(a: Run, b: Run) -> dict[str, Any]:
-    """Where both curves stand at the final value of the worse one."""
+    """Where both curves stand at the value at which the worse one ends."""
     measure = _measure(a, b)
     if measure is None:
         unknown = _corpora(a, b) or "one of the runs has too few logged losses"
         axes: dict[str, Any] = {name: {**_pair(None, None), "reason": unknown} for name in REACHED_OVER}
         return {"measure": None, "target": None, "worse": None, "axes": axes}
     of_run = {"a": _logged(a, measure), "b": _logged(b, measure)}
-    finals = {which: rows[-1][measure] for which, rows in of_run.items()}
+    finals = {which: decreasing_fit([float(row[measure]) for row in rows])[-1] for which, rows in of_run.items()}
     worse, better = ("a", "b") if finals["a"] > finals["b"] else ("b", "a")
     target = finals[worse]
     axes = {}
     for name in REACHED_OVER:
-        own = value(of_run[worse][-1], AXES[name])
-        found, why_not = _cost_of(of_run[better], measure, AXES[name], target)
-        without = [*([worse] if own is None else []), *([better] if why_not == _NOT_LOGGED else [])]
-        of = " and ".join(sorted(which.upper() for which in without))
-        reason = f"{_MISSING[name]} ({of})" if without else why_not
-        pair = {worse: own, better: found}
+        pair, why_not = {}, {}
+        for which in (worse, better):
+            pair[which], why_not[which] = _cost_of(of_run[which], measure, AXES[name], target)
+        of = " and ".join(sorted(which.upper() for which, why in why_not.items() if why == _NOT_LOGGED))
+        reason = f"{_MISSING[name]} ({of})" if of else why_not[better] or why_not[worse]
         axes[name] = {**_pair(pair["a"], pair["b"]), "reason": reason}
     return {"measure": measure, "target": target, "worse": worse, "axes": axes}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,11 @@ class DashboardServer(ThreadingHTTPServer):
             raise UserError(
                 f"port={port} cannot be served ({reason}): choose another port=, or 0 for any that is free"
             ) from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked and left before the answer is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

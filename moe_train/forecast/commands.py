@@ -181,6 +181,11 @@ def named_hardware(name: str | None, price_usd_per_hour: float | None, config_di
         raise UserError(f"hardware={name}: no published run is of such a device: probe=true measures the one at hand")
     if price_usd_per_hour is None:
         return at_the_launchers_price(hardware, os.environ)
+    return at_price(hardware, price_usd_per_hour)
+
+
+def at_price(hardware: HardwareConfig, price_usd_per_hour: float) -> HardwareConfig:
+    """At the user's own price."""
     return replace(
         hardware,
         price_usd_per_hour=price_usd_per_hour,

@@ -1,6 +1,6 @@
 """A run here forecast from its own first steps: twenty of them, made by the real command on the device at hand.
 
-What a probe measures (start-up, seconds a token once warm, an evaluation, the rest) is put together for the whole run.
+What a probe measures (start-up, seconds a token once warm, evaluations, the rest) is put together for the whole run.
 The interval goes from the fastest to the slowest stretch of three steps: what the machine did within a minute, not what
 it may do tonight. `compare` says how near a forecast came once the run is made.
 """
@@ -95,8 +95,9 @@ def extrapolated(
     per_token = _seconds_per_token(rows)
     every = config["eval"]["every_tokens"]
     evaluations = 1 + (0 if every is None else (tokens - 1) // every)
-    evaluation = summary["evaluation_seconds"]
-    rest = summary["wall_seconds"] - summary["startup_seconds"] - summary["train_seconds"] - evaluation
+    made = max(1, sum(row.get("val/loss") is not None for row in rows))  # one at the end, and any between its steps
+    evaluation = summary["evaluation_seconds"] / made
+    rest = summary["wall_seconds"] - summary["startup_seconds"] - summary["train_seconds"] - made * evaluation
     around_steps = summary["startup_seconds"] + evaluations * evaluation + rest
     train = per_token * tokens
     wall = Interval(*(seconds + around_steps for seconds in (train.value, train.low, train.high)))

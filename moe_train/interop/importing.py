@@ -217,7 +217,7 @@ def _with_mtp(model: ModelConfig, files: list[Path], dtypes: Mapping[str, torch.
     depth = 0
     while f"model.layers.{model.num_hidden_layers + depth}.eh_proj.weight" in dtypes:
         deeper = dataclasses.replace(model, mtp=MTPConfig(depth + 1, **_MTP_WEIGHTS))
-        if not _are_copies(mtp_copies(deeper), model, files):
+        if not _are_copies(mtp_copies(deeper), files):
             break
         model, depth = deeper, depth + 1
     return model
@@ -227,7 +227,7 @@ def _with_mtp(model: ModelConfig, files: list[Path], dtypes: Mapping[str, torch.
 _MTP_WEIGHTS = {"loss_weight": 0.3, "late_loss_weight": 0.1, "late_from": 0.676}
 
 
-def _are_copies(copies: Mapping[str, str], model: ModelConfig, files: list[Path]) -> bool:
+def _are_copies(copies: Mapping[str, str], files: list[Path]) -> bool:
     """Whether every one of `copies` that is there is equal to what it is a copy of."""
     originals = {"embedding.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
     where: dict[str, Path] = {}

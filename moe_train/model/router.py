@@ -23,13 +23,6 @@ from moe_train.precision.formats import compute_dtype
 from moe_train.precision.support import router_in_tf32, runs_triton
 
 
-class Affinities(NamedTuple):
-    """How well each of t tokens and each of e experts go together, FP32."""
-
-    logits_te: Tensor
-    scores_te: Tensor  # sigmoid or softmax of the logits, without the selection bias
-
-
 class Choice(NamedTuple):
     """The experts of every token."""
 
@@ -84,10 +77,6 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         # Moved by balancing.update_selection_bias, never by a gradient; part of the weights that are saved.
         self.register_buffer("selection_bias", torch.zeros(config.num_experts))
-
-    def forward(self, x_td: Tensor) -> Affinities:
-        logits_te = self.logits(x_td)
-        return Affinities(logits_te, self.scores(logits_te))
 
     def logits(self, x_td: Tensor) -> Tensor:
         in_tf32 = router_in_tf32(x_td.device, compute_dtype(x_td))

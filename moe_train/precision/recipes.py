@@ -15,6 +15,7 @@ from moe_train.model.layers import Linear, SwiGLU
 from moe_train.model.transformer import Transformer
 from moe_train.precision.choice import Choice, Device, choose
 from moe_train.precision.fp8 import Fp8Layer
+from moe_train.precision.support import router_in_tf32
 
 # Layers outside these are the embedding's, the head's and the final norm's, which stay in the compute format.
 _ROOMS = ("blocks.", "mtp.")
@@ -123,11 +124,12 @@ def to_compute_format(model: Transformer, modules: Iterable[str]) -> None:
             part.fp8 = None
 
 
-def table(model: Transformer, precision: PrecisionConfig, compute_format: str) -> list[dict[str, Any]]:
-    """A row for each kind of layer: what its three products run in. `compute_format` as in "bfloat16".
+def table(model: Transformer, compute: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each kind of layer: what its three products run in, on a device that computes in `compute`.
 
     `but`: the layers of the kind that went back to the compute format.
     """
+    compute_format = str(compute).removeprefix("torch.")
     rows: dict[str, dict[str, Any]] = {
         "embedding": {"layer": "embedding", "all": "a lookup in float32"},
     }
@@ -146,7 +148,7 @@ def table(model: Transformer, precision: PrecisionConfig, compute_format: str) -
         rows[kind] = _row(kind, next(filter(None, layers.values()), None), compute_format)
         if 0 < len(wide) < len(layers):
             rows[kind]["but"] = dict.fromkeys(wide, compute_format)
-    rows["router"] = {"layer": "router", "all": "float32"}
+    rows["router"] = {"layer": "router", "all": "tensorfloat32" if router_in_tf32(device, compute) else "float32"}
     rows["attention core"] = {"layer": "attention core", "all": compute_format}
     rows["norms"] = {"layer": "norms", "all": "float32"}
     rows["head"] = {"layer": "head", "all": compute_format}

@@ -49,7 +49,9 @@ _KINDS = {"pruned": "given up early", "failed": "failed", "going": "to go on"}
 
 
 def _table(title: str, points: Sequence[dict[str, Any]], objectives: Sequence[str]) -> Table:
-    table = Table(title=Text(title), title_justify="left")
+    spread = any(point["spread"] is not None for point in points)
+    caption = "±: half of what lies between the best and the worst seed" if spread else None
+    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
     keys = list(dict.fromkeys(key for point in points for key in point["settings"]))
     for key in keys:
         table.add_column(Text(_short(key, keys)), overflow="fold")

@@ -118,7 +118,10 @@ if __name__ == "__main__":
         sys.stderr.write(f"note: {one_line(error)}\n")
         sys.stderr.flush()
         os._exit(1)
-    said_in.write(f"{READY}\n")
-    said_in.flush()
+    try:
+        said_in.write(f"{READY}\n")
+        said_in.flush()
+    except BrokenPipeError:  # who asked is gone
+        os._exit(0)
     serve(asked_in, said_in)
     os._exit(0)  # torch and Triton take a second to be dismantled, and complain

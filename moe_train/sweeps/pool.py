@@ -19,12 +19,13 @@ from pathlib import Path
 from moe_train.compose import quoted
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
+from moe_train.processes import began
 from moe_train.sweeps.board import Board
 from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, Outcome
 from moe_train.sweeps.metrics import MetricsTail, Row
-from moe_train.sweeps.running import Orphan, Running, Start
-from moe_train.sweeps.runs import RunsByHash, began
+from moe_train.sweeps.running import ANY_DEVICE, Orphan, Running, Start
+from moe_train.sweeps.runs import RunsByHash
 from moe_train.sweeps.warm import WarmStarts
 from moe_train.training.keepers import held_by_this_process
 from moe_train.training.signals import Interruption
@@ -156,17 +157,17 @@ class Pool:
     def _wait_for(self, job: Job) -> None:
         orphan = Orphan(self.runs, job.hash)
         tail = MetricsTail(self.runs.of(job.hash) / "metrics.jsonl")
-        self._running.append(Running(job, orphan, tail, device=-1, output=None))
+        waited_for = Running(job, orphan, tail, device=ANY_DEVICE, output=None)
+        waited_for.neighbours = self._meets(ANY_DEVICE)
+        self._running.append(waited_for)
+        self._note_neighbours(waited_for)
         self.board.waits_for(job)
 
     def _begin(self, job: Job) -> None:
         folder = self.runs.of(job.hash)
         taken = [sum(other.device == device for other in self._running) for device in range(len(self._groups))]
         device = min(range(len(taken)), key=lambda index: taken[index])
-        beside = [other for other in self._running if other.device == device]
-        for other in beside:
-            other.neighbours = max(other.neighbours, len(beside))
-            self._note(other)
+        beside = self._meets(device)
         overrides = [
             *([] if self.config_dir is None else ["--config-dir", str(self.config_dir.absolute())]),
             *job.overrides,
@@ -178,11 +179,25 @@ class Pool:
         output = self.runs.log(job.hash).open("a")
         held = {} if self.budget.usd is None else held_by_this_process()
         process = self._start(overrides, output, {**self._groups[device], **held})
-        neighbours = max(int(self.runs.noted(job.hash).get("neighbours", 0)), len(beside))
+        neighbours = max(int(self.runs.noted(job.hash).get("neighbours", 0)), beside)
         started = Running(job, process, MetricsTail(folder / "metrics.jsonl"), device, output, neighbours)
         self._running.append(started)
         self._note(started)
         self.board.began(job)
+
+    def _meets(self, device: int) -> int:
+        """How many jobs one that begins on that device is timed beside; each of them has a neighbour more."""
+        beside = [other for other in self._running if other.is_beside(device)]
+        for other in beside:
+            met = sum(each.is_beside(other.device) for each in self._running)  # itself counts for the one that begins
+            other.neighbours = max(other.neighbours, met)
+            self._note_neighbours(other)
+        return len(beside)
+
+    def _note_neighbours(self, running: Running) -> None:
+        """The rest of what was noted is of when the job began, or of who began it."""
+        if noted := self.runs.noted(running.job.hash):
+            self.runs.note(running.job.hash, noted | {"neighbours": running.neighbours})
 
     def _note(self, running: Running) -> None:
         """Under what circumstances the job is timed, and who makes it: a sweep that is killed must not forget it."""

@@ -14,6 +14,7 @@ from moe_train.sweeps.job import Job
 from moe_train.sweeps.metrics import MetricsTail, progress
 from moe_train.sweeps.runs import RunsByHash
 
+ANY_DEVICE = -1
 PATIENCE_SECONDS = 60.0  # from the signal to the end: a step and a checkpoint; then it is killed
 
 
@@ -43,7 +44,8 @@ class Orphan:
 
 @dataclass
 class Running:
-    """`device`: which group of devices it sees. `output`: its log, None for an orphan. `neighbours`: most so far."""
+    """`device`: which group of devices it sees, ANY_DEVICE where it is not known, of an orphan. `output`: its log, None
+    for an orphan. `neighbours`: most so far."""
 
     job: Job
     process: Process
@@ -55,6 +57,10 @@ class Running:
     _deadline: float = float("inf")
     _before: float | None = None  # how far it had come when it was first asked
     _first: tuple[float, float] | None = None  # when it was first seen to go on from there, and how far it had come
+
+    def is_beside(self, device: int) -> bool:
+        """Whether it may share that device."""
+        return self.device == device or ANY_DEVICE in (self.device, device)
 
     @property
     def progress(self) -> float:

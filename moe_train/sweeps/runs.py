@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
 
 from moe_train.cost.attempt import Attempt
 from moe_train.cost.ledger import read_account
 from moe_train.errors import UserError
+from moe_train.processes import is_alive
 
 
 def is_divergence(says: str) -> bool:
@@ -30,15 +30,6 @@ def last_words(log: Path) -> str:
         said = ""
     lines = [line for line in said.splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else "it said nothing"
-
-
-def began(pid: int) -> float | None:
-    """When the process did, which tells it from another of its number; None where it has ended, or is not there."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except (psutil.Error, ValueError, OverflowError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -124,7 +115,7 @@ class RunsByHash:
     def _living(self, run_hash: str, name: str, moment: str) -> int | None:
         noted = self.noted(run_hash)
         pid, then = noted.get(name), noted.get(moment)
-        return pid if isinstance(pid, int) and then is not None and began(pid) == then else None
+        return pid if isinstance(pid, int) and is_alive(pid, then) else None
 
     def is_at_work(self, run_hash: str) -> bool:
         """Whether some process makes the run just now: the one that was noted, or one that holds the folder."""

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from moe_train.launch import TRAIN, job_environment, start_job
+from moe_train.processes import began, is_alive
 from moe_train.sweeps.forking import READY
-from moe_train.sweeps.runs import began
 
 _IMPORTS_WITHIN, _ANSWERS_WITHIN = 300.0, 10.0  # seconds; as a rule 5 and 0.001
 
@@ -61,12 +61,12 @@ class _Server:
         asked = {"overrides": list(overrides), "environment": {**job_environment(), **environment}}
         return _Forked(self, self._ask(asked | {"output": output.name}))
 
-    def status(self, pid: int, moment: float | None) -> int | None:
+    def status(self, pid: int, moment: str | None) -> int | None:
         """Of a job that has ended. One whose parent is gone leaves none: what it wrote says whether it finished."""
         try:
             found: int | None = self._ask({"poll": pid})
         except (OSError, ValueError):
-            return None if moment is not None and began(pid) == moment else 1
+            return None if is_alive(pid, moment) else 1
         return found
 
     def close(self) -> None:

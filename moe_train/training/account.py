@@ -104,6 +104,7 @@ class Account:
             seed=self.config.seed,
             hardware=self.hardware.name,
             num_devices=self.runtime.world_size,
+            num_threads=self.runtime.num_threads,
             basis=self.price.basis,
             price_usd_per_hour=self.price.usd_per_hour,
             price_source=self.price.source,

@@ -22,6 +22,8 @@ from collections.abc import Callable
 
 import psutil
 
+from moe_train import processes
+
 HELD_BY = "MOE_TRAIN_BUDGET_HELD_BY"  # in a job's environment: PID,MOMENT of its sweep
 LOOK_SECONDS = 1.0
 _OF_A_LAUNCH = "TORCHELASTIC_RUN_ID"  # set by the launcher for what it starts, and not for itself
@@ -29,7 +31,7 @@ _OF_A_LAUNCH = "TORCHELASTIC_RUN_ID"  # set by the launcher for what it starts, 
 
 def held_by_this_process() -> dict[str, str]:
     """What a sweep sets in the environment of jobs that are to end with it."""
-    return {HELD_BY: _identity(psutil.Process())}
+    return {HELD_BY: _identity(os.getpid())}
 
 
 def end_with_sweep() -> None:
@@ -51,12 +53,7 @@ def launcher() -> str | None:
     with contextlib.suppress(psutil.Error):  # what may not be looked into is none of this launch
         while above is not None and above.environ().get(_OF_A_LAUNCH) == launch:
             above = above.parent()
-    if above is None:
-        return None
-    try:
-        return _identity(above)
-    except psutil.Error:  # gone just now
-        return f"{above.pid},"
+    return None if above is None else _identity(above.pid)
 
 
 def end_with_launcher(identity: str, say: Callable[[str], None]) -> Callable[[], None]:
@@ -100,15 +97,11 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _identity(process: psutil.Process) -> str:
-    return f"{process.pid},{process.create_time()!r}"
+def _identity(pid: int) -> str:
+    return f"{pid},{processes.began(pid) or ''}"
 
 
 def is_alive(identity: str) -> bool:
     """Whether the very process still runs: another may have been given its number."""
-    pid, _, began = identity.partition(",")
-    try:
-        process = psutil.Process(int(pid))
-        return repr(process.create_time()) == began and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    pid, _, moment = identity.partition(",")
+    return processes.is_alive(int(pid), moment)

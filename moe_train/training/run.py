@@ -174,7 +174,7 @@ class Run:
 
     def _write_formats(self) -> None:
         """Rank 0: `precision.json`, what runs in what."""
-        formats = recipes.table(self.model, self.config.precision, self.compute_format)
+        formats = recipes.table(self.model, self.runtime.dtype, self.runtime.device)
         write_keeping(self.path / "precision.json", json.dumps(formats, indent=1, ensure_ascii=False) + "\n")
 
     def _start_tracker(self) -> Tracker:

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,13 @@ def _new_folder(name: str) -> Path:
 
 
 def _newest_of_same_hash(config: RunConfig) -> Path | None:
-    folders = sorted((p.parent for p in Path("outputs").absolute().glob(f"*/*/{CONFIG}")), reverse=True)
-    same = [p for p in folders if _read_config(p).get("config_hash") == config.config_hash()]
-    return same[0] if same else None
+    for folder in sorted((p.parent for p in Path("outputs").absolute().glob(f"*/*/{CONFIG}")), reverse=True):
+        try:
+            if _read_config(folder).get("config_hash") == config.config_hash():
+                return folder
+        except UserError as error:
+            sys.stderr.write(f"note: {error}; resume=auto looks further\n")
+    return None
 
 
 def find_checkpoint(path: Path, key: str) -> Checkpoint:
@@ -140,7 +145,7 @@ def find_checkpoint(path: Path, key: str) -> Checkpoint:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load((path / CONFIG).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path / CONFIG} cannot be read: put it back, or choose another run folder")

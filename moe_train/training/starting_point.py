@@ -79,7 +79,6 @@ def write_starting_point(
         state = {
             "step": 0,
             "meter": {"tokens": 0, "flops": 0.0, "train_seconds": 0.0},
-            "joules": None,
             "train_loss": None,
             "corpus_fingerprint": None,
             "vocab_size": len(weights["embedding.weight"]),

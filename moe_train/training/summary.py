@@ -1,4 +1,4 @@
-"""`summary.json`: what a run came to. What is not known is null; nothing in it is estimated."""
+"""`summary.json`: what a run came to. What is not known is null; nothing is estimated but what is called predicted."""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ class MadeUpRuns:
         self.loss = loss
         self.started: list[PlannedRun] = []
         self.settings: list[Sequence[str]] = []
+        self.changed: dict[str, Any] = {}  # of every summary
         for plan in plans:
             self.know(plan, plan.tuning_runs())
             self.know(plan, plan.runs(plan.untuned()))
@@ -70,5 +71,5 @@ class MadeUpRuns:
         if math.isnan(loss):
             output.write("error: the loss is nan at step 3: lower optimizer.lr\n")
             return MadeUpJob(1)
-        write_run(plan.arms[run.arm], run, Folder(path.parent.parent), loss)
+        write_run(plan.arms[run.arm], run, Folder(path.parent.parent), loss, changed=self.changed)
         return MadeUpJob()

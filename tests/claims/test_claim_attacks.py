@@ -276,6 +276,10 @@ def test_a_report_that_was_edited_is_not_taken(finished: tuple[Asked, MadeUpRuns
         edited(file, change, digest)
         with pytest.raises(UserError, match=r"copy\.json: claim=mine scale=cpu is not as it was written: put the file"):
             record.read(file)
+    file.write_text(json.dumps(json.loads(written) | {"date": "2026-11-28"}))
+    edited(file, effect, digest=False)  # by then every entry has one
+    with pytest.raises(UserError, match=r"copy\.json: claim=mine scale=cpu is not as it was written"):
+        record.read(file)
     for total in ("distinct_runs", "usd_of_distinct_runs"):
         file.write_text(written)
         edited(file, lambda content, total=total: content.update({total: 1}))

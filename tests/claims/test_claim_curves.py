@@ -44,6 +44,12 @@ def test_nothing_is_extrapolated(faster: float, bound: str, ratio: float) -> Non
     assert (found.bound, found.ratio) == (bound, pytest.approx(ratio))
 
 
+def test_what_is_no_number_shows_nothing() -> None:
+    prices = np.full(3, np.nan)
+    found = saving(BUDGETS, losses(1.2, 0.9, 0.4, 2.0), BUDGETS, losses(1.2, 0.9, 0.4), prices, draws=100)
+    assert found.p_values(1.0) == (1.0, 1.0)
+
+
 def test_a_curve_that_does_not_fall_reaches_nothing() -> None:
     rising = losses(1.2, 0.9, 0.4)[:, ::-1]
     found = saving(BUDGETS, rising, BUDGETS, losses(1.2, 0.9, 0.4), draws=100)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from moe_train.claims.loss_curves import POINTS, curves_of
 from moe_train.claims.made_up import PRICE, write_run
 from moe_train.claims.plan import Plan
 from moe_train.claims.results import Folder, Result
+from moe_train.cost.attempt import FINISHED, Attempt, as_line
 from moe_train.errors import UserError
 from moe_train.forecast import probe as probes
 
@@ -63,8 +63,7 @@ def test_what_generating_measured_is_kept_beside_the_run(made: tuple[Result, Fol
     result, folder = made
     with pytest.raises(UserError, match=r"generating with arm one failed: .*no checkpoint"):
         measures.value("cache_elements", result, folder)
-    kept: dict[str, Any] = {"cache_elements_per_token": 48}
-    folder.runs.beside(result.run.hash, ".generation.json").write_text(json.dumps(kept))
+    measures.Beside(result, folder, "generation").keep({"cache_elements_per_token": 48})
     assert measures.value("cache_elements", result, folder) == 48
     another = dataclasses.replace(
         result, run=dataclasses.replace(result.run, config=dataclasses.replace(result.run.config, seed=7))
@@ -103,7 +102,16 @@ def test_what_a_kill_left_half_written_is_measured_again(made: tuple[Result, Fol
     half.write_text('{"cache_elem')
     with pytest.raises(UserError, match=r"generating with arm one failed"):  # it is tried: there is no checkpoint
         measures.value("cache_elements", result, folder)
-    assert not half.exists()
+
+
+@pytest.mark.parametrize("name", ["generation", "optimizers", "forecast"])
+def test_what_was_measured_of_a_run_does_not_outlive_it(name: str, made: tuple[Result, Folder]) -> None:
+    """Its folder is removed and the run made again, somewhere else say: another attempt of the same hash."""
+    result, folder = made
+    measures.Beside(result, folder, name).keep({"bytes": 7})
+    assert measures.Beside(result, folder, name).kept() == {"bytes": 7}
+    (result.folder / "ledger.json").write_text(f'{{"attempts": [{as_line(Attempt(status=FINISHED))}]}}')
+    assert measures.Beside(result, folder, name).kept() is None
 
 
 def test_curves_keep_their_end_and_no_more_points_than_can_be_seen(made: tuple[Result, Folder]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from command_line import ROOT
-from made_up_claims import HERE, TWO_ARMS, MadeUpRuns
+from made_up_claims import HERE, SETTINGS, TWO_ARMS, MadeUpRuns
 from rich.console import Console
 
 from moe_train.claims import estimate, markdown, record, registered, report, suite
@@ -324,6 +324,52 @@ def test_a_run_that_went_on_on_other_hardware_is_no_measure_of_seconds(asked: Ma
     assert any("made in part on h100" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(
+    ("earlier", "says"),
+    [({"num_threads": 2}, "with 2 threads"), ({"price_usd_per_hour": 2 * PRICE}, r"at \$0.2 an hour")],
+)
+def test_a_run_that_went_on_under_other_terms_is_no_measure_of_seconds(
+    earlier: dict[str, Any], says: str, asked: Make, claim_dir: Make
+) -> None:
+    """Interrupted and gone on with another number of threads: its summary has those of the end alone."""
+    claim_dir()
+    made = MadeUpRuns(plans(asked()), better(0.05))
+    judged(asked(), made)
+    file = asked().out / "runs" / made.started[0].hash / "ledger.json"
+    (attempt,) = json.loads(file.read_text())["attempts"]
+    last = attempt | {"num_threads": 1, "train_seconds": 5.0}
+    first = last | earlier | {"id": "earlier", "status": "interrupted"}
+    for attempts, found_so in (([last], False), ([first, last], True), ([first | {"train_seconds": 0.0}, last], False)):
+        file.write_text(json.dumps({"attempts": attempts}))
+        (found,) = judged(asked(), made)
+        assert found.verdict == "supported"  # of losses
+        assert (found.axes[0].axes["seconds"] is None) == found_so
+        assert any(re.search(f"made in part {says}", note) for note in found.notes) == found_so
+
+
+@pytest.mark.parametrize(
+    ("measure", "says"),
+    [
+        ("max_violation", "max_violation of arm one, which has no experts"),
+        ("generation_speed_up", "generation_speed_up of arm one, which has no MTP module"),
+    ],
+)
+def test_what_an_arm_does_not_have_is_not_found_missing_after_its_runs(
+    measure: str, says: str, asked: Make, claim_dir: Make
+) -> None:
+    comparison = {"arm": "one", "against": None, "measure": measure, "test": {"kind": "above", "margin": 1.0}}
+    arms = {"one": {"overrides": ["model=dense_nano"]}, "two": {"overrides": ["model=dense_nano", "optimizer.lr=0.5"]}}
+    claim_dir(comparisons=[comparison], base=[o for o in SETTINGS if not o.startswith("model.moe")], arms=arms)
+    with pytest.raises(UserError, match=says):
+        plans(asked())
+
+
+def test_a_setting_that_may_vary_is_one(asked: Make, claim_dir: Make) -> None:
+    claim_dir(varies=["model.moe.top_k", "optimizer.weightdecay"])
+    with pytest.raises(UserError, match=r"varies names optimizer\.weightdecay, which no arm has: did you mean optim"):
+        plans(asked())
+
+
 def curve_claim(measure: str) -> dict[str, Any]:
     comparison = {
         "arm": "two",
@@ -350,6 +396,33 @@ def test_cost_to_target_on_all_axes(faster: float, verdict: str, asked: Make, cl
     assert all(axes[axis] is not None for axis in ("tokens", "flops", "seconds", "usd"))
     # Two experts a token cost more FLOPs than one.
     assert axes["flops"].ratio < axes["tokens"].ratio  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("price", [0.0, None])
+@pytest.mark.parametrize("measure", ["usd_to_target", "seconds_to_target"])
+def test_without_a_price_there_is_no_verdict_on_dollars_and_there_is_one_on_seconds(
+    price: float | None, measure: str, asked: Make, claim_dir: Make
+) -> None:
+    """At a price of 0 the ratio of dollars is no number, and a claim on it was once supported."""
+    claim_dir(**curve_claim(measure))
+    made = MadeUpRuns(plans(asked()), learns(2.0))
+    made.changed = {"price_usd_per_hour": price, "usd_train": price, "usd_total": price}
+    (found,) = judged(asked(), made, device=dataclasses.replace(HERE, price_usd_per_hour=price))
+    assert found.axes[0].axes["usd"] is None
+    assert found.axes[0].axes["seconds"] is not None
+    assert any(note.startswith("dollars are not compared: no price above 0 is known") for note in found.notes)
+    assert found.verdict == ("supported" if measure == "seconds_to_target" else "inconclusive")
+    assert found.main.effect == (pytest.approx(2.0, rel=0.05) if measure == "seconds_to_target" else None)
+
+
+def test_the_price_of_a_run_on_a_gpu_is_not_divided_by_the_hosts_threads(asked: Make, claim_dir: Make) -> None:
+    claim_dir(**curve_claim("usd_to_target"))
+    made = MadeUpRuns(plans(asked()), learns(2.0))
+    made.changed = {"hardware": "h200", "device_name": "NVIDIA H200", "price_usd_per_hour": 3.2, "num_threads": 16}
+    with_gpu = HERE.__class__("NVIDIA H200", 1, True, "h200", 3.2)
+    judged(asked(), made, device=with_gpu)
+    with pytest.raises(UserError, match=r"was made on NVIDIA H200 at \$3\.2 an hour, not on made up at"):
+        judged(asked(), made)
 
 
 def test_runs_of_another_price_are_refused_before_training(asked: Make, claim_dir: Make) -> None:
@@ -388,6 +461,40 @@ def test_a_dry_run_says_what_is_to_come_and_trains_nothing(asked: Make, claim_di
     judged(asked(), MadeUpRuns([plan], better(0.05)))
     (row,) = suite.foretell(asked(), None, probe)
     assert (row["runs_there"], row["seconds"]["value"]) == (6, 0)  # type: ignore[index]
+
+
+def test_a_probe_is_kept_for_the_price_and_threads_it_was_made_with(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    calls: list[Any] = []
+
+    def counted(overrides: Any, tokens: int) -> dict[str, Any]:
+        calls.append(overrides)
+        return probe(overrides, tokens)
+
+    def foretell(*given: str) -> None:
+        suite.foretell(asked(given=given), None, counted)
+
+    foretell("hardware.price_usd_per_hour=1")
+    foretell("hardware.price_usd_per_hour=1")
+    assert len(calls) == 1
+    foretell("hardware.price_usd_per_hour=10")
+    foretell("hardware.price_usd_per_hour=1", "num_threads=1")
+    assert len(calls) == 3
+    for damaged in ("[]", "{}", "[", '{"flops_per_token": null}'):
+        for file in (asked().out / "probes").iterdir():
+            file.write_text(damaged)
+        foretell("hardware.price_usd_per_hour=1")
+    assert len(calls) == 7
+
+
+def test_a_gpu_one_does_not_have_costs_the_price_that_is_given(asked: Make, claim_dir: Make) -> None:
+    claim_dir()
+    rows = []
+    for price in (1.5, 15):
+        given = (f"hardware.price_usd_per_hour={price}",)
+        rows += suite.foretell(asked(given=given), named_hardware("h100", None, None), probe)
+    assert rows[1]["usd"] == pytest.approx(10 * rows[0]["usd"])  # type: ignore[operator]
+    assert "$1.5 an hour" in str(rows[0]["source"])
 
 
 def test_a_gpu_one_does_not_have_is_reckoned_from_one_that_was_measured(asked: Make, claim_dir: Make) -> None:
@@ -570,7 +677,7 @@ def test_the_page_needs_nothing_else(asked: Make, claim_dir: Make) -> None:
 
 
 def test_the_readmes_section_is_the_reports_and_replaces_the_one_before(
-    asked: Make, claim_dir: Make, tmp_path: Path
+    asked: Make, claim_dir: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     claim_dir()
     judged(asked(), MadeUpRuns(plans(asked()), better(0.05)))
@@ -580,13 +687,18 @@ def test_the_readmes_section_is_the_reports_and_replaces_the_one_before(
     for _ in range(2):
         markdown.write_readme(readme, {"out/report.json": content, "other.json": content})
     text = readme.read_text()
-    assert text.startswith(f"before\n{markdown.BEGIN}\n**Claims put to the test**: 12 runs, ")
+    assert text.startswith(f"before\n{markdown.BEGIN}\n**Claims put to the test**: 12 runs that finished, ")
     assert text.endswith(f"{markdown.END}\nafter\n")
     rows = [
         line for line in text.splitlines() if line.startswith("| mine | cpu | **supported** | -0.0497 nats a token |")
     ]
-    for row, link in zip(rows, ("out/report.json", "other.json"), strict=True):
+    for row, link in zip(rows, ("other.json", "out/report.json"), strict=True):
         assert row.endswith(f"({link}), made up, 1 thread, float32 |")
+    markdown.write_readme(readme, {"other.json": content, "out/report.json": content})
+    assert readme.read_text() == text
+    assert "no longer" not in capsys.readouterr().err
+    markdown.write_readme(readme, {"other.json": content})
+    assert f"no longer in {readme}, as report= did not name them: out/report.json" in capsys.readouterr().err
     readme.write_text("nothing")
     with pytest.raises(UserError, match="has no place for it"):
         markdown.write_readme(readme, {"x": content})

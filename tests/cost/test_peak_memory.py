@@ -361,7 +361,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from moe_train.compose import CONFIGS, validated
 from moe_train.config import ModelConfig
-from moe_train.cost.resident import resident_bytes, resident_peak
+import psutil
 from moe_train.model.transformer import Transformer
 
 torch.set_num_threads(1)
@@ -380,13 +380,13 @@ def steps(config, shape):
             each.zero_grad(set_to_none=True)
 
 steps(nano, (1, 32))
-before = resident_bytes()
+before = psutil.Process().memory_info().rss
 peak = here.predicted(tiny, (32, 256))
 steps(tiny, (32, 256))
 # Not ru_maxrss, which a process takes over from the one that started it.
 (high,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
 most = 1024 * int(high)
-print(json.dumps([peak.bytes, resident_peak(before, peak) - before, most - before]))
+print(json.dumps([peak.bytes, most - before]))
 """
     )
     here = Path(__file__).parent
@@ -397,6 +397,6 @@ print(json.dumps([peak.bytes, resident_peak(before, peak) - before, most - befor
     }
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    tensors, expected, growth = json.loads(done.stdout)
+    tensors, growth = json.loads(done.stdout)
     assert tensors > 10**9
-    assert growth == pytest.approx(expected, rel=0.10)
+    assert growth == pytest.approx(tensors, rel=0.10)

@@ -7,11 +7,13 @@ import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import ROOT
@@ -48,6 +50,28 @@ def test_it_listens_on_this_machine_alone(server: DashboardServer) -> None:
     with socket.socket() as other:
         other.settimeout(1)
         assert other.connect_ex(("127.0.0.2", server.server_address[1])) != 0
+
+
+def test_whoever_leaves_before_the_answer_is_no_error(
+    server: DashboardServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, left = threading.Event(), threading.Event()
+    content = server.content
+
+    def slowly() -> tuple[dict[str, Any], str]:
+        asked.set()
+        assert left.wait(30)
+        return content()
+
+    monkeypatch.setattr(server, "content", slowly)
+    with socket.create_connection(server.server_address[:2]) as connection:
+        connection.sendall(f"GET /data.json HTTP/1.0\r\nHost: 127.0.0.1:{server.server_address[1]}\r\n\r\n".encode())
+        assert asked.wait(30)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+    left.set()
+    monkeypatch.setattr(server, "content", content)
+    assert get(server, "/data.json")[0].status == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_page_of_another_name_that_points_here_is_refused(server: DashboardServer) -> None:

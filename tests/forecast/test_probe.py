@@ -37,6 +37,15 @@ SUMMARY: dict[str, Any] = {
 CONFIG = {"eval": {"every_tokens": 50_000}, "model": {"name": "nano"}}
 
 
+def test_evaluations_between_a_probes_own_steps_are_no_longer_one() -> None:
+    """With 25,000 tokens a step and one every 500,000, twenty steps have one of their own."""
+    between = [row | ({"val/loss": 3.0} if index in (5, 11, 19) else {}) for index, row in enumerate(STEADY)]
+    found = extrapolated(SUMMARY | {"evaluation_seconds": 15.0, "wall_seconds": 50.0}, between, CONFIG, tokens=150_000)
+    alone = extrapolated(SUMMARY, STEADY, CONFIG, tokens=150_000)
+    assert found["evaluation_seconds"] == alone["evaluation_seconds"] == 5.0
+    assert found["wall_seconds"] == pytest.approx(alone["wall_seconds"])
+
+
 def rows(seconds: list[float]) -> list[dict[str, Any]]:
     return [
         {"progress/tokens": 1000 * (step + 1), "throughput/step_seconds": taken} for step, taken in enumerate(seconds)

@@ -252,7 +252,7 @@ def test_blocks_are_in_fp8_and_router_head_and_embedding_are_not(model: Transfor
         if isinstance(m, Linear | Experts) and name.startswith(("blocks.", "mtp."))
     }
     assert any(name.startswith("mtp.") for name in in_fp8)
-    rows = {row["layer"]: row for row in recipes.table(model, precision("fp8_deepseek"), "bfloat16")}
+    rows = {row["layer"]: row for row in recipes.table(model, torch.bfloat16, torch.device("cpu"))}
     assert rows["attention.o_proj"]["forward"] == "e4m3 a tile, 2ⁿ · e4m3 a block"
     assert rows["ffn.experts.down_proj"]["weight_gradient"] == "e4m3 a tile, 2ⁿ · e4m3 a tile"
     assert (rows["head"]["all"], rows["router"]["all"]) == ("bfloat16", "float32")
@@ -264,7 +264,7 @@ TILES, POWERS = "e4m3 a tile", "e4m3 a tile, 2ⁿ"
 def test_scales_are_powers_of_two_where_deepseeks_report_has_them(model: Transformer) -> None:
     """The input of the projection after attention, and what goes between devices: to routed experts and back."""
     recipes.apply(model, precision("fp8_deepseek"), CPU)
-    rows = {row["layer"]: row for row in recipes.table(model, precision("fp8_deepseek"), "bfloat16")}
+    rows = {row["layer"]: row for row in recipes.table(model, torch.bfloat16, torch.device("cpu"))}
     found = {
         name: (row["forward"].split(" · ")[0], *row["weight_gradient"].split(" · "))
         for name, row in rows.items()

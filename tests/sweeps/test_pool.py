@@ -11,16 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from sleeping_jobs import Ended, Instantly, Sleepers, pool, sleeping, write_summary
 
 from moe_train.cost.attempt import FINISHED, RUNNING, Attempt, as_line
 from moe_train.cost.budget import Budget
+from moe_train.processes import began
 from moe_train.sweeps.devices import Devices
 from moe_train.sweeps.job import Job, Outcome, once
 from moe_train.sweeps.pool import Interrupted
-from moe_train.sweeps.runs import began
 from moe_train.training.keepers import HELD_BY, is_alive
 
 Make = Callable[[int], Job]
@@ -166,6 +165,27 @@ def test_a_job_that_outlived_its_sweep_is_waited_for_and_not_made_again(tmp_path
     assert not sleepers.jobs
 
 
+def test_a_job_beside_one_that_outlived_its_sweep_is_not_timed_alone(tmp_path: Path, job: Make) -> None:
+    sleepers = Sleepers()
+    made = pool(tmp_path, start=sleepers, jobs=2)
+    folder = made.runs.of(job(0).hash)
+    folder.mkdir(parents=True)
+    orphan = sleeping([f"run_dir={folder}"])
+    noted = {"pid": orphan.pid, "began": began(orphan.pid), "sweep": 1, "neighbours": 0, "load_average": 0.125}
+    made.runs.note(job(0).hash, noted)
+
+    def finishes() -> None:
+        write_summary(folder)
+        for each in (orphan, *sleepers.jobs):
+            each.kill()
+        orphan.wait()
+
+    after(1.0, finishes)
+    made.make([job(0), job(1)])
+    assert [made.runs.noted(job(seed).hash)["neighbours"] for seed in range(2)] == [1, 1]
+    assert made.runs.noted(job(0).hash) == noted | {"neighbours": 1}  # of when it began, and of who began it
+
+
 def test_a_job_that_outlived_its_sweep_is_ended_with_the_next_one(tmp_path: Path, job: Make) -> None:
     made = pool(tmp_path, start=Sleepers())
     folder = made.runs.of(job(0).hash)
@@ -241,7 +261,7 @@ def test_only_jobs_whose_budget_a_sweep_holds_end_with_it(tmp_path: Path, job: M
     assert is_alive(held[HELD_BY])
     assert not is_alive(f"{os.getpid()},1.0")  # a later process with its number
     dead = sleeping()
-    of_dead = f"{dead.pid},{psutil.Process(dead.pid).create_time()!r}"
+    of_dead = f"{dead.pid},{began(dead.pid)}"
     assert is_alive(of_dead)
     dead.kill()
     wait_until_dead = time.monotonic() + 10

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from moe_train.launch import TRAIN, start_job
+from moe_train.processes import began
 from moe_train.sweeps import warm
 from moe_train.sweeps.warm import WarmStarts
 
@@ -97,11 +98,12 @@ def test_a_fork_is_a_process_group_that_signals_reach(starts: WarmStarts, tmp_pa
 def test_a_fork_outlives_who_asked_for_it_and_its_clock_is_its_own(tmp_path: Path) -> None:
     with WarmStarts() as starts, (tmp_path / "log").open("a") as output:
         job = starts([*LONG, f"run_dir={tmp_path / 'run'}"], output, {})
-        began = psutil.Process(job.pid).create_time()
-        assert began > psutil.Process(psutil.Process(job.pid).ppid()).create_time()
+        moment, forker = began(job.pid), psutil.Process(job.pid).ppid()
+        assert moment is not None
+        assert moment != began(forker)
     process = psutil.Process(job.pid)
     wait_for(tmp_path / "run" / "metrics.jsonl")
-    assert process.create_time() == began
+    assert began(job.pid) == moment
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(psutil.Error):
         process.wait(60)
@@ -156,11 +158,11 @@ def test_a_server_that_was_stopped_is_ended(
 
 def test_a_process_that_has_another_ones_number_is_not_waited_for(starts: WarmStarts) -> None:
     forked = warm._Forked(starts._server, os.getpid())  # type: ignore[arg-type]
-    assert forked._began == psutil.Process().create_time()
+    assert forked._began == began(os.getpid())
     lost = warm._Server.__new__(warm._Server)
     lost._ask = lambda asked: (_ for _ in ()).throw(BrokenPipeError)  # type: ignore[method-assign]
     assert lost.status(os.getpid(), forked._began) is None
-    assert lost.status(os.getpid(), 0.0) == 1
+    assert lost.status(os.getpid(), "another") == 1
     assert lost.status(2**22 + 1, None) == 1
 
 

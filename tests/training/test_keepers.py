@@ -7,9 +7,9 @@ import subprocess
 import sys
 import threading
 
-import psutil
 import pytest
 
+from moe_train.processes import began
 from moe_train.training import keepers
 
 ASK = "from moe_train.training.keepers import launcher; print(launcher())"
@@ -41,7 +41,7 @@ def test_once_it_is_gone_the_process_is_told_to_end_and_says_why(monkeypatch: py
     monkeypatch.setattr(keepers, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(os, "kill", lambda pid, number: told.set())
     keeper = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    identity = f"{keeper.pid},{psutil.Process(keeper.pid).create_time()!r}"
+    identity = f"{keeper.pid},{began(keeper.pid)}"
     keepers.end_with_launcher(identity, said.append)
     assert not told.wait(0.1)
     assert keeper.stdin is not None

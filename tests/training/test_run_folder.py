@@ -67,6 +67,19 @@ def test_resume_auto_starts_a_run_that_is_not_there_and_goes_on_with_one_that_is
     assert again.checkpoint is not None
 
 
+@pytest.mark.parametrize("content", ["[", "3", None], ids=["no yaml", "a number", "a folder"])
+def test_a_broken_configuration_of_another_run_is_said_and_passed_over(
+    content: str | None, compose_run: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = opened(compose_run("seed=1"))
+    checkpoint_at(first.path, 3)
+    broken = Path("outputs/2999-01-01/other/config.yaml")  # looked at first
+    broken.parent.mkdir(parents=True)
+    broken.mkdir() if content is None else broken.write_text(content)
+    assert opened(compose_run("seed=1", "resume=auto")).path == first.path
+    assert "other/config.yaml cannot be read" in capsys.readouterr().err
+
+
 def test_resume_auto_without_a_folder_finds_the_run_by_its_hash(compose_run: Compose) -> None:
     first = opened(compose_run("seed=1"))
     opened(compose_run("seed=2"))
