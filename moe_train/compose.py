@@ -129,6 +129,11 @@ def _search_path(config_dir: Path | None) -> list[str]:
     return [f"hydra.searchpath=[{quoted(f'file://{config_dir.absolute()}')}]"]
 
 
+def key_of(override: str) -> str:
+    """What `key=value`, `+key=value` or `~key` is about."""
+    return override.lstrip("+~").partition("=")[0]
+
+
 def quoted(value: object) -> str:
     """A value as hydra's grammar takes it whatever is in it."""
     text = str(value).replace("\\", "\\\\").replace("'", "\\'")

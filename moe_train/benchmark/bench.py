@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moe_train.compose import compose_run
+from moe_train.compose import compose_run, key_of
 from moe_train.config import MoEConfig, RunConfig
 from moe_train.errors import UserError
 from moe_train.training.runtime import Runtime
@@ -70,17 +70,13 @@ class Bench:
 
 def with_usual(usual: Sequence[str], given: Sequence[str]) -> list[str]:
     """Usual settings that are not given otherwise, then the given ones. Another model brings settings of its own."""
-    keys = {_key(override) for override in given}
-    kept = [o for o in usual if _key(o) not in keys and not ("model" in keys and _group(o) == "model")]
+    keys = {key_of(override) for override in given}
+    kept = [o for o in usual if key_of(o) not in keys and not ("model" in keys and _group(o) == "model")]
     return [*kept, *given]
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
 def _group(override: str) -> str:
-    return _key(override).split("/")[0].split(".")[0]
+    return key_of(override).split("/")[0].split(".")[0]
 
 
 def said_in_full(of: str, bench: Bench, said: Sequence[str]) -> str:
@@ -90,7 +86,7 @@ def said_in_full(of: str, bench: Bench, said: Sequence[str]) -> str:
     """
     runtime = bench.runtime
     said = (*said, "num_threads", "cpu_kernels") if of else ("num_threads", "cpu_kernels")
-    further = [o for o in bench.given if _key(o) not in said]
+    further = [o for o in bench.given if key_of(o) not in said]
     if runtime.cpu_kernels == "torch" and runtime.dtype is torch.bfloat16:
         further.append("cpu_kernels=torch")
     return ", ".join(text for text in (of, f"with {' '.join(sorted(further))}" if further else "") if text)

@@ -8,7 +8,6 @@ ceilings).
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import tempfile
@@ -70,10 +69,6 @@ def content_of(
         "runs": [made],
         "figures": [asdict(figure) for figure in figures],
     }
-
-
-def load_average() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def cpu_kernels(runtime: Runtime) -> tuple[str | None, str | None]:

@@ -20,7 +20,8 @@ from moe_train.benchmark import (
 )
 from moe_train.benchmark.bench import Bench, said_in_full
 from moe_train.benchmark.figures import Figure, marked
-from moe_train.benchmark.results import Content, content_of, load_average
+from moe_train.benchmark.results import Content, content_of
+from moe_train.machine import load_average
 
 _RUN: dict[str, Callable[[Bench], list[Figure]]] = {
     "step": step.run,

@@ -23,7 +23,7 @@ from moe_train.cli import write_json
 from moe_train.config import HardwareConfig, to_dict
 from moe_train.errors import UserError
 from moe_train.forecast import probe as probes
-from moe_train.forecast.interval import Interval
+from moe_train.forecast.interval import NOTHING, Interval
 
 OTHER_ARM = 1.5  # seconds a FLOP of an arm that was not probed, over those of one that was: a naive MoE's tax is 1.3
 OTHER_RUN = 1.5  # seconds round the steps of a run, over those of the one that was probed: start-up hangs on neighbours
@@ -71,7 +71,7 @@ class Speed:
             else Interval(self.per_flop.value, self.per_flop.low / OTHER_ARM, self.per_flop.high * OTHER_ARM)
         )
         around = Interval(self.around, self.around / OTHER_RUN, self.around * OTHER_RUN)
-        return _sum(rate * run.flops, around)
+        return rate * run.flops + around
 
 
 def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings: Sequence[str]) -> Estimate:
@@ -79,14 +79,14 @@ def estimate(plan: Plan, folder: Folder, probe: Probe, taken: set[str], settings
     runs = [run for run in planned(plan, folder) if run.hash not in taken]
     taken |= {run.hash for run in runs}
     left = [run for run in runs if not folder.is_finished(run)]
-    seconds, usd = Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0)
+    seconds, usd = NOTHING, NOTHING
     priced, sources = True, []
     for run in left:
         speed = _speed(plan, plan.arms[run.arm], folder, probe, settings)
         took = speed.seconds(run, exact=speed.arm_hash == _probed_as(plan.arms[run.arm]))
-        seconds = _sum(seconds, took)
+        seconds += took
         priced = priced and speed.usd_per_second is not None
-        usd = _sum(usd, took * (speed.usd_per_second or 0.0))
+        usd += took * (speed.usd_per_second or 0.0)
         sources.append(speed.source)
     source = f"reckoned from {', '.join(dict.fromkeys(sources))}" if sources else "nothing is left to do"
     return Estimate(
@@ -99,10 +99,10 @@ def estimate_elsewhere(plan: Plan, hardware: HardwareConfig, taken: set[str]) ->
     runs = [run for run in planned(plan, None) if run.hash not in taken]
     taken |= {run.hash for run in runs}
     slower = _slower_than_h200(hardware)
-    seconds = Interval(0.0, 0.0, 0.0)
+    seconds = NOTHING
     for run in runs:
         rate = H200_FLOPS * min(1.0, plan.arms[run.arm].flops_per_token / H200_AT) ** H200_FALLS
-        seconds = _sum(_sum(seconds, START_SECONDS), slower * (run.flops / rate))
+        seconds += START_SECONDS + slower * (run.flops / rate)
     price = hardware.price_usd_per_hour
     usd = None if price is None else seconds * (price / 3600)
     there = "" if hardware.name == "h200" else f", carried to {hardware.name} by peak and bandwidth, not measured there"
@@ -166,10 +166,6 @@ def _as_speed(content: dict[str, Any]) -> Speed:
     usd = None if content["usd_total"] is None else content["usd_total"]["value"] / wall
     source = f"a probe of arm {content['arm']} of {content['claim']} on {content['device']}"
     return Speed(content["hash"], per_flop, wall - train, usd, source)
-
-
-def _sum(one: Interval, other: Interval) -> Interval:
-    return Interval(one.value + other.value, one.low + other.low, one.high + other.high)
 
 
 DEFAULT_PROBE: Probe = probes.probe_of_job

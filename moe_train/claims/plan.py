@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.claims.library import Claim
-from moe_train.compose import compose_run, quoted
+from moe_train.compose import compose_run, key_of, quoted
 from moe_train.config import Purpose, RunConfig, differences, model_digest, to_dict
 from moe_train.config.claim import ScaleConfig, ScaleName
 from moe_train.cost.flops import parameter_counts, training_flops_per_token
@@ -192,11 +192,11 @@ def make_plan(
         settings = claim.config.arms[name]
         extra = (scale.arms or {}).get(name, ())
         for override in (*settings.overrides, *extra):
-            if (key := _key(override)) in {_key(each) for each in given}:
+            if (key := key_of(override)) in {key_of(each) for each in given}:
                 raise UserError(f"{where}: arm {name} sets {key} itself ({override}): leave it out of the command")
         overrides = (*claim.config.base, *scale.overrides, *settings.overrides, *extra, *given)
         for override in overrides:
-            key = _key(override)
+            key = key_of(override)
             if key in ("seed", "run_dir", "resume", "name", "init_from") or key.split(".")[0] in ("stop", "budget"):
                 raise UserError(f"{where}: {override} is set by the suite itself: leave it out of arm {name}")
         try:
@@ -223,10 +223,6 @@ def make_plan(
                 f"{MIN_STEPS}: raise tokens, or lower batch_size"
             )
     return plan
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def _check_measures(plan: Plan, where: str) -> None:

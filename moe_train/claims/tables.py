@@ -14,7 +14,7 @@ from moe_train.claims.estimate import Estimate
 from moe_train.claims.plan import Plan
 from moe_train.claims.statements import power_statements
 from moe_train.claims.words import dollars, effect, interval
-from moe_train.forecast.interval import Interval
+from moe_train.forecast.interval import NOTHING, Interval
 
 if TYPE_CHECKING:
     from moe_train.claims.verdict import Judged
@@ -52,13 +52,9 @@ def show_estimates(rows: Sequence[tuple[Plan, Estimate]], scale: str) -> None:
 
 
 def _total(rows: Sequence[tuple[Plan, Estimate]]) -> tuple[Interval, Interval | None]:
-    seconds = _sum([row.seconds for _, row in rows])
+    seconds = sum((row.seconds for _, row in rows), NOTHING)
     known = [row.usd for _, row in rows if row.usd is not None]
-    return seconds, _sum(known) if len(known) == len(rows) else None
-
-
-def _sum(intervals: Sequence[Interval]) -> Interval:
-    return Interval(*(sum(getattr(each, key) for each in intervals) for key in ("value", "low", "high")))
+    return seconds, sum(known, NOTHING) if len(known) == len(rows) else None
 
 
 def _spread(interval: Interval) -> str:

@@ -9,10 +9,10 @@ from moe_train.config import RunConfig
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.gpu import takes_gpu
+from moe_train.machine import cores_here
 from moe_train.model.transformer import Transformer
 from moe_train.training.checkpoints import Checkpoint, load_weights
 from moe_train.training.run_folder import find_checkpoint, load_run_config
-from moe_train.training.runtime import cores_here
 from moe_train.training.starting_weights import check_own_config, tokenizer_of
 
 

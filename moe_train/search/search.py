@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from moe_train.compose import compose_unchecked, quoted
+from moe_train.compose import compose_unchecked, key_of, quoted
 from moe_train.config.sweep import SweepConfig, Value
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
@@ -52,7 +52,7 @@ class Asked:
         pruning = () if config.pruning is None else (f"eval.every_tokens={config.pruning.every_tokens}",)
         found = []
         for key in config.for_each:
-            if any(override.lstrip("+~").partition("=")[0] == key for override in self.given):
+            if any(key_of(override) == key for override in self.given):
                 raise UserError(f"{self.where} makes a study for each {key}: leave {key}= out")
         for level, own in _levels(config):
             before = [*config.base, *own]

@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from moe_train.compose import compose_unchecked, quoted
+from moe_train.compose import compose_unchecked, key_of, quoted
 from moe_train.config.sweep import ChoicesConfig, FloatConfig, IntConfig, NamedConfig, Value
 from moe_train.errors import UserError
 
@@ -64,7 +64,7 @@ def label(params: Params) -> str:
 
 
 def _keys(overrides: Sequence[str]) -> list[str]:
-    return [override.lstrip("+~").partition("=")[0] for override in overrides]
+    return [key_of(override) for override in overrides]
 
 
 def _keys_of(name: str, dimension: Dimension) -> list[str]:

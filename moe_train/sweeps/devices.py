@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_train.errors import UserError
 from moe_train.gpu import takes_gpu
+from moe_train.machine import cores_here
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,6 @@ def devices_here() -> Devices:
     import torch
 
     return Devices.gpus(torch.cuda.device_count()) if takes_gpu() else Devices()
-
-
-def cores_here() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def jobs_at_a_time(devices: Devices, asked: int | None, num_threads: int | None, processes: int = 1) -> int:

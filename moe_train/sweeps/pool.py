@@ -19,6 +19,7 @@ from pathlib import Path
 from moe_train.compose import quoted
 from moe_train.cost.budget import Budget
 from moe_train.errors import UserError
+from moe_train.machine import load_average
 from moe_train.processes import began
 from moe_train.sweeps.board import Board
 from moe_train.sweeps.devices import Devices
@@ -203,7 +204,7 @@ class Pool:
         """Under what circumstances the job is timed, and who makes it: a sweep that is killed must not forget it."""
         content = {
             "neighbours": running.neighbours,
-            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "load_average": load_average(),
             "device": running.device,
             "pid": running.process.pid,
             "began": began(running.process.pid),

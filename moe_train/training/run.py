@@ -19,6 +19,7 @@ import torch
 
 from moe_train.config import RunConfig, model_digest, to_dict
 from moe_train.cost.attempt import FAILED, FINISHED
+from moe_train.cost.price import JOULES_PER_KWH
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import UserError
 from moe_train.parallel.signs_of_life import FailedAlone, LostProcesses, is_of_the_network
@@ -342,7 +343,7 @@ class Run:
             "train/lr": self.config.optimizer.lr * factor,
             "memory/peak_bytes": float(summaries.peak_memory_bytes(self.runtime)),
             "progress/seconds": self.account.meter.wall_seconds,
-            "cost/energy_kwh": None if joules is None else joules / 3.6e6,
+            "cost/energy_kwh": None if joules is None else joules / JOULES_PER_KWH,
             **self.account.of_sweep(window["cost/usd_total"]),
             **window,
         }

@@ -26,6 +26,7 @@ from moe_train.cost.layout import Layout
 from moe_train.errors import UserError, one_line
 from moe_train.gpu import takes_gpu
 from moe_train.kernels.cpu import library as cpu_kernels
+from moe_train.machine import cores_here
 from moe_train.model.transformer import Transformer
 from moe_train.parallel.agreement import check_agreement
 from moe_train.parallel.communication import Communication
@@ -298,11 +299,6 @@ def _check_meeting_place(processes: int) -> None:
                 f"the environment has {name}={os.environ.get(name, '')}: it has to be {wanted}; torchrun and "
                 "accelerate launch set it"
             )
-
-
-def cores_here() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(asked: int | None) -> int:

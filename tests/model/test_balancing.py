@@ -51,7 +51,7 @@ def test_bias_updates_even_out_a_skewed_router(router: Callable[..., Router]) ->
     x = torch.randn(2000, 8) + 0.3
     first = None
     for _ in range(300):
-        counts = torch.bincount(made.choose_experts(made(x).scores_te).expert_tk.flatten(), minlength=8)
+        counts = torch.bincount(made.choose_experts(made.scores(made.logits(x))).expert_tk.flatten(), minlength=8)
         violation = load_statistics(counts[None])["moe/max_violation"]
         first = first or violation
         update_selection_bias([made], counts[None], speed=0.01)

@@ -1,0 +1,15 @@
+"""What this machine has and how busy it is, as the system says."""
+
+from __future__ import annotations
+
+import os
+
+
+def cores_here() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """How many processes wanted a core, over the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
