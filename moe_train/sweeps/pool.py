@@ -42,8 +42,8 @@ class Interrupted(UserError):
         """unwritten: the files asked for that wait for the end."""
         jobs = "1 job was ended and goes" if ended == 1 else f"{ended} jobs were ended and go"
         super().__init__(
-            f"interrupted by {signal.Signals(number).name}: {jobs} on from the last checkpoint with the same command"
-            + (f"; {unwritten}: written when all is made" if unwritten else "")
+            f"interrupted by {signal.Signals(number).name}: {jobs} on with the same command, from the last checkpoint "
+            f"if any{f'; {unwritten}: written when all is made' if unwritten else ''}"
         )
         self.exit_status = 128 + number
 
