@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from moe_train.benchmark.ceilings import measure
 from moe_train.benchmark.overhead import overhead_shares
 from moe_train.compose import compose_run
 from moe_train.errors import UserError
+from moe_train.precision.choice import Device
 
 CPU = torch.device("cpu")
 SHAPE = kernels.Shape("test", rows=50, experts=4, inputs=8, outputs=6)
@@ -60,6 +62,26 @@ def test_a_direction_of_a_kernel_is_that_product_alone(
     dense = kernels.dense(direction, SHAPE, CPU, torch.float32)()
     assert isinstance(dense, torch.Tensor)
     assert dense.shape == {"forward": (50, 6), "input_gradient": (50, 8), "weight_gradient": (6, 8)}[direction]
+
+
+def test_rounding_is_timed_as_a_step_does_it(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the backend of the recipe, not by the operations that are its reference."""
+    precision = bench().config("model=nano", "precision=fp8_deepseek", without=["precision"]).precision
+    chosen = kernels.choose(precision, Device.of(CPU), {SHAPE.inputs, SHAPE.outputs})
+    rounded: list[str] = []
+
+    class Watched:
+        name = "watched"
+
+        def __getattr__(self, name: str) -> Any:
+            rounded.append(name)
+            return getattr(chosen.backend, name)
+
+    monkeypatch.setattr(kernels, "choose", lambda *_: chosen._replace(backend=Watched()))
+    figures = kernels._rounding(bench(), SHAPE, precision)
+    assert {figure.name for figure in figures} == {"quantize_activation_share_of_copy", "quantize_weight_share_of_copy"}
+    assert all(figure.of.endswith(", watched") for figure in figures)
+    assert set(rounded) == {"quantize", "round_weights"}
 
 
 def test_a_recipe_that_is_given_is_compared_with_all_its_settings(bench: Callable[..., Bench]) -> None:

@@ -243,6 +243,15 @@ def model(small_model: Callable[..., Transformer]) -> Transformer:
     return small_model("mtp=depth_1", dtype=torch.float32)
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_table_says_what_the_router_multiplies_in(
+    tf32: bool, model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "router_in_tf32", lambda device, compute: tf32 and compute is torch.bfloat16)
+    rows = {row["layer"]: row for row in recipes.table(model, torch.bfloat16, torch.device("cpu"))}
+    assert rows["router"]["all"] == ("tensorfloat32" if tf32 else "float32")
+
+
 def test_blocks_are_in_fp8_and_router_head_and_embedding_are_not(model: Transformer) -> None:
     recipes.apply(model, precision("fp8_deepseek"), CPU)
     in_fp8 = {name for name, m in model.named_modules() if isinstance(m, Linear | Experts) and m.fp8 is not None}
