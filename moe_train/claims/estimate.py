@@ -150,9 +150,8 @@ def _speed(plan: Plan, arm: Arm, folder: Folder, probe: Probe, settings: Sequenc
     longest = max(plan.scale.tokens)
     folders = [] if plan.config_dir is None else ["--config-dir", str(plan.config_dir.absolute())]
     sys.stderr.write(f"probing arm {arm.name} of {plan.claim.name}: twenty steps\n")
-    content = {**probe([*folders, *arm.overrides, *settings], longest), "arm": arm.name, "hash": _probed_as(arm)} | {
-        "claim": plan.claim.name
-    }
+    of = {"claim": plan.claim.name, "arm": arm.name, "hash": _probed_as(arm)}
+    content = probe([*folders, *arm.overrides, *settings], longest) | of
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, content)
     return _as_speed(content)
