@@ -107,7 +107,8 @@ def estimate_elsewhere(plan: Plan, hardware: HardwareConfig, taken: set[str]) ->
     usd = None if price is None else seconds * (price / 3600)
     there = "" if hardware.name == "h200" else f", carried to {hardware.name} by peak and bandwidth, not measured there"
     around = f"{START_SECONDS.value:g} s ({START_SECONDS.low:g} to {START_SECONDS.high:g}) a run round its steps"
-    paid = "" if price is None else f"; ${price:g} an hour ({hardware.price_source}, {hardware.price_date})"
+    said = ", ".join(filter(None, (hardware.price_source, hardware.price_date)))
+    paid = "" if price is None else f"; ${price:g} an hour ({said})"
     source = f"reckoned from steps of such models as measured on an H200{there}; {around}{paid}"
     return Estimate(len(runs), 0, sum(run.flops for run in runs), seconds, usd, source)
 

@@ -494,7 +494,7 @@ def test_a_gpu_one_does_not_have_costs_the_price_that_is_given(asked: Make, clai
         given = (f"hardware.price_usd_per_hour={price}",)
         rows += suite.foretell(asked(given=given), named_hardware("h100", None, None), probe)
     assert rows[1]["usd"] == pytest.approx(10 * rows[0]["usd"])  # type: ignore[operator]
-    assert "$1.5 an hour" in str(rows[0]["source"])
+    assert str(rows[0]["source"]).endswith("$1.5 an hour (given in the configuration)")
 
 
 def test_a_gpu_one_does_not_have_is_reckoned_from_one_that_was_measured(asked: Make, claim_dir: Make) -> None:
