@@ -75,7 +75,7 @@ def test_an_interrupted_search_leaves_the_files_asked_for_to_the_same_command(ow
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
-    assert "with the same command; json=out.json, plot=rates.svg: written when all is made" in errors
+    assert "goes on with the same command, from the last checkpoint if any; json=out.json, plot=rates.svg: " in errors
     assert content_of(own)["studies"][0]["without_result"]["going"] == 1
     own.run(*command)
     assert content_of(own) == json.loads((own.folder / "out.json").read_text())
