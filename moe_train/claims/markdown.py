@@ -16,7 +16,7 @@ from moe_train.errors import UserError
 Content = dict[str, Any]
 
 BEGIN, END = "<!-- claims: written by scripts/reproduce.py readme=README.md -->", "<!-- /claims -->"
-_HEAD = ("claim", "scale", "verdict", "effect", "interval", "published", "runs", "dollars")
+_HEAD = ("claim", "scale", "verdict", "effect (interval)", "published", "runs", "dollars")
 _SMOKE = "`scale=smoke` shows that a protocol runs, and proves nothing."
 
 
@@ -53,37 +53,50 @@ def _p(claim: dict[str, Any]) -> float:
 def readme_section(contents: Mapping[str, Content]) -> str:
     """Between the README's markers: the claims of all reports in one table. `contents`: reports by the link to each.
 
-    A claim that was made again, on other seeds or another device, has a row for each time, by date and first seed.
+    A claim has a row for each scale, of the suite that was made last; what earlier ones said stands at its end.
     """
     runs = sum(content["distinct_runs"] for content in contents.values())
     spent = [content["usd_of_distinct_runs"] for content in contents.values()]
     usd = None if None in spent else sum(spent)
-    made = [(claim, content["date"], link) for link, content in contents.items() for claim in content["claims"]]
-    made.sort(key=_in_the_table)
+    suites = _suites(contents)
+    latest = [made[-1][0] for (_, scale), made in suites.items() if scale != "smoke"]
+    adjusted = holm([1.0 if claim["p_supported"] is None else claim["p_supported"] for claim in latest])
+    supported = [claim for claim, p in zip(latest, adjusted) if claim["verdict"] == "supported" and p <= 0.05]
+    still = [f"{claim['claim']} ({claim['scale']})" for claim in supported]
     lines = [
         f"**Claims put to the test**: {runs:,} runs that finished, {dollars(usd)}.",
         "",
-        *_table([*_HEAD, "made"], [[*_row(claim), _made(claim, *when)] for claim, *when in made]),
-    ]
-    latest = {(claim["claim"], claim["scale"]): claim for claim, *_ in made if claim["scale"] != "smoke"}
-    adjusted = holm([1.0 if claim["p_supported"] is None else claim["p_supported"] for claim in latest.values()])
-    supported = [claim for claim, p in zip(latest.values(), adjusted) if claim["verdict"] == "supported" and p <= 0.05]
-    still = [f"{claim['claim']} ({claim['scale']})" for claim in supported]
-    lines += [
+        *_table([*_HEAD, "made", "said before"], [_latest(*made) for made in suites.values()]),
         "",
         f"Intervals are of 90%; of each claim's verdicts at most 5% are wrong. Adjusted over the latest suites of all "
         f"{len(latest)} (Holm), supported: {', '.join(still) or 'none'}.",
     ]
-    if any(claim["scale"] == "smoke" for claim, *_ in made):
+    if any(scale == "smoke" for _, scale in suites):
         lines += ["", _SMOKE]
     return "\n".join(lines) + "\n"
 
 
-def _in_the_table(made: tuple[dict[str, Any], str, str]) -> tuple[Any, ...]:
-    """Its place: by claim, then by date, whatever the order that reports are named in."""
-    claim, date, link = made
-    number = claim["number"] or float("inf")
-    return number, claim["claim"], date, claim.get("first_seed", 0), claim["scale"], link
+_Suite = tuple[Content, str, str]  # a claim as a report has it, the report's date, the link to it
+
+
+def _suites(contents: Mapping[str, Content]) -> dict[tuple[str, str], list[_Suite]]:
+    """Of each claim and scale, the first that was made first, whatever the order that reports are named in."""
+    made = [(claim, content["date"], link) for link, content in contents.items() for claim in content["claims"]]
+    made.sort(key=lambda each: (each[1], each[0].get("first_seed", 0), each[2]))
+    made.sort(key=lambda each: (each[0]["number"] or float("inf"), each[0]["claim"], each[0]["scale"]))
+    suites: dict[tuple[str, str], list[_Suite]] = {}
+    for each in made:
+        suites.setdefault((each[0]["claim"], each[0]["scale"]), []).append(each)
+    return suites
+
+
+def _latest(*made: _Suite) -> list[str]:
+    """The row of the last of them, and behind it a word and a figure from each of the others."""
+    *earlier, (claim, date, link) = made
+    said = [
+        f"[{each['verdict']}]({where}), {'; '.join(effect(e) for e in deciding(each))}" for each, _, where in earlier
+    ]
+    return [*_row(claim), _made(claim, date, link), "<br>".join(said)]
 
 
 def _made(claim: dict[str, Any], date: str, link: str) -> str:
@@ -122,8 +135,7 @@ def _row(claim: dict[str, Any]) -> list[str]:
         (f"{claim['number']}. " if claim["number"] else "") + claim["claim"] + seeds_made_again(claim, "seeds "),
         claim["scale"],
         f"**{claim['verdict']}**",
-        "; ".join(effect(each) for each in deciding(claim)),
-        "; ".join(interval(each) for each in deciding(claim)),
+        "; ".join(f"{effect(each)} ({interval(each)})" for each in deciding(claim)),
         claim["published"],
         _runs_of(claim),
         dollars(claim["usd"]),

@@ -19,6 +19,8 @@ def effect(figure: dict[str, Any]) -> str:
 def interval(figure: dict[str, Any]) -> str:
     if figure["interval"] is None:
         return "–"
+    if figure["interval"][0] == figure["interval"][1]:
+        return "exact"  # a figure of the configuration
     low, high = (None if end is None else number(end, figure["unit"]) for end in figure["interval"])
     return f"over {low}" if high is None else f"{low} to {high}"
 

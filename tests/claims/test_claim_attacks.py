@@ -332,7 +332,7 @@ def test_markup_in_a_claim_stays_text(asked: Make, claim_dir: Make) -> None:
     assert page.count("<h1>") == 1
     assert page.count("<h2>") == 1
     table = (asked().out / report.MARKDOWN).read_text().split("\n## ")[0]
-    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {9}
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {8}
 
 
 def test_a_report_of_an_earlier_version_is_shown_with_what_it_has(finished: tuple[Asked, MadeUpRuns]) -> None:
