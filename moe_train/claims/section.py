@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moe_train.claims.words import deciding, device_of, dollars, effect, interval, seeds_made_again
+from moe_train.claims.words import deciding, device_of, dollars, effect, interval, seeds_made_again, word
 
 
 def section(claim: dict[str, Any]) -> list[str]:
@@ -26,7 +26,7 @@ def section(claim: dict[str, Any]) -> list[str]:
         *_list("Not looked at", claim["reasons"]),
         *_list("Notes", claim["notes"]),
         "",
-        *_comparisons(claim["comparisons"]),
+        *_comparisons(claim["comparisons"], claim["scale"]),
         *_axes(claim["axes"]),
         *_fits(claim.get("fits", [])),
         *_arms(claim),
@@ -112,7 +112,7 @@ def _list(title: str, items: Sequence[str]) -> list[str]:
     return ["", f"{title}:", "", *(f"- {item}" for item in items)] if items else []
 
 
-def _comparisons(comparisons: Sequence[dict[str, Any]]) -> list[str]:
+def _comparisons(comparisons: Sequence[dict[str, Any]], scale: str) -> list[str]:
     lines = [
         "| comparison | verdict | effect | interval | p for | p against | p of a difference | between seeds |",
         "|---|---|---|---|---|---|---|---|",
@@ -123,7 +123,8 @@ def _comparisons(comparisons: Sequence[dict[str, Any]]) -> list[str]:
         name = each["statement"] + ("" if each["decides"] else " (does not decide)")
         name += "" if each.get("paired", True) else " (not paired)"
         level = "" if each["level"] in (None, 0.9) else f" ({each['level']:.0%})"
-        lines.append(f"| {name} | {each['verdict']} | {effect(each)} | {interval(each)}{level} | {' | '.join(shown)} |")
+        verdict = word(each["verdict"], scale)
+        lines.append(f"| {name} | {verdict} | {effect(each)} | {interval(each)}{level} | {' | '.join(shown)} |")
     said = [f"- {each['name']}: {each['power']}" for each in comparisons if each["power"]]
     said += [f"- {each['name']}: not computed, {each['reason']}" for each in comparisons if each["reason"]]
     return [*lines, *(["", *said] if said else [])]

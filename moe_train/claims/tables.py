@@ -13,7 +13,7 @@ from rich.text import Text
 from moe_train.claims.estimate import Estimate
 from moe_train.claims.plan import Plan
 from moe_train.claims.statements import power_statements
-from moe_train.claims.words import dollars, effect, interval
+from moe_train.claims.words import dollars, effect, interval, word
 from moe_train.forecast.interval import NOTHING, Interval
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def show_verdicts(judged: Sequence[Judged]) -> None:
         for compared in each.comparisons:
             if compared.decides:
                 shown = asdict(compared)
-                table.add_row(compared.statement, effect(shown), interval(shown), compared.verdict)
+                verdict = word(compared.verdict, each.plan.scale_name)
+                table.add_row(compared.statement, effect(shown), interval(shown), verdict)
     console = Console()
     console.print(table)
     for each in judged:

@@ -53,3 +53,8 @@ def seeds_made_again(claim: dict[str, Any], word: str = "") -> str:
     """Which they are, in brackets, where they do not begin with 0: of a suite made again."""
     first = claim.get("first_seed", 0)
     return f" ({word}{first} to {first + claim['seeds'] - 1})" if first else ""
+
+
+def word(verdict: str, scale: str) -> str:
+    """Of a comparison, for a reader: at scale=smoke its figures decide nothing, whatever would follow from them."""
+    return "not decided" if scale == "smoke" else verdict

@@ -676,6 +676,17 @@ def test_the_page_needs_nothing_else(asked: Make, claim_dir: Make) -> None:
     assert all(target in ids for target in re.findall(r'xlink:href="#([^"]+)"', page))
 
 
+def test_at_smoke_no_row_says_what_would_follow_from_its_figures(
+    asked: Make, claim_dir: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim_dir()
+    smoke = dataclasses.replace(asked(), scale="smoke")
+    judged(smoke, MadeUpRuns(plans(smoke), better(0.05)))
+    (row,) = [line for line in (smoke.out / "REPORT.md").read_text().splitlines() if line.startswith("| one lower")]
+    assert row.split(" | ")[1] == "not decided"
+    assert "supported" not in capsys.readouterr().out
+
+
 def test_the_readmes_section_is_the_reports_and_replaces_the_one_before(
     asked: Make, claim_dir: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
