@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import ROOT
+from command_line import ROOT, Commands
 
 Describe = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -31,12 +31,11 @@ moe:
 
 
 @pytest.fixture
-def describe(tmp_path: Path) -> Describe:
+def describe(commands: Commands) -> Describe:
     """The command, run in a folder of its own."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "scripts" / "describe.py"), *arguments]
-        return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120, check=False)
+        return commands.run(sys.executable, str(ROOT / "scripts" / "describe.py"), *arguments, check=False)
 
     return run
 
