@@ -10,11 +10,13 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
+import interpreter
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any module of kernels
+    interpreter.patch_once()
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from command_line import TINY
 
 from moe_train.launch import TRAIN, start_job
 from moe_train.processes import began
@@ -70,9 +71,9 @@ def test_a_fork_ends_and_says_what_a_python_of_its_own_does(
     assert says in forked[1]
 
 
-def test_a_fork_has_its_own_environment(starts: WarmStarts, tmp_path: Path) -> None:
+def test_a_fork_has_its_own_environment(starts: WarmStarts, text_corpus: Path, tmp_path: Path) -> None:
     for cache in (tmp_path / "one", tmp_path / "other"):
-        settings = ["stop.steps=1", "eval.max_tokens=2000", "tracking=none", f"run_dir={cache}-run"]
+        settings = [*TINY, f"data.files=[{text_corpus}/*.jsonl]", "stop.steps=1", f"run_dir={cache}-run"]
         with (tmp_path / "log").open("a") as output:
             job = starts(settings, output, {"MOE_TRAIN_CACHE": str(cache)})
         assert ended(job) == 0, (tmp_path / "log").read_text()
