@@ -57,7 +57,8 @@ def main() -> None:
     from moe_train.generation import PlainDecoder, SpeculativeDecoder, compare, generate, load_for_generation
     from moe_train.generation.decoding import device_of
     from moe_train.generation.loading import threads_of
-    from moe_train.training.runtime import cpu_name, set_threads
+    from moe_train.machine import cpu_name
+    from moe_train.training.compute import set_threads
 
     trained = load_for_generation(arguments.run.absolute())
     if threads := arguments.num_threads or threads_of(trained.config):

@@ -12,6 +12,7 @@ from moe_train.compose import CONFIGS
 from moe_train.config.claim import TIMED
 from moe_train.cost.hardware import detect
 from moe_train.errors import UserError
+from moe_train.machine import cpu_name
 from moe_train.sweeps.devices import devices_here
 
 
@@ -28,8 +29,6 @@ class Device:
 
 def device_here(plan: Plan) -> Device:
     import torch
-
-    from moe_train.training.runtime import cpu_name
 
     devices = devices_here()
     on_gpu = devices.on_gpu

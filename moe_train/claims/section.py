@@ -105,6 +105,8 @@ def _fits(fits: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| {fit['arm']} | {losses} | {fit['limit']:.4f} | {fit['exponent']:.3g} | {fit['residual']:.2g} |"
         )
+    if any(fit["limit"] < 0 for fit in fits):  # falls nearly straight over the logarithm of its budgets
+        lines += ["", "A limit E below zero is no loss: that curve joins the budgets and says nothing beyond them."]
     return lines
 
 

@@ -20,6 +20,7 @@ from moe_train.claims.library import load_claims
 from moe_train.claims.made_up import PRICE
 from moe_train.claims.plan import Plan, PlannedRun, make_plan
 from moe_train.claims.results import Folder
+from moe_train.claims.section import section
 from moe_train.claims.suite import Asked
 from moe_train.claims.verdict import Judged
 from moe_train.cost.attempt import FINISHED, Attempt, as_line
@@ -648,6 +649,8 @@ def test_the_report_says_why_and_what_it_rests_on(asked: Make, claim_dir: Make) 
     one, _ = claim["fits"]
     assert one["exponent"] == pytest.approx(0.5, abs=0.05)
     assert one["residual"] < 0.01
+    assert "no loss" not in text
+    assert any("below zero is no loss" in line for line in section(claim | {"fits": [one | {"limit": -13.0}]}))
     # Both comparisons that decide stand in the table, not the first alone.
     assert re.search(r"\*\*refuted\*\* \| .*times the FLOPs \(.*\); .*nats a token \(.*\) \|", text)
 
@@ -682,7 +685,8 @@ def test_at_smoke_no_row_says_what_would_follow_from_its_figures(
     claim_dir()
     smoke = dataclasses.replace(asked(), scale="smoke")
     judged(smoke, MadeUpRuns(plans(smoke), better(0.05)))
-    (row,) = [line for line in (smoke.out / "REPORT.md").read_text().splitlines() if line.startswith("| one lower")]
+    text = (smoke.out / "REPORT.md").read_text()
+    (row,) = re.findall(r"^\| comparison .*\n.*\n\| (.*)$", text, re.M)
     assert row.split(" | ")[1] == "not decided"
     assert "supported" not in capsys.readouterr().out
 

@@ -68,7 +68,7 @@ def test_the_training_split_and_files_of_the_same_text_agree(here: Path, text_co
 def test_threads_and_kernels_are_the_runs_own_or_those_given(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = evaluate_run(here, max_tokens=100)
     assert (own["num_threads"], own["cpu_kernels"]) == (1, "torch")  # FP32, where there are no others
-    monkeypatch.setattr("moe_train.training.runtime.cores_here", lambda: 2)
+    monkeypatch.setattr("moe_train.training.compute.cores_here", lambda: 2)
     assert evaluate_run(here, max_tokens=100, num_threads=2)["num_threads"] == 2
     assert torch.get_num_threads() == 2
     with pytest.raises(UserError, match=r"cpu_kernels=compiled cannot be had: .*; use cpu_kernels=torch, or auto"):
