@@ -18,7 +18,7 @@ from moe_train.processes import is_alive
 
 
 def is_divergence(says: str) -> bool:
-    """Whether the last words of a run are those of one whose loss or gradient is not finite (training/run.py)."""
+    """Whether the last words of a run are those of one whose loss or gradient is not finite (training/loop.py)."""
     return says.startswith("the loss is ")
 
 

@@ -27,7 +27,7 @@ from moe_train.versions import versions_with
 
 if TYPE_CHECKING:
     from moe_train.cost.meter import Meter
-    from moe_train.training.run import Run
+    from moe_train.training.loop import Run
     from moe_train.training.runtime import Runtime
 
 _LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "tokenizers", "wandb", "hydra-core", "numpy")

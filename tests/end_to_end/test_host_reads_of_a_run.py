@@ -14,7 +14,8 @@ import json, sys
 from moe_train.benchmark.host_reads import HostReads
 from moe_train.compose import compose_run
 from moe_train.cost.energy import EnergyMeter
-from moe_train.training.run import Run, train
+from moe_train.training.loop import Run
+from moe_train.training.run import train
 
 plain, joules, energy_reads = Run._step, EnergyMeter.joules, []
 

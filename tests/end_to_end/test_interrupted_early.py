@@ -32,7 +32,7 @@ if os.environ["RANK"] == "0":
     parts.prepare = waits
 """,
     "model": "import moe_train.training.parts as parts; parts.build_optimizers = waits",
-    "tracker": "import moe_train.training.run as run; run.Run._write_formats = waits",
+    "tracker": "import moe_train.training.loop as loop; loop.Run._write_formats = waits",
 }
 ALONE = [sys.executable]
 TWO = ["torchrun", "--standalone", "--nproc-per-node", "2"]

@@ -40,6 +40,7 @@ def trained(
     )
     data = prepare(config.data, progress=False)
     model = Transformer(config.model.resolved(), data.vocab_size)
+    model.initialise(0)
     state = {"corpus_fingerprint": data.fingerprint, "step": 0}
     return TrainedModel(model, Tokenizer.load(data.path), config, Checkpoint(tmp_path, state), tmp_path)
 

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from command_line import TINY
 
 from moe_train.config import RunConfig
+from moe_train.training import loop
 from moe_train.training import run as module
 
 
@@ -61,6 +62,6 @@ def test_every_step_keeps_the_pace(run: Callable[..., dict[str, Any]], monkeypat
         def follow(self) -> None:
             Pace.followed += 1
 
-    monkeypatch.setattr(module, "pace_of", lambda device_type, uses_clock: Pace() if uses_clock else None)
+    monkeypatch.setattr(loop, "pace_of", lambda device_type, uses_clock: Pace() if uses_clock else None)
     run("stop.steps=3", "stop.seconds=1e6")  # since this process began, which other tests were in
     assert Pace.followed == 3

@@ -36,7 +36,9 @@ def saver(group: dist.ProcessGroup, small: Transformer, tmp_path: Path) -> Saver
 @pytest.fixture
 def small(model_config: Any) -> Transformer:
     config: ModelConfig = model_config("nano", "num_hidden_layers=1", "hidden_size=16", "moe=null")
-    return Transformer(config, 32, 0.0, False)
+    model = Transformer(config, 32, 0.0, False)
+    model.initialise(0)
+    return model
 
 
 @pytest.mark.parametrize(
