@@ -35,7 +35,7 @@ def test_jobs_of_a_cluster_are_made_once(commands: Commands) -> None:
 
 
 def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(commands: Commands) -> None:
-    settings = ["seed=0", "stop.steps=400", "checkpoint.every_steps=20"]
+    settings = ["seed=0", "stop.steps=100", "checkpoint.every_steps=20"]
     process = commands.start(on_a_cluster(commands, *settings))
     while not list(commands.folder.glob("outputs/20*/*/checkpoints/step_20/state.json")):
         assert process.poll() is None, process.communicate()
@@ -51,7 +51,7 @@ def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(commands: C
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     (summary,) = summaries(commands)
-    assert (summary["status"], summary["steps"]) == ("finished", 400)
+    assert (summary["status"], summary["steps"]) == ("finished", 100)
     said = "".join(file.read_text() for file in commands.folder.glob("outputs/grids/*/.submitit/*/*.err"))
     assert "going on from step" in said
     lines = (commands.folder / "outputs/ledger.jsonl").read_text().splitlines()
