@@ -44,7 +44,7 @@ LOSSES = [
     "optimizer.max_grad_norm=0.5",
 ]
 # A step has two micro-batches on two processes, one on four.
-FIFTY = ("fifty", [*LOSSES, "optimizer=adamw", "optimizer.lr=1e-2", "batch_size=4"], {"steps": 50, "double": True})
+TWENTY = ("twenty", [*LOSSES, "optimizer=adamw", "optimizer.lr=1e-2", "batch_size=4"], {"steps": 20, "double": True})
 MUON = ("muon", [*LOSSES, "optimizer=muon", "optimizer.lr=1e-2"], {})
 CROWDED = ("crowded", ["optimizer=adamw", "activation_checkpointing=true"], {"double": True, "crowded": True})
 FP8 = ("fp8", ["optimizer=adamw", "optimizer.lr=1e-3", "precision=fp8_deepseek", "precision.backend=emulated"], {})
@@ -122,7 +122,7 @@ def run_all(folder: Path) -> Results:
     """Everything the tests look at; starting processes takes longest, so each start does all it can."""
     layouts = tuple(LAYOUTS)
     capacity = ("switch", ["model/moe=switch", "model.moe.top_k=1", "optimizer=adamw"], {"double": True})
-    four = cases(("ep_fsdp2",), FIFTY) + cases(layouts, MUON) + cases(("ep", "ep_fsdp2"), CROWDED)
+    four = cases(("ep_fsdp2",), TWENTY) + cases(layouts, MUON) + cases(("ep", "ep_fsdp2"), CROWDED)
     four += (
         cases(("fsdp2", "ep_fsdp2"), FP8, BF16_MOMENTS, FEW)
         + cases(("ddp", "ep_fsdp2"), BF16)
@@ -137,9 +137,9 @@ def run_all(folder: Path) -> Results:
     watched = ("watched", [*ROUNDED, "micro_batch_size=4"], {"watched": True, "steps": 1})
     clipped = [*ROUNDED, "optimizer.max_grad_norm=0.1"]
     clips = cases(("ddp", "fsdp2"), ("clipped", clipped, {}), ("left to AdamW", clipped, {"left": True}))
-    two = clips + cases(("ddp", "fsdp2", "ep"), FIFTY) + by_hand[1:] + cases(("ep", "ep_fsdp2"), watched)
+    two = clips + cases(("ddp", "fsdp2", "ep"), TWENTY) + by_hand[1:] + cases(("ep", "ep_fsdp2"), watched)
     found |= run(folder, two + written(folder, 2) + read(folder, 2, (4, 2)), 2)
-    alone = cases(("single",), FIFTY, MUON, CROWDED, FP8, BF16_MOMENTS, FEW, *rounded(rounded=True))
+    alone = cases(("single",), TWENTY, MUON, CROWDED, FP8, BF16_MOMENTS, FEW, *rounded(rounded=True))
     alone = [each | {"overrides": [*each["overrides"], "micro_batch_size=4"]} for each in alone]
     found |= run(folder, alone + written(folder, 1) + read(folder, 1, (4, 2, 1)), 1)
     return found | run(folder, read(folder, 4, (4, 2, 1)), 4)

@@ -1,6 +1,6 @@
 """Every layout computes the same: losses, gradient norms, loads and weights are those of one process, to rounding.
 
-In double precision rounding stays small for fifty steps. Muon iterates in single precision and makes noise of what a
+In double precision rounding stays small for twenty steps. Muon iterates in single precision and makes noise of what a
 gradient of few tokens has no direction for.
 """
 
@@ -34,10 +34,10 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "hybrid"])
-def test_fifty_steps_are_those_of_one_process_with_accumulation_clipping_and_all_losses(
+def test_twenty_steps_are_those_of_one_process_with_accumulation_clipping_and_all_losses(
     spread_results: Results, layout: str
 ) -> None:
-    one, other = spread_results["fifty/single"], spread_results[f"fifty/{layout}"]
+    one, other = spread_results["twenty/single"], spread_results[f"twenty/{layout}"]
     assert_same(one, other, 1e-9, 1e-6)
     assert torch.equal(one["counts"], other["counts"])
     assert one["losses"][-1][0] < one["losses"][0][0] - 0.2  # it learns
