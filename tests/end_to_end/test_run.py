@@ -123,6 +123,16 @@ def test_the_closing_table_shows_the_result_and_how_to_look_at_it(finished: Comm
         assert word in finished.output, word
 
 
+def test_a_cpu_is_measured_where_no_rate_is_given(finished: Commands, commands: Commands) -> None:
+    summary = finished.summary("run")
+    assert (
+        " ".join(finished.output.replace("│", " ").split()).count("float32 matrix product measured at the start") == 1
+    )
+    assert 1e-4 < summary["model_flops_utilization"] < 1
+    given = commands.train("run_dir=run", "stop.steps=2").stdout
+    assert "measured at the start" not in given
+
+
 def test_wandbs_own_reader_finds_the_same_figures_in_the_offline_run(finished: Commands) -> None:
     (file,) = (finished.folder / "run/wandb").glob("offline-run-*/run-*.wandb")
     result = finished.run("wandb", "leet", "inspect", "--json", str(file))
