@@ -124,7 +124,8 @@ def _self_check(arguments: Arguments) -> dict[str, Any]:
     failed = [check.what for check in checks if not check.passed]
     if failed:
         raise UserError(f"the self-check failed: {'; '.join(failed)}: do not trust a verdict of this installation")
-    return {"checks": [{**dataclasses.asdict(check), "passed": check.passed} for check in checks]}
+    passed = [None if check.rate is None else check.passed for check in checks]  # null: not made
+    return {"checks": [{**dataclasses.asdict(check), "passed": each} for check, each in zip(checks, passed)]}
 
 
 def _readme(arguments: Arguments, readme: Path) -> dict[str, Any]:

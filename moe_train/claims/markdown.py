@@ -10,13 +10,13 @@ from typing import Any
 
 from moe_train.claims.section import section
 from moe_train.claims.statistics import holm
-from moe_train.claims.words import deciding, device_of, dollars, effect, interval, seeds_made_again
+from moe_train.claims.words import deciding, device_of, dollars, effect, interval, seeds_made_again, word
 from moe_train.errors import UserError
 
 Content = dict[str, Any]
 
 BEGIN, END = "<!-- claims: written by scripts/reproduce.py readme=README.md -->", "<!-- /claims -->"
-_HEAD = ("claim", "scale", "verdict", "effect (interval)", "published", "runs", "dollars")
+_HEAD = ("claim", "scale", "verdict", "what decides: effect (interval)", "published", "runs", "dollars")
 _SMOKE = "`scale=smoke` shows that a protocol runs, and proves nothing."
 
 
@@ -64,7 +64,8 @@ def readme_section(contents: Mapping[str, Content]) -> str:
     supported = [claim for claim, p in zip(latest, adjusted) if claim["verdict"] == "supported" and p <= 0.05]
     still = [f"{claim['claim']} ({claim['scale']})" for claim in supported]
     lines = [
-        f"**Claims put to the test**: {runs:,} runs that finished, {dollars(usd)}.",
+        f"**Claims put to the test**: {runs:,} runs that finished, {dollars(usd)}, those of earlier suites "
+        "(said before) included.",
         "",
         *_table([*_HEAD, "made", "said before"], [_latest(*made) for made in suites.values()]),
         "",
@@ -135,11 +136,17 @@ def _row(claim: dict[str, Any]) -> list[str]:
         (f"{claim['number']}. " if claim["number"] else "") + claim["claim"] + seeds_made_again(claim, "seeds "),
         claim["scale"],
         f"**{claim['verdict']}**",
-        "; ".join(f"{effect(each)} ({interval(each)})" for each in deciding(claim)),
+        "; ".join(_found(each, alone=len(deciding(claim)) == 1, scale=claim["scale"]) for each in deciding(claim)),
         claim["published"],
         _runs_of(claim),
         dollars(claim["usd"]),
     ]
+
+
+def _found(compared: dict[str, Any], alone: bool, scale: str) -> str:
+    """What was asked and what was found; with others beside it, the verdict as well."""
+    verdict = "" if alone else f", {word(compared['verdict'], scale)}"
+    return f"{compared['statement']}: {effect(compared)} ({interval(compared)}){verdict}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -39,6 +39,15 @@ def _defaults(settings: type) -> dict[str, Any]:
     return {each.name: each.default for each in fields(settings) if each.default is not MISSING}
 
 
+def _by_place(value: Any) -> Any:
+    """Lists of several settings as dictionaries, so that what differs in one of them can be named."""
+    if isinstance(value, dict):
+        return {key: _by_place(each) for key, each in value.items()}
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return {str(nth): _by_place(each) for nth, each in enumerate(value)}
+    return value
+
+
 def file_of(plan: Plan, folder: Folder) -> Path:
     return folder.path / "registered" / f"{plan.claim.name}-{plan.scale_name}.json"
 
@@ -58,7 +67,7 @@ def check(plan: Plan, folder: Folder) -> str | None:
             was["scale"]["tuning"] = _defaults(TuningConfig) | was["scale"]["tuning"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} cannot be read: put it back, or give another out=") from None
-    for key, old, new in differences(was, json.loads(json.dumps(protocol(plan)))):
+    for key, old, new in differences(_by_place(was), _by_place(json.loads(json.dumps(protocol(plan))))):
         raise UserError(
             f"claim={plan.claim.name} scale={plan.scale_name} was registered on {date} with {key}={json.dumps(old)}, "
             f"not {json.dumps(new)}: runs are there, so restore it, or give another out="

@@ -145,6 +145,6 @@ def _run(result: Result, folder: Folder) -> dict[str, Any]:
         "train_seconds": summary["train_seconds"],
         "usd_train": summary["usd_train"],
         "usd": folder.spent(run),
-        "max_violation": summary["final_max_violation"],
+        "final_max_violation": summary["final_max_violation"],
         "neighbours": result.neighbours,
     }

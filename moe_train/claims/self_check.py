@@ -60,7 +60,8 @@ def run(out: Path) -> list[Check]:
     for check in checks:
         rate = "not made" if check.rate is None else f"{check.rate:.3f}"
         allowed = f"{check.low:.3f} to {check.high:.3f}"
-        table.add_row(check.what, rate, allowed, "yes" if check.passed else "NO", check.note)
+        passed = "–" if check.rate is None else "yes" if check.passed else "NO"
+        table.add_row(check.what, rate, allowed, passed, check.note)
     Console().print(table)
     return checks
 

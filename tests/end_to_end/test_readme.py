@@ -90,9 +90,9 @@ def made_small(words: list[str], commands: Commands) -> list[str]:
 
 
 def of_a_tiny_claim(words: list[str], commands: Commands) -> list[str]:
-    """One arm and two seeds in place of the claim; a README with markers in place of this one."""
+    """One arm and two seeds in place of the claim; a page with markers, if one is asked for."""
     if any(word.startswith("readme=") for word in words):
-        (commands.folder / "README.md").write_text(f"{BEGIN}\n{END}\n")
+        (commands.folder / "MINE.md").write_text(f"{BEGIN}\n{END}\n")
     if "scale=smoke" not in words:
         return words
     folder = commands.folder / "own/claim"
