@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -213,5 +214,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """A file that a kill leaves as it was or as it should be."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

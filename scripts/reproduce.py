@@ -131,8 +131,12 @@ def _self_check(arguments: Arguments) -> dict[str, Any]:
 def _readme(arguments: Arguments, readme: Path) -> dict[str, Any]:
     from moe_train.claims import markdown, record
 
-    sources = [Path(name) for name in (arguments.report or str(arguments.out / record.JSON)).split(",")]
+    named = arguments.report or str(arguments.out / record.JSON)
+    sources = [Path(name) for name in dict.fromkeys(named.split(",")) if name]
+    if not sources:
+        raise UsageError(f"report={named} names none: give one, or several with commas between them")
     contents = {os.path.relpath(file.absolute(), readme.absolute().parent): record.read(file) for file in sources}
+    record.refuse_twice(contents)
     markdown.write_readme(readme, contents)
     return {"claims": [claim for content in contents.values() for claim in content["claims"]]}
 

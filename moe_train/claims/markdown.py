@@ -11,6 +11,7 @@ from typing import Any
 from moe_train.claims.section import section
 from moe_train.claims.statistics import holm
 from moe_train.claims.words import deciding, device_of, dollars, effect, interval, seeds_made_again, word
+from moe_train.cli import write_whole
 from moe_train.errors import UserError
 
 Content = dict[str, Any]
@@ -67,7 +68,7 @@ def readme_section(contents: Mapping[str, Content]) -> str:
         f"**Claims put to the test**: {runs:,} runs that finished, {dollars(usd)}, those of earlier suites "
         "(said before) included.",
         "",
-        *_table([*_HEAD, "made", "said before"], [_latest(*made) for made in suites.values()]),
+        *_table([*_HEAD, "registered", "said before"], [_latest(*made) for made in suites.values()]),
         "",
         f"Intervals are of 90%; of each claim's verdicts at most 5% are wrong. Adjusted over the latest suites of all "
         f"{len(latest)} (Holm), supported: {', '.join(still) or 'none'}.",
@@ -77,13 +78,19 @@ def readme_section(contents: Mapping[str, Content]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _registered(claim: dict[str, Any], date: str, link: str) -> str:
+    """When its protocol was written down: a moment, and in its digest, where the report's date is that of all of it."""
+    moment: str = claim.get("registered") or date
+    return moment
+
+
 _Suite = tuple[Content, str, str]  # a claim as a report has it, the report's date, the link to it
 
 
 def _suites(contents: Mapping[str, Content]) -> dict[tuple[str, str], list[_Suite]]:
     """Of each claim and scale, the first that was made first, whatever the order that reports are named in."""
     made = [(claim, content["date"], link) for link, content in contents.items() for claim in content["claims"]]
-    made.sort(key=lambda each: (each[1], each[0].get("first_seed", 0), each[2]))
+    made.sort(key=lambda each: (_registered(*each), each[2]))
     made.sort(key=lambda each: (each[0]["number"] or float("inf"), each[0]["claim"], each[0]["scale"]))
     suites: dict[tuple[str, str], list[_Suite]] = {}
     for each in made:
@@ -101,18 +108,22 @@ def _latest(*made: _Suite) -> list[str]:
 
 
 def _made(claim: dict[str, Any], date: str, link: str) -> str:
-    return f"[{date}]({link})" + (f", {device_of(claim['device'])}" if claim["device"] else "")
+    return f"[{_registered(claim, date, link)[:10]}]({link})" + (
+        f", {device_of(claim['device'])}" if claim["device"] else ""
+    )
 
 
 def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
     """Replace what stands between the markers. `contents`: of reports, by link. Raises UserError where it cannot."""
     try:
-        with readme.open(newline="") as file:  # as its lines end
+        with readme.open(newline="", encoding="utf-8") as file:  # as its lines end
             text = file.read()
         before, rest = text.split(BEGIN)
         earlier, after = rest.split(END)
     except OSError as error:
         raise UserError(f"readme={readme} cannot be read ({error.strerror}): give the path of one") from None
+    except UnicodeDecodeError:
+        raise UserError(f"readme={readme} is no text in UTF-8: convert it first") from None
     except ValueError:
         raise UserError(
             f"readme={readme} has no place for it, or several: write the lines {BEGIN} and {END} into it, once"
@@ -120,8 +131,10 @@ def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:
     made = f"{BEGIN}\n{readme_section(contents)}{END}"
     if "\r\n" in before + after:
         made = made.replace("\n", "\r\n")
-    with readme.open("w", newline="") as file:
-        file.write(f"{before}{made}{after}")
+    try:
+        write_whole(readme.resolve(), f"{before}{made}{after}")  # where a link leads
+    except OSError as error:
+        raise UserError(f"readme={readme} cannot be written ({error.strerror}): it is as it was") from None
     gone = [link for link in dict.fromkeys(re.findall(r"\]\(([^)]+\.json)\)", earlier)) if link not in contents]
     if gone:
         sys.stderr.write(f"note: no longer in {readme}, as report= did not name them: {', '.join(gone)}\n")
@@ -150,8 +163,13 @@ def _found(compared: dict[str, Any], alone: bool, scale: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "/") for cell in row] for row in rows)]
+    lines = [head, ["---"] * len(head), *([_in_a_cell(text) for text in row] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _in_a_cell(text: str) -> str:
+    """On one line, and no mark of ours or of a comment in it."""
+    return " ".join(text.replace("|", "/").replace("<!--", "&lt;!--").split())
 
 
 def _runs_of(claim: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,6 +53,20 @@ def read(path: Path, other: str = "report=") -> Content:
     return content
 
 
+def refuse_twice(contents: Mapping[str, Content]) -> None:
+    """Raises UserError where two of the reports, by their names, hold the same suite: it would count twice."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, content in contents.items():
+        for claim in content["claims"]:
+            runs = tuple(sorted(run["hash"] for run in claim["run_list"]))
+            suite = (claim["claim"], claim["scale"], claim.get("registered"), runs)
+            if runs and seen.setdefault(suite, name) != name:
+                raise UserError(
+                    f"{seen[suite]} and {name} hold the same suite of claim={claim['claim']} scale={claim['scale']}: "
+                    "name one of them in report="
+                )
+
+
 def _adds_up(content: Content) -> bool:
     runs, usd = all_runs(content["claims"])
     said = content["usd_of_distinct_runs"]
@@ -73,7 +87,8 @@ def _is_as_written(claim: dict[str, Any], has_digest: bool) -> bool:
     comparisons = claim["comparisons"]
     for each in comparisons:
         alpha = 0.0 if each["level"] is None else round((1 - each["level"]) / 2, 12)
-        if each["verdict"] != verdict_by(each["p_supported"], each["p_refuted"], alpha):
+        undecided = claim["scale"] == "smoke" and each["verdict"] == "inconclusive"
+        if not undecided and each["verdict"] != verdict_by(each["p_supported"], each["p_refuted"], alpha):
             return False
     deciding = [each["verdict"] for each in comparisons if each["decides"]]
     follows: bool = claim["verdict"] == verdict_of(claim["scale"], deciding)

@@ -223,7 +223,8 @@ def _decide(comparisons: Sequence[Compared], plan: Plan) -> None:
             if getattr(compared, chosen) is not None:
                 setattr(compared, chosen, float(adjusted))
     for compared, alpha in zip(comparisons, alphas):
-        compared.verdict = verdict_by(compared.p_supported, compared.p_refuted, alpha)
+        found = verdict_by(compared.p_supported, compared.p_refuted, alpha)
+        compared.verdict = "inconclusive" if plan.scale_name == "smoke" else found  # which decides nothing
 
 
 # -------------------------------------------------------------------------------------------------- round about it

@@ -20,6 +20,11 @@ def set_threads(asked: int | None) -> int:
     wished = count_from_environment("OMP_NUM_THREADS")
     cores = cores_here()
     local_processes = count_from_environment("LOCAL_WORLD_SIZE")
+    if wished > cores and asked is None:
+        raise UserError(
+            f"OMP_NUM_THREADS={wished} is more than the {cores} cores of this machine: lower or unset it, or give "
+            "num_threads="
+        )
     if asked is not None and asked > cores:
         raise UserError(
             f"num_threads={asked} is more than the {cores} cores of this machine: lower it or leave it null"

@@ -14,6 +14,8 @@ import torch
 
 from moe_train.errors import UserError, one_line
 
+_YES = ("1", "true", "t", "yes", "y", "on")  # to accelerate
+
 
 def processes_launched(on_gpu: bool) -> int:
     """How many processes make this run, the environment ready for accelerate. Raises UserError."""
@@ -30,9 +32,13 @@ def processes_launched(on_gpu: bool) -> int:
     return processes
 
 
+def is_a_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()  # ² is a digit too
+
+
 def count_from_environment(name: str) -> int:
     text = os.environ.get(name) or "1"
-    if not text.isdigit() or int(text) == 0:
+    if not is_a_number(text) or int(text) == 0:
         raise UserError(f"the environment's {name}={text} is no whole number above 0: correct or unset it")
     return int(text)
 
@@ -77,7 +83,7 @@ def _leave_group_of_one() -> None:
 def _refuse_layouts_of_accelerate() -> None:
     """Those of its configuration file would wrap the model in their own way, or on a CPU in none and say nothing."""
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in _YES:
             raise UserError(
                 f"accelerate was set up for {name}: choose parallel= (fsdp2, ep, …) instead, and launch without it "
                 "(accelerate launch --multi_gpu, or torchrun)"
@@ -86,6 +92,12 @@ def _refuse_layouts_of_accelerate() -> None:
 
 def _refuse_another_device() -> None:
     """accelerate would move the model there and leave torch's own device as it is: another's name, memory and waits."""
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() not in ("", "no"):
+        raise UserError(
+            f"the environment has ACCELERATE_DYNAMO_BACKEND={compiler}: unset it, or answer no to accelerate config's "
+            "question about dynamo; a run's kernels are chosen by cpu_kernels= and cuda_graphs="
+        )
     device = os.environ.get("ACCELERATE_TORCH_DEVICE")
     if device:
         raise UserError(
@@ -108,9 +120,9 @@ def _check_meeting_place(processes: int) -> None:
         return
     rank, port = (os.environ.get(name, "") for name in ("RANK", "MASTER_PORT"))
     for name, fits, wanted in (
-        ("RANK", rank.isdigit() and int(rank) < processes, f"this process's number, below WORLD_SIZE={processes}"),
+        ("RANK", is_a_number(rank) and int(rank) < processes, f"this process's number, below WORLD_SIZE={processes}"),
         ("MASTER_ADDR", bool(os.environ.get("MASTER_ADDR")), "the host of process 0"),
-        ("MASTER_PORT", port.isdigit() and 0 < int(port) < 65536, "a free port of it, the same for all"),
+        ("MASTER_PORT", is_a_number(port) and 0 < int(port) < 65536, "a free port of it, the same for all"),
     ):
         if not fits:
             raise UserError(

@@ -48,6 +48,7 @@ OWN = ["claim=mine", "scale=smoke", "--config-dir", "own"]
         ([*OWN, "json=nowhere/x.json"], "there is no folder"),
         ([*OWN, "data=text_files", "data.files=[no/*.txt]"], "data.files: no file matches 'no/*.txt'"),
         ([*OWN, "data=text_files", "data.files=[no/*.txt]", "dry_run=true"], "data.files: no file matches 'no/*.txt'"),
+        (["readme=README.md", "report=,"], "report=, names none"),
         (["readme=README.md", "report=missing.json"], "there is no report missing.json"),
     ],
     ids=str,

@@ -307,6 +307,52 @@ def test_a_readme_keeps_the_ends_of_its_lines_and_has_one_place_for_the_tables(
         markdown.write_readme(readme, contents)
 
 
+def test_a_readme_that_cannot_be_written_is_as_it_was(
+    finished: tuple[Asked, MadeUpRuns], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {"report.json": record.read(finished[0].out / record.JSON)}
+    readme, before = tmp_path / "README.md", f"é{markdown.BEGIN}\n{markdown.END}\nAfter.\n"
+    readme.write_text(before, encoding="utf-8")
+    write = Path.write_text
+
+    def half(path: Path, text: str, **settings: Any) -> int:
+        write(path, text[: len(text) // 2], **settings)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", half)
+        with pytest.raises(UserError, match=r"No space left.*: it is as it was"):
+            markdown.write_readme(readme, contents)
+    assert readme.read_text(encoding="utf-8") == before
+    assert [path.name for path in tmp_path.glob("*README*")] == ["README.md"]
+    link = tmp_path / "link.md"
+    link.symlink_to(readme)
+    readme.chmod(0o640)
+    markdown.write_readme(link, contents)
+    assert link.is_symlink()
+    assert "Claims put to the test" in readme.read_text(encoding="utf-8")
+    assert readme.stat().st_mode & 0o777 == 0o640
+    readme.write_bytes(before.encode("latin-1"))
+    with pytest.raises(UserError, match="is no text in UTF-8"):
+        markdown.write_readme(readme, contents)
+
+
+def test_the_latest_suite_is_the_one_registered_last_and_none_counts_twice(
+    finished: tuple[Asked, MadeUpRuns],
+) -> None:
+    content = record.read(finished[0].out / record.JSON)
+    (claim,) = content["claims"]
+    later = claim | {"registered": "2099-01-01T00:00:00+00:00", "first_seed": 0, "run_list": []}
+    earlier = claim | {"registered": "2020-01-01T00:00:00+00:00", "first_seed": 500, "run_list": []}
+    reports = {"a.json": content | {"claims": [later]}, "b.json": content | {"claims": [earlier]}}
+    (row,) = [line for line in markdown.readme_section(reports).splitlines() if line.startswith("| mine")]
+    assert "[2099-01-01](a.json)" in row
+    assert "(b.json)" in row.split(" | ")[-1]
+    record.refuse_twice({"one.json": content})
+    with pytest.raises(UserError, match=r"one\.json and copy\.json hold the same suite of claim=mine"):
+        record.refuse_twice({"one.json": content, "copy.json": content})
+
+
 def test_a_run_whose_ledger_is_gone_is_no_run(finished: tuple[Asked, MadeUpRuns]) -> None:
     asked, made = finished
     (asked.out / "runs" / made.started[0].hash / "ledger.json").unlink()
@@ -323,8 +369,8 @@ def test_a_protocol_that_was_damaged_is_refused(finished: tuple[Asked, MadeUpRun
 
 
 def test_markup_in_a_claim_stays_text(asked: Make, claim_dir: Make) -> None:
-    nasty = "# <script>alert(1)</script> | [x](javascript:alert(1)) **bold"
-    claim_dir(statement=nasty, published=nasty, carries_over="- " + nasty)
+    nasty = "# <script>alert(1)</script> | [x](javascript:alert(1)) **bold <!-- /claims -->"
+    claim_dir(statement=nasty, published=f"{nasty}\nand more", carries_over="- " + nasty)
     judged(asked(), MadeUpRuns(asked().plans(), better))
     page = (asked().out / report.HTML).read_text()
     assert "<script" not in page

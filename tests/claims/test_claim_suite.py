@@ -63,14 +63,6 @@ def test_verdicts_follow_the_losses(by: float, verdict: str, asked: Make, claim_
     assert low < -by + 1e-3 < high + 2e-3
 
 
-def test_a_smoke_test_decides_nothing(asked: Make, claim_dir: Make) -> None:
-    claim_dir()
-    smoke = dataclasses.replace(asked(), scale="smoke")
-    (found,) = judged(smoke, MadeUpRuns(plans(smoke), better(0.05)))
-    assert (found.verdict, found.main.verdict) == ("inconclusive", "supported")
-    assert "proves nothing" in (smoke.out / "REPORT.md").read_text()
-
-
 def test_arms_take_turns_seed_by_seed_with_the_same_data(asked: Make, claim_dir: Make) -> None:
     claim_dir()
     made = MadeUpRuns(plans(asked()), better(0.05))
@@ -679,16 +671,22 @@ def test_the_page_needs_nothing_else(asked: Make, claim_dir: Make) -> None:
     assert all(target in ids for target in re.findall(r'xlink:href="#([^"]+)"', page))
 
 
-def test_at_smoke_no_row_says_what_would_follow_from_its_figures(
+def test_a_smoke_test_decides_nothing_and_no_row_says_what_would_follow(
     asked: Make, claim_dir: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     claim_dir()
     smoke = dataclasses.replace(asked(), scale="smoke")
-    judged(smoke, MadeUpRuns(plans(smoke), better(0.05)))
+    (found,) = judged(smoke, MadeUpRuns(plans(smoke), better(0.05)))
+    assert (found.verdict, found.main.verdict) == ("inconclusive", "inconclusive")
+    assert found.main.p_supported is not None
+    assert found.main.p_supported < 0.01
     text = (smoke.out / "REPORT.md").read_text()
     (row,) = re.findall(r"^\| comparison .*\n.*\n\| (.*)$", text, re.M)
     assert row.split(" | ")[1] == "not decided"
+    assert "proves nothing" in text
     assert "supported" not in capsys.readouterr().out
+    (claim,) = record.read(smoke.out / "report.json")["claims"]
+    assert [each["verdict"] for each in claim["comparisons"]] == ["inconclusive"]
 
 
 def test_the_readmes_section_is_the_reports_and_replaces_the_one_before(
