@@ -81,15 +81,16 @@ def in_words(error: Exception) -> str:
     return one_line(error) if isinstance(error, UserError) else describe_known_failure(error) or unexpected
 
 
-def _counts(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() else -1
+def is_a_number(text: str) -> bool:
+    """A whole one, as launchers write them: ² is a digit too."""
+    return text.isascii() and text.isdigit()
 
 
 def say(line: str, of_one_process: bool = False) -> None:
     """Once a machine, unless it is `of_one_process`: the other processes of a run there make the same mistake."""
     rank, number, processes = (os.environ.get(name, "") for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
     # What is left in the environment of a process that is alone, or wrong in it, makes nobody speak for another.
-    in_a_group = _counts(processes) > max(1, _counts(number)) and _counts(number) >= 0
+    in_a_group = is_a_number(processes) and is_a_number(number) and int(processes) > max(1, int(number))
     others_speak = in_a_group and (rank or number) != "0"
     if of_one_process or not others_speak:
         sys.stderr.write(line + "\n")

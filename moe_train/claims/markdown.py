@@ -78,7 +78,7 @@ def readme_section(contents: Mapping[str, Content]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _registered(claim: dict[str, Any], date: str, link: str) -> str:
+def _registered(claim: dict[str, Any], date: str) -> str:
     """When its protocol was written down: a moment, and in its digest, where the report's date is that of all of it."""
     moment: str = claim.get("registered") or date
     return moment
@@ -90,7 +90,7 @@ _Suite = tuple[Content, str, str]  # a claim as a report has it, the report's da
 def _suites(contents: Mapping[str, Content]) -> dict[tuple[str, str], list[_Suite]]:
     """Of each claim and scale, the first that was made first, whatever the order that reports are named in."""
     made = [(claim, content["date"], link) for link, content in contents.items() for claim in content["claims"]]
-    made.sort(key=lambda each: (_registered(*each), each[2]))
+    made.sort(key=lambda each: (_registered(*each[:2]), each[2]))
     made.sort(key=lambda each: (each[0]["number"] or float("inf"), each[0]["claim"], each[0]["scale"]))
     suites: dict[tuple[str, str], list[_Suite]] = {}
     for each in made:
@@ -108,9 +108,7 @@ def _latest(*made: _Suite) -> list[str]:
 
 
 def _made(claim: dict[str, Any], date: str, link: str) -> str:
-    return f"[{_registered(claim, date, link)[:10]}]({link})" + (
-        f", {device_of(claim['device'])}" if claim["device"] else ""
-    )
+    return f"[{_registered(claim, date)[:10]}]({link})" + (f", {device_of(claim['device'])}" if claim["device"] else "")
 
 
 def write_readme(readme: Path, contents: Mapping[str, Content]) -> None:

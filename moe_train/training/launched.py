@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from moe_train.errors import UserError, one_line
+from moe_train.errors import UserError, is_a_number, one_line
 
 _YES = ("1", "true", "t", "yes", "y", "on")  # to accelerate
 
@@ -30,10 +30,6 @@ def processes_launched(on_gpu: bool) -> int:
     if processes == 1:
         _leave_group_of_one()
     return processes
-
-
-def is_a_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()  # ² is a digit too
 
 
 def count_from_environment(name: str) -> int:
